@@ -1,0 +1,274 @@
+"""The data stage: from files to token data sets, with an account of every row.
+
+    files → rows → conversations → text with trained spans → input_ids and labels → fitted → packed → cached
+
+`prepare_data` runs it all (once per machine, see `sft.dataset_cache`); `preview` shows what it does to the first rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from sft.data_sources import DataSource, training_sources, validation_sources
+from sft.dataset_cache import Columns, cache_key, cache_root, make_once, read_columns, write_columns
+from sft.encoding import IGNORE_INDEX
+from sft.errors import Problem, UserError
+from sft.formats import Conversation, RowLost, Text, normalize
+from sft.ledger import Ledger, as_document
+from sft.packing import best_fit_decreasing, pack_rows, wrap
+from sft.row_encoder import EncodedSet, RowEncoder, Sample
+from sft.schema import DataKeys
+from sft.sources import Row
+
+logger = logging.getLogger("sft")
+
+_CODE = [Path(__file__), *sorted((Path(__file__).parent / "sft").glob("*.py"))]
+_NOT_IN_KEY = {"cache_dir", "preprocessing_num_workers"}  # keys that change where or how fast, not what
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What the trainer needs of the data.
+
+    Attributes:
+        train: rows of `input_ids` and `labels`; packed rows also have `position_ids` and `seq_lengths`.
+        evals: evaluation sets by name, in the same form.
+        train_tokens: tokens of `train`.
+        ledger: SPEC's LEDGER document.
+        end_token_ids: the tokens that end the trained answers, in the order of first use.
+        from_cache: whether an earlier preparation was found.
+    """
+
+    train: Dataset
+    evals: dict[str, Dataset]
+    train_tokens: int
+    ledger: dict[str, Any]
+    end_token_ids: tuple[int, ...]
+    from_cache: bool = False
+
+
+def prepare_data(
+    keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, seed: int, pack_by_default: bool, training: bool = True
+) -> PreparedData:
+    """Prepares all data sets that `keys` names, or reads an earlier preparation of the same.
+
+    Args:
+        keys: the data section of the config.
+        tokenizer: with its chat template set.
+        seed: what `shuffle_seed: null` stands for.
+        pack_by_default: what `packing: auto` stands for on this machine and model.
+        training: False prepares the evaluation sets alone.
+
+    Raises:
+        UserError: data that does not exist or cannot be read.
+    """
+    plan = _Plan(
+        keys, tokenizer, keys.shuffle_seed if keys.shuffle_seed is not None else seed, pack_by_default, training
+    )
+    folder = cache_root(keys.cache_dir) / plan.key()
+    from_cache = make_once(folder, plan.make)
+    facts = json.loads((folder / "facts.json").read_text())
+    evals = {name: read_columns(folder / file) for name, file in facts["evals"].items()}
+    return PreparedData(
+        train=read_columns(folder / "train.arrow"),
+        evals=evals,
+        train_tokens=facts["train_tokens"],
+        ledger=facts["ledger"],
+        end_token_ids=tuple(facts["end_token_ids"]),
+        from_cache=from_cache,
+    )
+
+
+class _Plan:
+    """What is to be prepared, and the preparation itself."""
+
+    def __init__(
+        self, keys: DataKeys, tokenizer: PreTrainedTokenizerBase, seed: int, pack_by_default: bool, training: bool
+    ) -> None:
+        self.keys, self.tokenizer, self.seed, self.training = keys, tokenizer, seed, training
+        self.train_packing = self._packing(keys.packing, pack_by_default)
+        self.eval_packing = self._packing(
+            keys.packing if keys.eval_packing is None else keys.eval_packing, pack_by_default
+        )
+        self.train_sources = training_sources(keys) if training or keys.validation_split else []
+        self.eval_sources = validation_sources(keys)
+
+    @staticmethod
+    def _packing(value: str | bool, pack_by_default: bool) -> str | None:
+        if value == "auto":
+            return "bfd" if pack_by_default else None
+        return str(value) if value else None
+
+    def key(self) -> str:
+        tokenizer = self.tokenizer
+        return cache_key(
+            {
+                "keys": self.keys.model_dump(exclude=_NOT_IN_KEY),
+                "plan": [self.seed, self.train_packing, self.eval_packing, self.training],
+                "tokenizer": [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)],
+                "template": tokenizer.chat_template,
+                "sources": [s.fingerprint() for s in [*self.train_sources, *self.eval_sources]],
+            },
+            _CODE,
+        )
+
+    def make(self, folder: Path) -> None:
+        """Prepares everything into `folder`."""
+        encoder = RowEncoder(self.tokenizer, self.keys)
+        evals: dict[str, EncodedSet] = {}
+        for source in self.eval_sources:
+            encoder.encode_into(evals.setdefault(source.name, EncodedSet()), source.rows(), source)
+        trained: dict[str, EncodedSet] = {}
+        held_out: list[tuple[DataSource, list[Row]]] = []
+        for number, source in enumerate(self.train_sources):
+            rows = list(source.rows())
+            if self.keys.validation_split:
+                rows, held = split_rows(rows, self.keys.validation_split, self.seed + number)
+                encoder.encode_into(evals.setdefault("validation", EncodedSet()), held, source)
+            held_out.append((source, rows))
+        if self.training:
+            known = set().union(*(e.fingerprints for e in evals.values()))
+            for source, rows in held_out:
+                encoder.encode_into(trained.setdefault(source.name, EncodedSet()), rows, source, known)
+        self._write(folder, trained, evals, encoder.end_token_ids)
+
+    def _write(
+        self, folder: Path, trained: dict[str, EncodedSet], evals: dict[str, EncodedSet], end_tokens: list[int]
+    ) -> None:
+        limit = self.keys.max_seq_length
+        columns = _arrange(list(trained.values()), self.train_packing, limit)
+        write_columns(columns, folder / "train.arrow")
+        files = {}
+        for number, (name, encoded) in enumerate(evals.items()):
+            files[name] = f"eval_{number}.arrow"
+            write_columns(_arrange([encoded], self.eval_packing, limit), folder / files[name])
+        ledgers = {name: s.ledger for name, s in trained.items()}
+        ledgers |= {name if name not in ledgers else f"eval_{name}": s.ledger for name, s in evals.items()}
+        facts: dict[str, Any] = {"ledger": as_document(ledgers), "evals": files, "end_token_ids": end_tokens}
+        facts["train_tokens"] = sum(s.ledger.tokens for s in trained.values())
+        (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draws `fraction` of the rows (at least one, never all) for validation; both parts keep the source's order."""
+    if len(rows) < 2:
+        return rows, []
+    held = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
+    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held].tolist())
+    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+
+
+def _arrange(sets: list[EncodedSet], packing: str | None, limit: int) -> Columns:
+    """The columns of one prepared data set, packed or not."""
+    input_ids = [ids for s in sets for ids in s.input_ids]
+    labels = [row for s in sets for row in s.labels]
+    if not packing or not input_ids:
+        return {"input_ids": input_ids, "labels": labels}
+    if packing == "wrapped":
+        rows = wrap(input_ids, labels, limit)
+    else:
+        lengths = np.array([len(ids) for ids in input_ids])
+        rows = pack_rows(input_ids, labels, best_fit_decreasing(lengths, limit))
+    # The row count belongs to the data set as a whole: it stands in the first ledger and so, once, in the total.
+    sets[0].ledger.pack(len(rows), limit)
+    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "position_ids", "seq_lengths")}
+
+
+def require_enough_rows(keys: DataKeys, document: dict[str, Any]) -> None:
+    """Raises `UserError` when nothing is left to train, or too much was lost on the way."""
+    for name, ledger in document["datasets"].items():
+        asked_for = ledger["rows_lost"].get("duplicate", 0) + ledger["rows_lost"].get("in_validation", 0)
+        lost = sum(ledger["rows_lost"].values()) - asked_for
+        fraction = lost / ledger["rows_read"] if ledger["rows_read"] else 1.0
+        if ledger["rows_trained"] and fraction <= keys.max_lost_fraction:
+            continue
+        reasons = ", ".join(f"{n} {reason}" for reason, n in ledger["rows_lost"].items())
+        summary = f"{lost} of {ledger['rows_read']} rows of {name!r} are lost ({reasons})"
+        if ledger["rows_trained"]:
+            summary += f": {fraction:.1%}, max_lost_fraction is {keys.max_lost_fraction:.1%}"
+        examples = [
+            Problem(f"{e['reason']}: {e['message']}", file=e["file"], line=e["line"])
+            for e in ledger["lost_examples"][:5]
+        ]
+        hint = "mend the rows below; or raise max_lost_fraction if you can do without them"
+        raise UserError(Problem(summary, hint, "max_lost_fraction"), *examples)
+
+
+def preview(
+    keys: DataKeys, tokenizer: PreTrainedTokenizerBase, num_samples: int, *, seed: int
+) -> Iterator[dict[str, Any]]:
+    """SPEC's preview: the first rows in source order (training sources first), before fitting and packing.
+
+    Rows that are lost are said aloud and stepped over.
+    """
+    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
+    encoder = RowEncoder(tokenizer, keys)
+    shown = 0
+    for split, source, row in _rows_with_split(keys, seed):
+        if shown == num_samples:
+            return
+        ledger = Ledger()
+        for sample in encoder.encode([row], source, ledger):
+            shown += 1
+            yield _as_preview(split, sample, tokenizer)
+        for lost in ledger.lost_examples:
+            logger.warning("%s:%s: lost: %s: %s", lost["file"], lost["line"], lost["reason"], lost["message"])
+
+
+def _as_preview(split: str, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    content, encoded = sample.content, sample.encoded
+    what = {"text": content.text} if isinstance(content, Text) else {"messages": content.messages}
+    trained = encoded.labels[encoded.labels != IGNORE_INDEX]
+    return {
+        "split": split,
+        "file": sample.row.file,
+        "row": sample.row.index,
+        "format": content.format,
+        **what,
+        "rendered": sample.rendered.text,
+        "input_ids": encoded.input_ids.tolist(),
+        "labels": encoded.labels.tolist(),
+        "trained_text": tokenizer.decode(trained.tolist()),
+    }
+
+
+def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[Conversation]:
+    """The first `limit` validation rows that are conversations ending with an answer, for generating and comparing."""
+    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
+    found: list[Conversation] = []
+    for split, source, row in _rows_with_split(keys, seed):
+        if len(found) == limit:
+            break
+        if split == "train" or row.data is None:
+            continue
+        try:
+            content = normalize(row.data, source.format, source.columns, keys.system_prompt)
+        except RowLost:
+            continue
+        if isinstance(content, Conversation) and content.messages[-1]["role"] == "assistant":
+            found.append(content)
+    return found
+
+
+def _rows_with_split(keys: DataKeys, seed: int) -> Iterator[tuple[str, DataSource, Row]]:
+    """Every row in source order with the split it falls in, by the same draw as the preparation's."""
+    for number, source in enumerate(training_sources(keys)):
+        if not keys.validation_split:
+            yield from (("train", source, row) for row in source.rows())
+            continue
+        rows = list(source.rows())
+        _, held = split_rows(rows, keys.validation_split, seed + number)
+        held_indices = {row.index for row in held}
+        for row in rows:
+            yield ("validation" if row.index in held_indices else "train"), source, row
+    for source in validation_sources(keys):
+        yield from ((source.name, source, row) for row in source.rows())

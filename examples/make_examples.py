@@ -1,0 +1,165 @@
+"""Makes the example data, the tokenizer and the pretraining corpus, all from one seed.
+
+    python -m examples.make_examples             # data/, and the tokenizer in tiny_llama/: files that are committed
+    python -m examples.make_examples --corpus    # also the corpus that configs/pretrain_tiny.yaml trains on
+
+The same seed gives the same bytes on every machine. Run it from the repository's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from examples.tasks import SYSTEM_PROMPTS, TASKS, Task, document, make_operand, sentences
+from examples.tokenizer import build_tokenizer
+
+HERE = Path(__file__).resolve().parent
+CORPUS = HERE.parent / "outputs" / "pretrain_corpus"
+SEED = 7
+MAX_LENGTH = 512  # positions of the example model
+ROWS = {
+    "train": {"alpaca": 1000, "chat": 1000, "qa": 1000, "text": 300},
+    "validation": {"alpaca": 80, "chat": 80, "qa": 80, "text": 40},
+}
+CORPUS_ROWS = {"train": 200_000, "validation": 500}
+
+Row = dict[str, Any]
+
+
+def problems(rng: random.Random, validation: bool) -> Iterator[tuple[Task, str, str]]:
+    """Endless (task, operand, answer): the tasks in shuffled rounds, so that each is asked equally often."""
+    while True:
+        for task in rng.sample(list(TASKS.values()), k=len(TASKS)):
+            operand = make_operand(task.kind, rng, validation)
+            yield task, operand, task.solve(operand)
+
+
+def alpaca_row(asked: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
+    """`instruction`, `input`, `output`; one row in three has the operand in the instruction and an empty input."""
+    task, operand, answer = next(asked)
+    if rng.random() < 1 / 3:
+        return {"instruction": rng.choice(task.orders).format(x=operand), "input": "", "output": answer}
+    return {"instruction": rng.choice(task.instructions), "input": operand, "output": answer}
+
+
+def chat_row(asked: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
+    """`messages` of one to three turns; one row in three opens with a system prompt."""
+    messages = []
+    if rng.random() < 1 / 3:
+        messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
+    for _ in range(rng.choices((1, 2, 3), weights=(6, 3, 1))[0]):
+        task, operand, answer = next(asked)
+        messages.append({"role": "user", "content": rng.choice(task.orders + task.questions).format(x=operand)})
+        messages.append({"role": "assistant", "content": answer})
+    return {"messages": messages}
+
+
+def qa_row(asked: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
+    """`question` and `answer`."""
+    task, operand, answer = next(asked)
+    return {"question": rng.choice(task.questions).format(x=operand), "answer": answer}
+
+
+def rows(kind: str, count: int, rng: random.Random, validation: bool) -> list[Row]:
+    """`count` rows of the format `kind`, no two the same."""
+    asked = problems(rng, validation)
+    makers = {
+        "alpaca": lambda: alpaca_row(asked, rng),
+        "chat": lambda: chat_row(asked, rng),
+        "qa": lambda: qa_row(asked, rng),
+        "text": lambda: {"text": document(rng, validation)},
+    }
+    made: dict[str, Row] = {}
+    while len(made) < count:
+        row = makers[kind]()
+        made.setdefault(json.dumps(row), row)
+    return list(made.values())
+
+
+def write_alpaca(path: Path, made: list[Row]) -> None:
+    """One JSON array, a row on each line."""
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in made) + "\n]\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, made: list[Row]) -> None:
+    """One JSON object on each line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+
+
+def write_csv(path: Path, made: list[Row]) -> None:
+    """A header and one line for each row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(made[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(made)
+
+
+def write_text(path: Path, made: list[Row]) -> None:
+    """One document on each line."""
+    path.write_text("".join(row["text"] + "\n" for row in made), encoding="utf-8")
+
+
+WRITERS = {
+    "alpaca": ("alpaca.json", write_alpaca),
+    "chat": ("chat.jsonl", write_jsonl),
+    "qa": ("qa.csv", write_csv),
+    "text": ("text.txt", write_text),
+}
+
+
+def make_data(folder: Path, seed: int) -> list[Path]:
+    """Writes `train/` and `validation/`, four files each, and returns their paths."""
+    written = []
+    for split, counts in ROWS.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for kind, count in counts.items():
+            name, write = WRITERS[kind]
+            path = folder / split / name
+            # A stream of its own for each file: changing the size of one leaves the others as they are.
+            write(path, rows(kind, count, random.Random(f"{seed} {split} {kind}"), split == "validation"))
+            written.append(path)
+    return written
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Writes the tokenizer, in Hugging Face layout; it depends on the sentences alone, on no seed."""
+    build_tokenizer(sentences(), MAX_LENGTH).save_pretrained(folder)
+
+
+def make_corpus(folder: Path, seed: int) -> list[Path]:
+    """Writes the plain-text corpus, one document a line, and returns the paths of its two splits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for split, count in CORPUS_ROWS.items():
+        rng = random.Random(f"{seed} {split} corpus")
+        path = folder / f"{split}.txt"
+        write_text(path, [{"text": document(rng, split == "validation")} for _ in range(count)])
+        written.append(path)
+    return written
+
+
+def main() -> None:
+    """Parses the command line and writes what it asks for."""
+    parser = argparse.ArgumentParser(description="Make the example data and tokenizer, and the pretraining corpus.")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="where the example data goes")
+    parser.add_argument("--tokenizer", type=Path, default=HERE / "tiny_llama", help="where the tokenizer goes")
+    parser.add_argument(
+        "--corpus", type=Path, nargs="?", const=CORPUS, help=f"also write the corpus, to {CORPUS} unless named"
+    )
+    asked = parser.parse_args()
+    written = make_data(asked.data, asked.seed)
+    make_tokenizer(asked.tokenizer)
+    written += make_corpus(asked.corpus, asked.seed) if asked.corpus else []
+    for path in written:
+        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The model stage: a tokenizer that can chat and pad, and a model that trains what the config names and nothing else.
+
+    tokenizer = load_tokenizer(keys)
+    precision = plan_precision(keys, lora, quantization, bf16=..., fp16=...)
+    model = load_model(keys, tokenizer, precision=precision, lora=lora, quantization=quantization)
+    save_final_model(model, tokenizer, output_dir, end_token_ids)
+    model, tokenizer = load_trained(output_dir)
+
+The number format, the attention kernel, the pad token, grown embeddings and the parameter counts are said aloud.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sft import chat_templates
+from sft.adapters import attach_adapter, count_parameters
+from sft.errors import Problem, UserError
+from sft.fresh_models import build_config
+from sft.keys import Keys
+from sft.merging import merge
+from sft.model_files import require_model, resolve_reference, unavailable
+from sft.precision import Precision, choose_attention, choose_precision, device_facts
+from sft.quantization import bits_and_bytes_config, import_bitsandbytes, settle
+from sft.tokenizers import add_special_tokens, set_pad_token
+from sft.trained_models import embedding_rows, load_trained, resize_embeddings, save_companions, save_final_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
+
+__all__ = [
+    "load_model",
+    "load_tokenizer",
+    "load_trained",
+    "merge",
+    "plan_precision",
+    "save_companions",
+    "save_final_model",
+]
+logger = logging.getLogger("sft")
+
+
+@contextmanager
+def _placed(keys: Keys) -> Iterator[None]:
+    """Mistakes found inside get the file and the line where the user wrote the key."""
+    try:
+        yield
+    except UserError as error:
+        problems = []
+        for problem in error.problems:
+            if problem.key is not None and problem.file is None:
+                file, line = keys.place(problem.key)
+                problem = dataclasses.replace(problem, file=file, line=line)
+            problems.append(problem)
+        raise UserError(*problems) from error.__cause__
+
+
+def _read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
+    """The tokenizer as it stands in its files.
+
+    Raises:
+        UserError: no name is given, there is none at that name, or it has no Rust backend.
+    """
+    key = "tokenizer_name_or_path" if keys.tokenizer_name_or_path else "model_name_or_path"
+    name = keys.tokenizer_name_or_path or keys.model_name_or_path
+    if not name:
+        raise UserError(
+            Problem(
+                "no tokenizer is named",
+                "Give `model_name_or_path`, or `tokenizer_name_or_path` with `from_scratch`.",
+                key="tokenizer_name_or_path",
+            )
+        )
+    reference = resolve_reference(name, key)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            reference,
+            revision=keys.model_revision or "main",
+            trust_remote_code=keys.trust_remote_code,
+        )
+    except Exception as error:  # a broken tokenizer file makes the loader raise almost anything
+        raise unavailable(reference, error, key, "tokenizer") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            Problem(
+                f"{type(tokenizer).__name__} is a slow tokenizer, without the character offsets that exact masks need",
+                "Use a model whose folder has a tokenizer.json.",
+                key=key,
+            )
+        )
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
+    """The tokenizer with the user's special tokens, a pad token, and a chat template.
+
+    Raises:
+        UserError: the tokenizer cannot be had, or a setting does not fit it.
+    """
+    with _placed(keys):
+        tokenizer = _read_tokenizer(keys)
+        if keys.special_tokens:
+            added = add_special_tokens(tokenizer, keys.special_tokens)
+            if added:
+                logger.info("Tokens added to the vocabulary: %s", ", ".join(added))
+        logger.info("Padding with %s", set_pad_token(tokenizer))
+        logger.info("Chat template: %s", chat_templates.install(tokenizer, keys.chat_template))
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def plan_precision(
+    keys: ModelKeys,
+    lora: LoraKeys | None,
+    quantization: QuantizationKeys | None,
+    *,
+    bf16: bool | None = None,
+    fp16: bool | None = None,
+) -> Precision:
+    """The number formats of this run on this machine; the Trainer is to get `precision.bf16` and `precision.fp16`.
+
+    Args:
+        bf16, fp16: as the user set them, None where not.
+
+    Raises:
+        UserError: the settings exclude each other, or the device cannot do it.
+    """
+    with _placed(keys):
+        trains_everything = lora is None and quantization is None
+        precision = choose_precision(keys.dtype, trains_everything, bf16, fp16, device_facts())
+    logger.info("Precision: %s", precision.reason)
+    if trains_everything and precision.dtype != "float32":
+        logger.warning(
+            "All weights are trained in %s: updates smaller than its rounding are lost; `dtype: float32` keeps them",
+            precision.dtype,
+        )
+    return precision
+
+
+def _check_combination(
+    keys: ModelKeys, lora: LoraKeys | None, quantization: QuantizationKeys | None, for_training: bool
+) -> None:
+    if keys.from_scratch is not None:
+        wrong = "lora_config" if lora is not None else "quantization_config" if quantization is not None else None
+        if wrong:
+            raise UserError(
+                Problem("from_scratch starts from random weights, which are not to be frozen", key=wrong),
+            )
+    elif not keys.model_name_or_path:
+        raise UserError(
+            Problem("no model is named", "A folder, a name on the hub, or `from_scratch`.", key="model_name_or_path")
+        )
+    if quantization is not None and lora is None and for_training:
+        raise UserError(
+            Problem(
+                "quantized weights cannot be trained",
+                "Add a `lora_config` (`{}` takes every default), or leave quantization_config out.",
+                key="quantization_config",
+            )
+        )
+
+
+def _read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
+    """The model's config, checked to be of a causal language model.
+
+    Raises:
+        UserError: unreadable, of an unknown kind, or no causal language model.
+    """
+    from transformers import AutoConfig
+
+    key = "model_name_or_path"
+    require_model(reference, key)
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            reference, revision=keys.model_revision or "main", trust_remote_code=keys.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                Problem(
+                    f"{reference!r} comes with Python code of its own",
+                    "Read that code; to run it here set `trust_remote_code: true`.",
+                    key="trust_remote_code",
+                )
+            ) from error
+        raise unavailable(reference, error, key, "model") from error
+    if _model_class(config) is None and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise UserError(
+            Problem(
+                f"{reference!r} is a {config.model_type} model, which is not a causal language model",
+                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
+                key=key,
+            )
+        )
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        raise UserError(
+            Problem(
+                f"{reference!r} is an encoder ({config.model_type}): each token sees those behind it",
+                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
+                key=key,
+            )
+        )
+    return config  # type: ignore[no-any-return]
+
+
+def _model_class(config: Any) -> type | None:
+    """The class that AutoModelForCausalLM makes for `config`; None where it has none of its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping.get(type(config), None)  # type: ignore[no-any-return]
+
+
+def _from_pretrained(keys: ModelKeys, precision: Precision, quantization: QuantizationKeys | None) -> PreTrainedModel:
+    """The pretrained weights, all of them.
+
+    Raises:
+        UserError: the weights cannot be read, are incomplete, or the attention kernel does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
+    config = _read_config(reference, keys)
+    attention = choose_attention(keys.attn_implementation, _model_class(config), precision, device_facts())
+    kwargs: dict[str, Any] = {}
+    if quantization is not None:
+        kwargs["quantization_config"] = bits_and_bytes_config(quantization, precision)
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if device_facts().kind == "cuda" else "cpu"}
+    try:
+        model, loading = loader.from_pretrained(
+            reference,
+            config=config,
+            dtype=precision.torch_dtype(),
+            attn_implementation=attention,
+            revision=keys.model_revision or "main",
+            trust_remote_code=keys.trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if "attention" in str(error).lower() or "attn" in str(error).lower():
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError(
+                Problem(f"{attention!r} does not run here: {first_line}", "Use auto.", key="attn_implementation")
+            ) from error
+        raise unavailable(reference, error, "model_name_or_path", "weights") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(
+            Problem(
+                f"the weights in {reference!r} lack {len(missing)} of the model's tensors, which would start as random "
+                f"numbers: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
+                "Is it a whole causal language model?",
+                key="model_name_or_path",
+            )
+        )
+    if loading["unexpected_keys"]:
+        unused = sorted(loading["unexpected_keys"])
+        logger.warning("%d tensors of %s are not used: %s", len(unused), reference, ", ".join(unused[:4]))
+    return model  # type: ignore[no-any-return]
+
+
+def _from_scratch(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision: Precision) -> PreTrainedModel:
+    """Random weights, drawn from torch's generator as the caller seeded it."""
+    from transformers import AutoModelForCausalLM
+
+    config = build_config(keys.from_scratch or "", tokenizer)
+    model_class = _model_class(config)
+    if model_class is None:
+        raise UserError(
+            Problem(f"{config.model_type} is not a causal language model", key="from_scratch.model_type"),
+        )
+    attention = choose_attention(keys.attn_implementation, model_class, precision, device_facts())
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=precision.torch_dtype(), attn_implementation=attention
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(Problem(f"no model can be made of these settings: {error}", key="from_scratch")) from error
+    logger.info("Random weights: %s from scratch", config.model_type)
+    return model
+
+
+def _untrained_tokens(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, rows_before: int) -> list[int]:
+    """Ids whose embedding rows have never been trained: of tokens the user added, and beyond the model's rows.
+
+    A model with spare rows (Qwen has hundreds) needs no new ones for an added token, whose row is untrained all the
+    same. The pad token is never predicted nor attended to, so that its row does not matter.
+    """
+    first_new = rows_before
+    if keys.special_tokens:
+        first_new = min(first_new, len(_read_tokenizer(keys)))
+    return [token for token in range(first_new, len(tokenizer)) if token != tokenizer.pad_token_id]
+
+
+def _attach(model: PreTrainedModel, lora: LoraKeys, new_ids: Sequence[int]) -> PeftModel:
+    adapted, rows = attach_adapter(model, lora, new_ids)
+    if rows:
+        where = " and ".join(rows)
+        logger.info("The adapter also trains the rows of %d new tokens in %s", len(new_ids), where)
+    elif new_ids:
+        logger.info("The rows of %d new tokens are trained as far as lora_config trains the embeddings", len(new_ids))
+    return adapted
+
+
+def load_model(
+    keys: ModelKeys,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    precision: Precision,
+    lora: LoraKeys | None = None,
+    quantization: QuantizationKeys | None = None,
+    gradient_checkpointing: bool = False,
+    for_training: bool = True,
+) -> PreTrainedModel | PeftModel:
+    """Any causal language model, ready to train; quantized, frozen and adapted as the config says.
+
+    Args:
+        tokenizer: from `load_tokenizer`; the embeddings grow to hold all its tokens.
+        precision: from `plan_precision`.
+        gradient_checkpointing: recompute activations in the backward pass, without reentrance (which would need a
+            gradient at the frozen embeddings, and hides a graph that never reaches the adapters).
+        for_training: false for evaluating the base as the config describes it.
+
+    Raises:
+        UserError: the model cannot be had, is no causal language model, or a setting does not fit it.
+    """
+    with _placed(keys):
+        _check_combination(keys, lora, quantization, for_training)
+        if lora is not None or quantization is not None:
+            import_bitsandbytes()
+        if keys.from_scratch is not None:
+            model = _from_scratch(keys, tokenizer, precision)
+        else:
+            model = _from_pretrained(keys, precision, quantization)
+        logger.info("Attention: %s", model.config._attn_implementation)
+        rows_before = embedding_rows(model)
+        grown = resize_embeddings(model, len(tokenizer))
+        if grown:
+            logger.info("Embeddings grown by %d rows to %d, one for each token", grown, rows_before + grown)
+        if quantization is not None:
+            bits = 4 if quantization.load_in_4bit else 8
+            logger.info("Quantized to %d bits: %d linear layers", bits, settle(model))
+        model.config.use_cache = False
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        adapted: PreTrainedModel | PeftModel = model
+        if lora is not None:
+            adapted = _attach(model, lora, _untrained_tokens(keys, tokenizer, rows_before))
+        counts = count_parameters(adapted)
+        logger.info("Parameters: %s", counts)
+        if for_training and not counts.trainable:
+            raise UserError(Problem("no weight of the model is trained", key="lora_config"))
+    return adapted

@@ -1,0 +1,78 @@
+"""The arithmetic of a run: rows of a pass, of an optimizer step, of an epoch, and the number of steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sft.errors import UserError
+from sft.schema import TrainingKeys
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How rows become steps.
+
+    Attributes:
+        world_size: processes that train together.
+        per_device_train_batch_size: rows of one pass on one process.
+        gradient_accumulation_steps: passes of one optimizer step.
+        global_batch_size: rows of one optimizer step over all processes.
+        train_rows: rows of an epoch, after packing.
+        tokens_per_epoch: tokens of an epoch, padding not counted.
+    """
+
+    world_size: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    global_batch_size: int
+    train_rows: int
+    tokens_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.per_device_train_batch_size} rows a pass × {self.gradient_accumulation_steps} passes × "
+            f"{self.world_size} processes = {self.global_batch_size} rows a step; {self.train_rows:,} rows "
+            f"({self.tokens_per_epoch:,} tokens) = {self.steps_per_epoch:,} steps an epoch; "
+            f"{self.total_steps:,} steps in all"
+        )
+
+
+def plan_batches(keys: TrainingKeys, train_rows: int, tokens_per_epoch: int, world_size: int) -> BatchPlan:
+    """The run's arithmetic.
+
+    Raises:
+        UserError: `global_batch_size` is no multiple of the rows of one pass over all processes.
+    """
+    per_device = keys.per_device_train_batch_size
+    accumulation = keys.gradient_accumulation_steps
+    if keys.global_batch_size is not None:
+        accumulation, rest = divmod(keys.global_batch_size, per_device * world_size)
+        if rest or not accumulation:
+            message = (
+                f"{keys.global_batch_size} rows cannot be made of passes of {per_device} rows × {world_size} processes"
+            )
+            hint = f"take a multiple of {per_device * world_size}"
+            raise UserError(keys.problem("global_batch_size", message, hint))
+    batches = math.ceil(train_rows / (per_device * world_size))
+    if keys.dataloader_drop_last:
+        batches = train_rows // (per_device * world_size)
+    steps = max(1, math.ceil(batches / accumulation))
+    total = keys.max_steps if keys.max_steps > 0 else math.ceil(keys.num_train_epochs * steps)
+    return BatchPlan(
+        world_size=world_size,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=per_device * accumulation * world_size,
+        train_rows=train_rows,
+        tokens_per_epoch=tokens_per_epoch,
+        steps_per_epoch=steps,
+        total_steps=total,
+    )

@@ -1,0 +1,196 @@
+"""What watches a training run: the epoch's row order, the log files, the console."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft.sampling import EpochSampler
+
+logger = logging.getLogger("sft")
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class FollowEpoch(TrainerCallback):
+    """Tells the sampler its epoch, also after a resume in mid-epoch, where the loader's wrappers do not reach it."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the loader is iterated. `state.epoch` counts finished epochs, with a fraction after a resume."""
+        self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl`, one JSON object a line.
+
+    A fresh run starts the file anew; a resumed one drops the lines behind its checkpoint, which are about to be
+    written again.
+    """
+
+    def __init__(self, logs_dir: Path) -> None:
+        self._file = logs_dir / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keeps the lines up to the step that the run starts from."""
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step and self._file.is_file():
+            lines = self._file.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line; a number that JSON has no word for (NaN, infinity) is written as text."""
+        if state.is_world_process_zero and logs:
+            with self._file.open("a") as stream:
+                stream.write(json.dumps({"step": state.global_step, "time": time.time(), **_finite(logs)}) + "\n")
+
+
+class ConsoleProgress(TrainerCallback):
+    """One readable line for each log, above bars for training and evaluation with the time that is left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._training: Any = None
+        self._evaluation: Any = None
+        self._started = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Shows the training bar; on a resume it starts where the checkpoint stands."""
+        if state.is_world_process_zero:
+            self._started = (time.perf_counter(), state.global_step)
+            self._training = self._progress.add_task("train", total=state.max_steps, completed=state.global_step)
+            self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the training bar."""
+        if self._training is not None:
+            self._progress.update(self._training, completed=state.global_step)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Moves the evaluation bar, which the first batch puts up."""
+        if not state.is_world_process_zero:
+            return
+        if self._evaluation is None:
+            total = len(eval_dataloader) if eval_dataloader is not None else None
+            self._evaluation = self._progress.add_task("evaluate", total=total)
+            self._progress.start()
+        self._progress.advance(self._evaluation)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Takes the evaluation bar down."""
+        if self._evaluation is not None:
+            self._progress.remove_task(self._evaluation)
+            self._evaluation = None
+            if self._training is None:
+                self._progress.stop()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the training bar down."""
+        self.close()
+
+    def close(self) -> None:
+        """Takes everything down, also after an error."""
+        if self._training is not None:
+            self._progress.remove_task(self._training)
+            self._training = None
+        self._progress.stop()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line."""
+        if state.is_world_process_zero and logs and (line := describe(logs)):
+            done = state.global_step - self._started[1]
+            left = (
+                (time.perf_counter() - self._started[0]) / done * (state.max_steps - state.global_step) if done else 0
+            )
+            eta = f"  eta {_clock(left)}" if "loss" in logs and left else ""
+            logger.info("step %*d/%d  %s%s", len(str(state.max_steps)), state.global_step, state.max_steps, line, eta)
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """The metrics of one log in a fixed order; empty for a log that has none of them (the Trainer's run summary)."""
+    if "loss" in logs:
+        return "  ".join(_shown(name, logs[name]) for name in _FORMATS if name in logs)
+    prefixes = [name.removesuffix("_loss") for name in logs if name.endswith("_loss") and name != "train_loss"]
+    return "  ".join(
+        f"{prefix}: " + "  ".join(_shown(n, logs[f"{prefix}_{n}"]) for n in _FORMATS if f"{prefix}_{n}" in logs)
+        for prefix in prefixes
+    )
+
+
+_FORMATS = {
+    "epoch": "epoch {:.2f}",
+    "loss": "loss {:.4f}",
+    "perplexity": "ppl {:.4g}",
+    "token_accuracy": "tokens right {:.1%}",
+    "sequence_accuracy": "answers right {:.1%}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "grad {:.3g}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "memory_gb": "{:.1f} GiB",
+}
+
+
+def _shown(name: str, value: float) -> str:
+    return _FORMATS[name].format(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _finite(logs: dict[str, Any]) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}

@@ -1,0 +1,85 @@
+"""From samples to one batch: padded on the right to its longest row, and no further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft.encoding import IGNORE_INDEX
+
+FILLER = "filler"
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Joins rows of `input_ids` and `labels` into tensors.
+
+    Unpacked rows get an `attention_mask`. Packed rows (those with `position_ids`) get none: a mask would switch off
+    the isolation of documents by position, so each padding token stands as a document of its own.
+
+    Attributes:
+        pad_token_id: what fills short rows; it is never trained and never attended to.
+        pad_to_multiple_of: row length is rounded up to this, 1 for exact; tensor cores like 8.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch: `input_ids`, `labels` (B, T), `attention_mask` or `position_ids` (B, T), `lengths` (B,).
+
+        `lengths` counts the real tokens of each row; a filler row counts none.
+        """
+        lengths = [len(row["input_ids"]) for row in rows]
+        width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        batch = {
+            "input_ids": self._stack([row["input_ids"] for row in rows], width, self.pad_token_id),
+            "labels": self._stack([row["labels"] for row in rows], width, IGNORE_INDEX),
+        }
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = self._stack([row["position_ids"] for row in rows], width, 0)
+        else:
+            batch["attention_mask"] = self._stack([np.ones(n, dtype=np.int64) for n in lengths], width, 0)
+        real = [0 if row.get(FILLER) else n for row, n in zip(rows, lengths, strict=True)]
+        batch["lengths"] = torch.tensor(real)
+        return batch
+
+    @staticmethod
+    def _stack(rows: list[np.ndarray], width: int, fill: int) -> torch.Tensor:
+        stacked = np.full((len(rows), width), fill, dtype=np.int64)
+        for target, row in zip(stacked, rows, strict=True):
+            target[: len(row)] = row
+        return torch.from_numpy(stacked)
+
+
+class EvenRows(torch.utils.data.Dataset):
+    """A data set made divisible by `multiple` with fillers of one untrained token.
+
+    Ranks must run the same number of equal batches. Loaders that repeat real rows for that train and measure them
+    twice; a filler weighs nothing.
+    """
+
+    def __init__(self, rows: Any, multiple: int) -> None:
+        self.rows = rows
+        self.fillers = -len(rows) % multiple
+
+    def __len__(self) -> int:
+        return len(self.rows) + self.fillers
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self.rows):
+            return self.rows[index]
+        first = self.rows[0]
+        filler: dict[str, Any] = {"input_ids": first["input_ids"][:1], "labels": np.array([IGNORE_INDEX]), FILLER: True}
+        if "position_ids" in first:
+            filler["position_ids"] = np.zeros(1, dtype=np.int32)
+        return filler
+
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each real row, without reading them."""
+        column = self.rows.data.column("input_ids")
+        return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks])

@@ -1,0 +1,170 @@
+"""Rules between keys: what excludes what, and what needs what. Each broken rule is one problem."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from sft.errors import Problem
+from sft.overrides import shown
+from sft.schema import Config
+from sft.upstream_schema import trackers
+
+TRAIN_SOURCES = ("dataset_name", "dataset_path", "train_file", "datasets")
+VALIDATION_SOURCES = ("validation_file", "validation_split", "eval_datasets")
+
+_EXCLUSIVE: tuple[tuple[tuple[str, ...], str], ...] = (
+    (TRAIN_SOURCES, "Keep one of them; `datasets` takes several data sets."),
+    (VALIDATION_SOURCES, "Keep one of them; `eval_datasets` takes several data sets."),
+    (("model_name_or_path", "from_scratch"), "Keep one: a trained model, or random weights."),
+    (("quantization_config.load_in_4bit", "quantization_config.load_in_8bit"), "Keep one of them."),
+    (("bf16", "fp16"), "Keep one of them; bf16 where the machine has it."),
+    (("bf16_full_eval", "fp16_full_eval"), "Keep one of them."),
+    (("warmup_ratio", "warmup_steps"), "Keep one: a share of all steps, or a number of steps."),
+    (("global_batch_size", "gradient_accumulation_steps"), "Keep one: each follows from the other."),
+    (("global_batch_size", "auto_find_batch_size"), "Keep one: a batch size that is searched for changes the product."),
+)
+
+_SETTINGS_OF_A_START = {
+    "loftq_config": "loftq",
+    "eva_config": "eva",
+    "corda_config": "corda",
+    "lora_ga_config": "lora_ga",
+}
+
+
+def broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> list[Problem]:
+    """Every rule that the values given by the user break together.
+
+    Args:
+        config: the config, without the keys in `wrong`.
+        wrong: top-level keys with a mistake of their own. A rule that speaks of one of them cannot be judged.
+    """
+    needs = (p for p in _needs(config) if not wrong.intersection(re.findall(r"\w+", f"{p.key} {p.message} {p.hint}")))
+    return [*_exclusive(config), *needs]
+
+
+def training_problems(config: Config) -> list[Problem]:
+    """What a training run needs beyond a valid config; evaluating, previewing and merging do not."""
+    problems = []
+    if config.model_name_or_path is None and config.from_scratch is None:
+        hint = "Name a model folder or hub model, or give `from_scratch` a model config."
+        problems.append(config.problem("model_name_or_path", "is needed to train", hint))
+    if not any(_given(config, key) for key in TRAIN_SOURCES):
+        hint = f"Give one of {', '.join(TRAIN_SOURCES)}."
+        problems.append(config.problem("train_file", "there is no training data", hint))
+    quantization = config.quantization_config
+    if (
+        quantization is not None
+        and config.lora_config is None
+        and (quantization.load_in_4bit or quantization.load_in_8bit)
+    ):
+        message = "quantized weights cannot be trained without an adapter"
+        hint = "Add a lora_config section (`lora_config: {}` takes every default), or remove quantization_config."
+        problems.append(config.problem("quantization_config", message, hint))
+    return problems
+
+
+def _given(config: Config, key: str) -> bool:
+    """Whether the user gave `key` a value other than its "off" value: null, false, zero, or an empty list."""
+    place: object = config
+    for part in key.split("."):
+        if place is None or part not in getattr(place, "model_fields_set", ()):
+            return False
+        place = getattr(place, part)
+    return bool(place) or place == ""
+
+
+def _exclusive(config: Config) -> Iterator[Problem]:
+    for keys, hint in _EXCLUSIVE:
+        given = [key for key in keys if _given(config, key)]
+        if len(given) > 1:
+            # Named at the one that came last: that is the one just added.
+            *others, last = sorted(given, key=lambda key: (config.place(key)[1] or 0, keys.index(key)))
+            yield config.problem(last, f"excludes {' and '.join(f'{o} ({_where(config, o)})' for o in others)}", hint)
+
+
+def _where(config: Config, key: str) -> str:
+    file, line = config.place(key)
+    return f"line {line}" if line is not None else file or "given too"
+
+
+def _needs(config: Config) -> Iterator[Problem]:
+    if _given(config, "from_scratch") and not _given(config, "tokenizer_name_or_path"):
+        hint = "Add tokenizer_name_or_path: random weights come with no tokenizer."
+        yield config.problem("from_scratch", "needs tokenizer_name_or_path", hint)
+    quantization = config.quantization_config
+    if quantization is not None and not (quantization.load_in_4bit or quantization.load_in_8bit):
+        hint = "Write load_in_4bit: true or load_in_8bit: true in it, or remove the section."
+        yield config.problem("quantization_config", "asks for neither 4 nor 8 bits", hint)
+    for section, start in _SETTINGS_OF_A_START.items():
+        lora = config.lora_config
+        if lora is not None and getattr(lora, section) is not None and lora.init_lora_weights != start:
+            hint = f"Write init_lora_weights: {start}, or remove it."
+            yield config.problem(f"lora_config.{section}", f"is used only with init_lora_weights: {start}", hint)
+    if config.dataset_config_name is not None and config.dataset_name is None:
+        yield config.problem("dataset_config_name", "needs dataset_name", "It names a configuration of a hub data set.")
+    yield from _numbers(config)
+    yield from _trackers(config)
+    yield from _needs_of_training(config)
+
+
+def _numbers(config: Config) -> Iterator[Problem]:
+    """Numbers that upstream would take in another sense than the one they have."""
+    if config.max_steps == 0:
+        hint = "Write -1 to train for num_train_epochs."
+        yield config.problem("max_steps", "0 would train for num_train_epochs, not for no step", hint)
+    for key in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+        value = getattr(config, key) or 0
+        if value > 1 and value % 1:
+            hint = "Below 1 it is a share of all steps, from 1 on a number of steps."
+            yield config.problem(key, f"expected a whole number of steps, got {value:g}", hint)
+
+
+def _trackers(config: Config) -> Iterator[Problem]:
+    asked = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    for name in asked:
+        if name not in (*trackers(), "none", "all"):
+            near = difflib.get_close_matches(name.lower(), trackers(), n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Trackers are {', '.join(trackers())}; or none, or all."
+            yield config.problem("report_to", f"there is no tracker {name!r}", hint)
+
+
+def _needs_of_training(config: Config) -> Iterator[Problem]:
+    has_validation = any(_given(config, key) for key in VALIDATION_SOURCES) or config.dataset_name is not None
+    if config.eval_strategy != "no" and not has_validation:
+        hint = f"Give one of {', '.join(VALIDATION_SOURCES)}, or write eval_strategy: no."
+        yield config.problem("eval_strategy", f"{shown(config.eval_strategy)} needs validation data", hint)
+    if config.load_best_model_at_end:
+        yield from _best_model(config)
+    if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and config.eval_strategy == "no":
+        hint = "Write eval_strategy: steps or epoch."
+        yield config.problem("lr_scheduler_type", f"{config.lr_scheduler_type} needs evaluation", hint)
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        before, now = getattr(config, old), getattr(config, new)
+        if before is not None and now is not None and before != now:
+            message = f"is {shown(before)}, but {new}, its new name, is {shown(now)}"
+            yield config.problem(old, message, "Keep one of them.")
+    if config.dataloader_prefetch_factor is not None and config.dataloader_num_workers == 0:
+        hint = "Write dataloader_num_workers: 1 or more."
+        yield config.problem("dataloader_prefetch_factor", "needs worker processes that fetch ahead", hint)
+
+
+def _best_model(config: Config) -> Iterator[Problem]:
+    """Upstream's rules for `load_best_model_at_end`, told here with file and line."""
+    key = "load_best_model_at_end"
+    if config.eval_strategy == "no":
+        yield config.problem(key, "needs evaluation", "Write eval_strategy: steps or epoch.")
+        return
+    if config.save_strategy == "best":
+        return
+    if config.save_strategy != config.eval_strategy:
+        message = f"needs a checkpoint at each evaluation, but save_strategy is {config.save_strategy}"
+        yield config.problem(key, message, f"Write save_strategy: {config.eval_strategy}, or save_strategy: best.")
+    elif config.eval_strategy == "steps":
+        eval_steps = config.eval_steps or config.logging_steps
+        if (eval_steps < 1) != (config.save_steps < 1) or round(config.save_steps / eval_steps, 6) % 1:
+            message = f"needs save_steps ({config.save_steps:g}) to be a multiple of eval_steps ({eval_steps:g})"
+            yield config.problem(key, message, f"Write save_steps: {eval_steps:g}.")

@@ -1,0 +1,146 @@
+"""What people see: the log on stderr (stdout is for results), the ledger, a coloured sample, the errors."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sft.errors import UserError
+
+if TYPE_CHECKING:
+    from sft.checking import Report
+
+logger = logging.getLogger("sft")
+console = Console(stderr=True, highlight=False)
+
+_MARKS = {
+    logging.WARNING: "[yellow]warning:[/] ",
+    logging.ERROR: "[red]error:[/] ",
+    logging.CRITICAL: "[red]error:[/] ",
+}
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(_MARKS.get(record.levelno, "") + escape(record.getMessage()), soft_wrap=True)
+
+
+def speak(is_main_process: bool) -> None:
+    """Sends the pipeline's log to the console; other ranks than the first only log errors."""
+    logger.handlers = [_ConsoleHandler()]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+
+
+def write_log_file(file: Path) -> None:
+    """Sends the pipeline's log, with times, to `file` as well; a resumed run goes on in it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+def show_error(error: UserError) -> None:
+    """All problems, each with its place, what is wrong and what to do."""
+    for problem in error.problems:
+        line = Text("error: ", style="bold red")
+        if where := problem.where():
+            line.append(f"{where}: ", style="bold")
+        line.append(problem.message)
+        console.print(line, soft_wrap=True)
+        if problem.hint:
+            console.print(Text(f"       {problem.hint}", style="dim"), soft_wrap=True)
+
+
+def show_ledger(document: dict[str, Any]) -> None:
+    """The account of the data as a table, and the first lost rows with their places."""
+    table = Table(title="data", title_justify="left")
+    for name in ("set", "rows read", "trained", "lost", "tokens", "of them trained", "length p50", "max", "fill"):
+        table.add_column(name, justify="left" if name == "set" else "right")
+    for name, ledger in document["datasets"].items():
+        lost = ", ".join(f"{n} {reason}" for reason, n in ledger["rows_lost"].items()) or "0"
+        tokens, lengths, fill = ledger["tokens"], ledger["length_percentiles"], ledger["packing"]["fill"]
+        share = tokens["trained"] / tokens["total"] if tokens["total"] else 0.0
+        table.add_row(
+            name,
+            f"{ledger['rows_read']:,}",
+            f"{ledger['rows_trained']:,}",
+            lost,
+            f"{tokens['total']:,}",
+            f"{tokens['trained']:,} ({share:.0%})",
+            f"{lengths.get('p50', 0):,}",
+            f"{lengths.get('p100', 0):,}",
+            "-" if fill is None else f"{fill:.1%}",
+        )
+    console.print(table)
+    for name, ledger in document["datasets"].items():
+        for key, meaning in _NOTES.items():
+            if ledger[key]:
+                logger.warning("%s: %d %s", name, ledger[key], meaning)
+        for example in ledger["lost_examples"][:3]:
+            logger.warning("%s:%s: lost: %s: %s", *(example[k] for k in ("file", "line", "reason", "message")))
+
+
+_NOTES = {
+    "answers_cut": "answers lost their end to truncation: they teach the model not to stop",
+    "duplicates": "rows repeat an earlier one (dedupe: true leaves them out of training)",
+    "in_validation": "training rows stand in validation too, whose metrics flatter (dedupe: true leaves them out)",
+}
+
+
+def show_sample(sample: dict[str, Any], tokenizer: Any) -> None:
+    """One sample with its trained tokens in green and the rest dim; borders between tokens are marked."""
+    text = Text()
+    for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
+        piece = tokenizer.decode([token]).replace("\n", "⏎\n")
+        text.append(piece, style="bold green" if label != -100 else "dim")
+        text.append("|", style="bright_black")
+    trained = sum(label != -100 for label in sample["labels"])
+    title = f"{sample['split']} row {sample['row']} of {sample['file']} ({sample['format']})"
+    console.print(Text(f"{title}: {trained} of {len(sample['labels'])} tokens are trained (green)", style="bold"))
+    console.print(text, soft_wrap=True)
+
+
+def show_conclusion(output_dir: Path, results: dict[str, Any], seconds: float) -> None:
+    """The run's result and what to do next."""
+    shown = {k: v for k, v in results.items() if isinstance(v, int | float)}
+    if {"exact_match_before", "exact_match_after"} <= shown.keys():
+        before, after = shown["exact_match_before"], shown["exact_match_after"]
+        console.print(f"[bold]exact match: {before:.1%} before training, {after:.1%} after[/]")
+    table = Table(title=f"done in {seconds:.0f} s: {escape(str(output_dir))}", title_justify="left", show_header=False)
+    for name, value in shown.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    console.print(table)
+    console.print("next:")
+    commands = [f"generate --model {output_dir} --chat"]
+    if (output_dir / "adapter_config.json").is_file():
+        commands.append(f"merge --model {output_dir} --output_dir {output_dir}-merged")
+    for command in commands:
+        console.print(f"  .venv/bin/python sft_main.py {command}", markup=False, soft_wrap=True)
+
+
+def show_report(report: Report) -> None:
+    """`check`'s report for eyes."""
+    if report.data is not None:
+        show_ledger(report.data)
+    if report.estimate is not None:
+        console.print("  ".join(f"{name} {value:,}" for name, value in report.estimate.items()), style="dim")
+    show_error(UserError(*report.errors))
+    console.print("[bold red]not ready[/]" if report.errors else "[bold green]ready to train[/]")
+
+
+def quiet_libraries() -> None:
+    """Turns off the libraries' own progress bars, whose place the pipeline's take."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations inside the libraries
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,157 @@
+"""From the data keys to named sources: what is read, in which format, and for which split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sft.errors import Problem, UserError
+from sft.schema import DataKeys, DatasetKeys
+from sft.sources import Row, find_files, read_files, read_hub, read_saved
+
+_SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One data set as the user named it.
+
+    Attributes:
+        name: what the ledger and the metrics call it.
+        key: the config key that named it, for errors.
+        files: local data files; empty for a hub or saved data set.
+        hub: name on the hub, or the folder of a saved data set.
+    """
+
+    name: str
+    key: str
+    format: str
+    columns: dict[str, str] | None
+    train_on: str
+    max_samples: int | None = None
+    files: list[Path] = field(default_factory=list)
+    hub: str | None = None
+    hub_config: str | None = None
+    split: str = "train"
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in source order, at most `max_samples` of them."""
+        if self.files:
+            rows = read_files(self.files)
+        elif Path(str(self.hub)).is_dir():
+            rows = read_saved(Path(str(self.hub)), self.split, self.key)
+        else:
+            rows = read_hub(str(self.hub), self.hub_config, self.split, self.key)
+        for row in rows:
+            if self.max_samples is not None and row.index >= self.max_samples:
+                return
+            yield row
+
+    def fingerprint(self) -> str:
+        """Changes when a byte of the data does; a hub data set is known by its name, configuration and split."""
+        digest = hashlib.blake2b(repr((self.name, self.hub, self.hub_config, self.split)).encode())
+        saved = sorted(Path(self.hub).glob("**/*.arrow")) if self.hub and Path(self.hub).is_dir() else []
+        for file in [*self.files, *saved]:
+            digest.update(str(file).encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+        return digest.hexdigest()
+
+
+def training_sources(keys: DataKeys) -> list[DataSource]:
+    """The sources to train on.
+
+    Raises:
+        UserError: no training data is named, or it does not exist.
+    """
+    if keys.train_file is not None:
+        return [_from_files(keys, "train", "train_file", keys.train_file)]
+    if keys.dataset_path is not None:
+        source = _from_dataset_path(keys, "train")
+        if source is None:
+            raise UserError(keys.problem("dataset_path", f"no training data in {keys.dataset_path!r}"))
+        return [source]
+    if keys.dataset_name is not None:
+        return [_from_hub(keys, "train")]
+    if keys.datasets is not None:
+        return _from_entries(keys, keys.datasets, "datasets")
+    raise UserError(
+        Problem("no training data", "give train_file, dataset_path, dataset_name, or datasets", "train_file")
+    )
+
+
+def validation_sources(keys: DataKeys) -> list[DataSource]:
+    """The sources to evaluate on, besides what `validation_split` holds out; may be none."""
+    if keys.validation_file is not None:
+        return [_from_files(keys, "validation", "validation_file", keys.validation_file)]
+    if keys.eval_datasets is not None:
+        return _from_entries(keys, keys.eval_datasets, "eval_datasets")
+    if keys.dataset_path is not None and not keys.validation_split:
+        source = _from_dataset_path(keys, "validation")
+        return [source] if source else []
+    return []
+
+
+def _from_files(keys: DataKeys, name: str, key: str, spec: str | list[str]) -> DataSource:
+    return DataSource(name, key, keys.format, keys.columns, keys.train_on, files=find_files(spec, key))
+
+
+def _from_hub(keys: DataKeys, split: str) -> DataSource:
+    return DataSource(
+        split,
+        "dataset_name",
+        keys.format,
+        keys.columns,
+        keys.train_on,
+        hub=keys.dataset_name,
+        hub_config=keys.dataset_config_name,
+        split=split,
+    )
+
+
+def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
+    """A saved data set, or a folder whose files are named for their splits (a folder of other names is training)."""
+    path = Path(str(keys.dataset_path)).expanduser()
+    common = (split, "dataset_path", keys.format, keys.columns, keys.train_on)
+    if (path / "dataset_dict.json").is_file():
+        names = [n for n in _SPLIT_NAMES[split] if (path / n).is_dir()]
+        return DataSource(*common, hub=str(path), split=names[0]) if names else None
+    if (path / "state.json").is_file():
+        return DataSource(*common, hub=str(path)) if split == "train" else None
+    files = find_files(str(path), "dataset_path")
+    named = [f for f in files if f.name.lower().startswith(_SPLIT_NAMES[split])]
+    others = [f for f in files if not f.name.lower().startswith(_SPLIT_NAMES["train"] + _SPLIT_NAMES["validation"])]
+    chosen = named or (others if split == "train" else [])
+    return DataSource(*common, files=chosen) if chosen else None
+
+
+def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[DataSource]:
+    sources: list[DataSource] = []
+    for number, entry in enumerate(entries):
+        entry_key = f"{key}.{number}.path"
+        name = entry.name or Path(entry.path).stem or f"{key}_{number}"
+        if name in {s.name for s in sources}:
+            raise UserError(
+                Problem(f"two data sets are called {name!r}", "give each a `name` of its own", f"{key}.{number}.name")
+            )
+        is_local = Path(entry.path).expanduser().exists() or any(c in entry.path for c in "*?[")
+        is_saved = (Path(entry.path) / "dataset_info.json").is_file() or (
+            Path(entry.path) / "dataset_dict.json"
+        ).is_file()
+        looks_local = is_local or entry.path.startswith((".", "/", "~")) or Path(entry.path).suffix != ""
+        sources.append(
+            DataSource(
+                name,
+                entry_key,
+                entry.format or keys.format,
+                entry.columns or keys.columns,
+                entry.train_on or keys.train_on,
+                entry.max_samples,
+                files=find_files(entry.path, entry_key) if looks_local and not is_saved else [],
+                hub=None if looks_local and not is_saved else entry.path,
+                split=entry.split or "train",
+            )
+        )
+    return sources

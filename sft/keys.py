@@ -1,0 +1,62 @@
+"""The base of every group of config keys: strict, immutable, and aware of where each key was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from sft.errors import Problem
+
+Place = tuple[str, int | None]
+"""A file (or `command line`) and the line in it, counted from 1."""
+
+
+def upwards(key: str) -> Iterator[str]:
+    """`a.b.c`, `a.b`, `a`."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
+class Keys(BaseModel):
+    """A group of config keys. Unknown keys are refused, values are not converted behind the user's back."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    _places: Mapping[str, Place] = PrivateAttr(default_factory=dict)
+    _section: str = PrivateAttr(default="")
+
+    def locate(self, places: Mapping[str, Place], section: str = "") -> None:
+        """Remembers where every key was written, here and in the sections below.
+
+        Args:
+            places: file and line by dotted key of the whole config.
+            section: the dotted key of this section with a dot at its end, e.g. `datasets.0.`.
+        """
+        self._places, self._section = places, section
+        for name, value in self:
+            for suffix, item in enumerate(value) if isinstance(value, list) else [("", value)]:
+                if isinstance(item, Keys):
+                    item.locate(places, f"{section}{name}.{suffix}." if suffix != "" else f"{section}{name}.")
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when the values are; where they were written does not matter."""
+        return type(self) is type(other) and self.__dict__ == getattr(other, "__dict__", None)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def is_set(self, key: str) -> bool:
+        """Whether the user gave `key`, in the file or on the command line."""
+        return key in self.model_fields_set
+
+    def place(self, key: str) -> Place | tuple[None, None]:
+        """Where `key` (dotted, e.g. `datasets.0.path`) or the nearest thing around it was written."""
+        return next((self._places[near] for near in upwards(self._section + key) if near in self._places), (None, None))
+
+    def problem(self, key: str, message: str, hint: str = "") -> Problem:
+        """A mistake in the value of `key`, with the file and the line where the user wrote it."""
+        file, line = self.place(key)
+        return Problem(message, hint, key=self._section + key, file=file, line=line)

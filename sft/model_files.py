@@ -1,0 +1,117 @@
+"""What a model or tokenizer setting names: a folder on this machine or a name on the hub, and what is in the folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from sft.errors import Problem, UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "config.json"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds a PEFT adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def is_model(folder: Path) -> bool:
+    """Whether `folder` holds a whole model."""
+    return (folder / MODEL_CONFIG).is_file() and not is_adapter(folder)
+
+
+def _names_a_path(name: str) -> bool:
+    """Whether `name` can only be meant as a path: a hub name is `name` or `owner/name`, and nothing else."""
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/"):
+        return True
+    owner, slash, _ = name.partition("/")
+    return bool(slash) and Path(owner).is_dir()
+
+
+def nearest_existing(path: Path) -> str:
+    """Where a path that does not exist leaves the file system, and what there looks most like it."""
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        missing, parent = parent.name, parent.parent
+    if not parent.is_dir():
+        return f"{parent} exists, and is a file."
+    close = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean {parent / close[0]}?"
+    return f"The nearest folder that exists is {parent}."
+
+
+def _what_is_in(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    inside = [entry.name for entry in folder.iterdir() if is_model(entry) or is_adapter(entry)]
+    if inside:
+        return f"These folders in it hold one: {', '.join(sorted(inside))}."
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"It holds {shown}." if names else "It is empty."
+
+
+def resolve_reference(name: str, key: str) -> str:
+    """An absolute path for a folder that exists, or `name` unchanged for a name on the hub.
+
+    Raises:
+        UserError: `name` is a path that does not exist, or a file.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists():
+        raise UserError(Problem(f"{name!r} is a file", "Name the folder that it is in.", key=key))
+    if _names_a_path(name):
+        raise UserError(
+            Problem(f"no such folder: {name!r}", nearest_existing(Path(path.absolute())), key=key),
+        )
+    return name
+
+
+def require_model(reference: str, key: str) -> None:
+    """A local folder must hold a whole model.
+
+    Raises:
+        UserError: it holds an adapter, or nothing that is a model; says what it does hold.
+    """
+    folder = Path(reference)
+    if not folder.is_dir() or is_model(folder):
+        return
+    if is_adapter(folder):
+        raise UserError(
+            Problem(
+                f"{reference!r} holds an adapter, not a whole model",
+                "Name its base model here; or make a whole model of it first: sft_main.py merge --model "
+                f"{reference} --output_dir DIR.",
+                key=key,
+            )
+        )
+    raise UserError(Problem(f"{reference!r} holds no {MODEL_CONFIG}: not a model", _what_is_in(folder), key=key))
+
+
+def require_trained(folder: Path, key: str = "--model") -> None:
+    """The folder of a trained model or an adapter, as the verbs after training take it.
+
+    Raises:
+        UserError: there is no such folder, or it holds neither.
+    """
+    if not folder.is_dir():
+        raise UserError(Problem(f"no such folder: {str(folder)!r}", nearest_existing(folder.absolute()), key=key))
+    if not is_model(folder) and not is_adapter(folder):
+        raise UserError(Problem(f"{str(folder)!r} holds neither a model nor an adapter", _what_is_in(folder), key=key))
+
+
+def unavailable(reference: str, error: Exception, key: str, what: str) -> UserError:
+    """What could not be loaded, as a UserError instead of the loader's traceback."""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(reference).is_dir():
+        return UserError(Problem(f"cannot read the {what} in {reference!r}: {first_line}", key=key))
+    return UserError(
+        Problem(
+            f"cannot get the {what} {reference!r} from the hub: {first_line}",
+            "Check the name, the network, and that you are logged in where the model is gated; on a machine without "
+            "network give the path of a local folder.",
+            key=key,
+        )
+    )

@@ -1,0 +1,180 @@
+"""Command line overrides in the habits that people bring: `--learning_rate 1e-5`, `--lora_config.r=32`, `bf16=true`.
+
+Dashes stand for underscores, a switch may stand alone (`--bf16`), values are YAML (`train_file=[a.jsonl,b.jsonl]`), and
+a number in the path is a place in a list (`datasets.0.max_samples=10`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from sft.errors import Problem, UserError
+from sft.values import WORDS, Path, accepts, items_of, section_of
+from sft.yaml_source import read_value
+
+COMMAND_LINE = "command line"
+_ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
+
+logger = logging.getLogger("sft")
+
+
+@dataclass(frozen=True)
+class Override:
+    """One assignment from the command line.
+
+    Attributes:
+        path: the key, e.g. `("lora_config", "r")`.
+        value: as YAML reads it.
+        typed: as it stood on the command line.
+        texts: the spelling of each unquoted scalar in the value, by the whole path.
+    """
+
+    path: Path
+    value: Any
+    typed: str
+    texts: Mapping[Path, str]
+
+    @property
+    def key(self) -> str:
+        return ".".join(map(str, self.path))
+
+
+def parse_overrides(arguments: Sequence[str], schema: type[BaseModel]) -> tuple[list[Override], list[Problem]]:
+    """The assignments in `arguments` in their order, and what could not be read as one."""
+    overrides: list[Override] = []
+    problems: list[Problem] = []
+    for key, text in _assignments(arguments, schema, problems):
+        path: Path = tuple(int(part) if part.isdigit() else part for part in key.replace("-", "_").split("."))
+        if "" in path:
+            problems.append(Problem(f"{key!r} is not a key", "Write section.key=value.", key, COMMAND_LINE))
+            continue
+        value, texts = _read(text, annotation_at(schema, path))
+        overrides.append(Override(path, value, text, {(*path, *inner): spelling for inner, spelling in texts.items()}))
+    return overrides, problems
+
+
+def _assignments(
+    arguments: Sequence[str], schema: type[BaseModel], problems: list[Problem]
+) -> Iterator[tuple[str, str]]:
+    """Yields (key, value text) for each assignment; what is none becomes a problem."""
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name = word.removeprefix("--")
+        if _ASSIGNMENT.match(name):
+            key, _, text = name.partition("=")
+            yield key, text
+        elif not word.startswith("--") or not name:
+            hint = "Overrides are written --key value, --key=value or key=value."
+            problems.append(Problem(f"{word!r} is not an override", hint, file=COMMAND_LINE))
+        elif rest and _is_value_for(rest[0], annotation_at(schema, tuple(name.replace("-", "_").split(".")))):
+            yield name, rest.pop(0)
+        elif accepts(annotation_at(schema, tuple(name.replace("-", "_").split("."))), bool):
+            yield name, "true"
+        else:
+            problems.append(Problem("needs a value", f"Write {word}=VALUE.", name, COMMAND_LINE))
+
+
+def _is_value_for(word: str, annotation: Any) -> bool:
+    """Whether `word` is the value of the key before it; a switch stands alone before the next assignment."""
+    if word.startswith("--"):
+        return False
+    return not (accepts(annotation, bool) and _ASSIGNMENT.match(word) and word.lower() not in WORDS)
+
+
+def annotation_at(schema: type[BaseModel], path: Path) -> Any:
+    """The type that the schema declares at `path`; None where it knows no such key."""
+    annotation: Any = schema
+    for part in path:
+        section = section_of(annotation)
+        if section is not None and part in section.model_fields:
+            annotation = section.model_fields[str(part)].annotation
+        elif isinstance(part, int) or str(part).isdigit():
+            annotation = items_of(annotation)
+        else:
+            return None
+    return annotation
+
+
+def _read(text: str, annotation: Any) -> tuple[Any, Mapping[Path, str]]:
+    """The value that `text` means; text that YAML sees more in than the key can hold stays text."""
+    try:
+        value, texts = read_value(text)
+    except UserError:
+        return text, {}
+    holds_text = annotation is not None and accepts(annotation, str)
+    if isinstance(value, dict) and holds_text and not (accepts(annotation, dict) or section_of(annotation)):
+        return text, {}  # --system_prompt "Answer in one word: yes or no"
+    return value, texts
+
+
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[Override], schema: type[BaseModel], secrets: frozenset[str]
+) -> list[Problem]:
+    """Writes each override into `values` (changed in place), announces it, and returns what had no place to go."""
+    problems = []
+    for override in overrides:
+        try:
+            before = _assign(values, override.path, override.value)
+        except LookupError as error:
+            problems.append(Problem(str(error.args[0]), key=override.key, file=COMMAND_LINE))
+            continue
+        if before is _ABSENT:
+            before = _default_at(schema, override.path)
+        if secrets.intersection(map(str, override.path)):
+            logger.info("override: %s = (not shown)", override.key)
+        else:
+            logger.info("override: %s = %s (was %s)", override.key, override.typed[:100], shown(before).strip("'"))
+    return problems
+
+
+_ABSENT = object()
+
+
+def _assign(values: dict[str, Any], path: Path, value: Any) -> Any:
+    """Sets `values[path]`, opening sections on the way; returns what was there.
+
+    Raises:
+        LookupError: a list has no such place, or a plain value stands where a section is needed.
+    """
+    place: Any = values
+    part: Any
+    for depth, part in enumerate(path):
+        above = ".".join(map(str, path[:depth]))
+        if isinstance(place, list):
+            if not isinstance(part, int):
+                raise LookupError(f"{above} is a list; write {above}.0.{part} for its first item")
+            if part >= len(place):
+                raise LookupError(f"{above} has {len(place)} items, counted from 0")
+        elif not isinstance(place, dict):
+            raise LookupError(f"{above} is {shown(place)}, which has no keys")
+        else:
+            part = str(part)
+        if depth == len(path) - 1:
+            before = place[part] if isinstance(place, list) else place.get(part, _ABSENT)
+            place[part] = value
+            return before
+        if isinstance(place, dict) and place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+    return _ABSENT
+
+
+def _default_at(schema: type[BaseModel], path: Path) -> Any:
+    section = section_of(annotation_at(schema, path[:-1])) if len(path) > 1 else schema
+    field = section.model_fields.get(str(path[-1])) if section else None
+    return field.get_default(call_default_factory=True) if field and not field.is_required() else None
+
+
+def shown(value: Any) -> str:
+    """A value as the config would spell it, short enough for a line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

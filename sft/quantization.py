@@ -1,0 +1,153 @@
+"""4-bit and 8-bit base models through bitsandbytes, on GPUs and CPUs, without its silent traps.
+
+Three things here are more than a call:
+
+- On CPUs with AVX512-BF16, `Linear4bit` repacks its weights at the first forward in evaluation mode, and for good: from
+  then on each product is rounded to bfloat16 and, worse, has no gradient, so that training after the first evaluation
+  would go on with the adapters of the upper layer only. `settle` switches the repacking off.
+- `peft.prepare_model_for_kbit_training` casts every weight that is not quantized to float32. Of what it does only the
+  freezing is needed. The embeddings and the head are the largest of those weights and doubling them buys nothing: they
+  are frozen, and a bfloat16 number is the same number in float32. The norms compute in float32 internally whatever
+  their weights are stored in; float32 weights would only turn the whole residual stream into float32. And the gradient
+  hook on the embeddings is for reentrant checkpointing, which is not used here.
+- A quantization that did not happen (nothing matched, or everything was skipped) would train at full memory; `settle`
+  counts the layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+    from sft.precision import Precision
+    from sft.schema import QuantizationKeys
+
+_CPU_LOGGER = "bitsandbytes.backends.cpu.ops"
+_CAST_LOGGER = "bitsandbytes.autograd._functions"
+
+
+@contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    """While this lasts `import kernels` fails at once.
+
+    The CPU backend of bitsandbytes fetches a kernel from the hub at import time where that package is installed, in
+    each process, with the waiting that a machine without network has. The kernel is for repacked weights, which are
+    never used here.
+    """
+    before = sys.modules.get("kernels", ...)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before is ...:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = before  # type: ignore[assignment]
+
+
+def import_bitsandbytes() -> Any:
+    """The bitsandbytes module, imported without its call to the hub and the warning that the call failed.
+
+    `import peft` and `from transformers import Trainer` import bitsandbytes too, so that a program calls this before
+    either. Later calls cost nothing.
+
+    Raises:
+        UserError: it is not installed, or does not load on this machine.
+    """
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    logger = logging.getLogger(_CPU_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with _without_hub_kernels():
+            import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            Problem(f"bitsandbytes does not load here: {error}", "pip install bitsandbytes", key="quantization_config")
+        ) from error
+    finally:
+        logger.setLevel(level)
+    # 8-bit layers round their inputs by design, and say so for each layer.
+    logging.getLogger(_CAST_LOGGER).addFilter(lambda record: "inputs will be cast" not in record.getMessage())
+    return bitsandbytes
+
+
+def bits_and_bytes_config(keys: QuantizationKeys, precision: Precision) -> BitsAndBytesConfig:
+    """What transformers takes; the compute dtype defaults to what the machine computes in, not to float32.
+
+    Raises:
+        UserError: neither 4 nor 8 bits are asked for, or both.
+    """
+    if keys.load_in_4bit == keys.load_in_8bit:
+        said = "both" if keys.load_in_4bit else "neither"
+        raise UserError(
+            Problem(
+                f"{said} of load_in_4bit and load_in_8bit is true",
+                "Set exactly one of them.",
+                key="quantization_config",
+            )
+        )
+    from transformers import BitsAndBytesConfig
+
+    kwargs = keys.kwargs()
+    if keys.bnb_4bit_compute_dtype is None:
+        half = "bfloat16" if precision.bf16 else "float16" if precision.fp16 else precision.dtype
+        kwargs["bnb_4bit_compute_dtype"] = half
+    return BitsAndBytesConfig(**kwargs)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers whose weights are held in 4 or 8 bits, by name."""
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    bnb = sys.modules["bitsandbytes"].nn
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, (bnb.Linear4bit, bnb.Linear8bitLt))
+    }
+
+
+def settle(model: PreTrainedModel) -> int:
+    """Make a model that was just loaded quantized ready: checked, frozen, and with one arithmetic for all modes.
+
+    Returns:
+        How many layers are quantized.
+
+    Raises:
+        UserError: no layer is: the setting had no effect.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise UserError(
+            Problem(
+                "no layer of the model was quantized",
+                "Its linear layers are of a kind that bitsandbytes does not replace, or llm_int8_skip_modules leaves "
+                "all of them out.",
+                key="quantization_config",
+            )
+        )
+    for layer in layers.values():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # see the module's docstring
+    model.requires_grad_(False)
+    return len(layers)
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same function in plain linear layers: each weight becomes exactly the number its 4 or 8 bits stand for.
+
+    Args:
+        dtype: of all weights afterwards; no less precise than the model's own for the function to stay the same.
+    """
+    plain: Any = model.dequantize(dtype=dtype)
+    return plain.to(dtype=dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,196 @@
+"""From a conversation to the text that the tokenizer's chat template makes of it, and the spans that are trained.
+
+Which characters are the answers is read off the rendering itself, so no template needs `{% generation %}` marks and
+none needs to be known here:
+
+    conversation rendered whole    <|user|>Hi<|end|><|assistant|>Hello<|end|>\n
+    rendered up to the answer,
+    with its generation prompt     <|user|>Hi<|end|><|assistant|>
+    trained span                                                 [Hello<|end|>]
+
+An answer starts where the prompt ends that a server would send, and ends with the token that ends it; whatever the
+template puts behind that token (a line feed, the text's own end) is not trained. A rendering in which the prompt is
+not a prefix of the whole is a `template_mismatch`, never a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sft.errors import Problem, UserError
+from sft.formats import Conversation, Message, RowLost
+
+Span = tuple[int, int]
+
+_PROBE = "\x02answer\x03"  # text that no template rewrites and no user types
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as one text, and the character spans `[start, end)` of it that are trained."""
+
+    text: str
+    spans: list[Span]
+
+
+class ChatRenderer:
+    """Renders conversations with one tokenizer's chat template and finds the spans to train.
+
+    Attributes:
+        end_token: the text of the token that ends each answer, e.g. `<|im_end|>`.
+        end_token_id: its id.
+
+    Raises:
+        UserError: the template cannot render a plain question and answer, or never ends an answer with a token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        source = tokenizer.chat_template
+        source = source if isinstance(source, str) else "\n".join(source.values())
+        self.renders_tools = "tools" in source and "tool_calls" in source
+        self.renders_system = self._accepts_system()
+        self.end_token, self._last_tail = self._find_end_token()
+        self.end_token_id: int = tokenizer.get_added_vocab()[self.end_token]
+
+    def render(self, conversation: Conversation, train_on: str = "assistant") -> Rendered:
+        """The conversation's text with the spans that `train_on` asks for.
+
+        Args:
+            conversation: a normalized row.
+            train_on: `assistant` (each answer), `last_assistant`, or `all` (every character).
+
+        Raises:
+            RowLost: `template_mismatch` when the template refuses the conversation or the prompt of an answer is
+                not how the whole begins; `no_trained_token` when nothing of it is to be trained.
+        """
+        messages, tools = self._fit_to_template(conversation)
+        whole = self._apply(messages, tools)
+        if train_on == "all":
+            return Rendered(whole, [(0, len(whole))])
+        offset = len(messages) - len(conversation.messages)  # a system message that carries the tools was put first
+        turns = [i + offset for i, trained in enumerate(conversation.trainable) if trained]
+        if train_on == "last_assistant":
+            turns = [i for i in turns[-1:] if i == self._last_assistant(messages)]
+        if not turns:
+            raise RowLost("no_trained_token", f"no assistant turn is to be trained (train_on: {train_on})")
+        return Rendered(whole, [self._span(whole, messages, turn, tools) for turn in turns])
+
+    def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """The text that a server would let the model continue after `messages`."""
+        return self._apply(messages, tools, add_generation_prompt=True)
+
+    def _span(self, whole: str, messages: list[Message], turn: int, tools: list[dict[str, Any]] | None) -> Span:
+        prompt = self._apply(messages[:turn], tools, add_generation_prompt=True)
+        start = len(prompt)
+        if not whole.startswith(prompt):
+            at = len(_shared_start(whole, prompt))
+            raise RowLost(
+                "template_mismatch",
+                f"message {turn}: the template renders the prompt as ...{prompt[max(0, at - 20) :][:60]!r}, "
+                f"the conversation has ...{whole[max(0, at - 20) :][:60]!r}",
+            )
+        if turn == len(messages) - 1:
+            if not whole.endswith(self._last_tail) or len(whole) - len(self._last_tail) < start:
+                raise RowLost("template_mismatch", f"message {turn}: its text does not end with {self._last_tail!r}")
+            return start, len(whole) - len(self._last_tail) + len(self.end_token)
+        # What two continuations with different next messages share ends somewhere in the next turn's header; the
+        # last end token before that is this answer's, whatever its own text contains.
+        other = self._apply([*messages[: turn + 1], {**messages[turn + 1], "content": _PROBE}], tools)
+        shared = _shared_start(whole, other)
+        end = shared.rfind(self.end_token, start)
+        if end < 0:
+            raise RowLost("template_mismatch", f"message {turn}: the answer is not followed by {self.end_token!r}")
+        return start, end + len(self.end_token)
+
+    def _fit_to_template(self, conversation: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
+        """Keeps what the template has no place for: system prompts, tools and their calls become plain text."""
+        messages, tools = conversation.messages, conversation.tools
+        if not self.renders_tools and (tools or any("tool_calls" in m or m["role"] == "tool" for m in messages)):
+            messages = [_call_as_text(m) for m in messages]
+            if tools:
+                messages = _with_tools_in_system(messages, tools)
+                tools = None
+        if not self.renders_system and messages[0]["role"] == "system":
+            raise RowLost("template_mismatch", "the chat template does not render system messages")
+        return messages, tools
+
+    def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise jinja2 errors of their own, and TypeErrors from inside filters
+            raise RowLost("template_mismatch", f"the chat template refuses the conversation: {error}") from None
+        return str(text)
+
+    @staticmethod
+    def _last_assistant(messages: list[Message]) -> int:
+        return max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+
+    def _accepts_system(self) -> bool:
+        try:
+            text = self._apply(
+                [
+                    {"role": "system", "content": _PROBE},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ],
+                None,
+            )
+        except RowLost:
+            return False
+        return _PROBE in text
+
+    def _find_end_token(self) -> tuple[str, str]:
+        """The token behind an answer, and all that stands behind the last answer of a conversation (token first)."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            text = self._apply(probe, None)
+        except RowLost as lost:
+            raise UserError(Problem(lost.message, "mend the template, or set another", "chat_template")) from None
+        if text.count(_PROBE) != 1:
+            raise UserError(Problem("the chat template does not render an answer's text", key="chat_template"))
+        tail = text[text.index(_PROBE) + len(_PROBE) :]
+        found = [(tail.find(t), -len(t), t) for t in self._tokenizer.get_added_vocab() if t in tail]
+        if not found:
+            raise UserError(
+                Problem(
+                    f"the chat template ends an answer with {tail!r}, which holds no token of its own: the model "
+                    "would never learn to stop",
+                    "end each assistant turn with a special token, e.g. {{ eos_token }}, or set `chat_template: plain`",
+                    "chat_template",
+                )
+            )
+        token = min(found)[2]
+        return token, tail[tail.index(token) :]
+
+
+def _call_as_text(message: Message) -> Message:
+    import json
+
+    if "tool_calls" not in message:
+        return message
+    calls = [json.dumps(c.get("function", c), ensure_ascii=False) for c in message["tool_calls"]]
+    content = "\n".join([message["content"], *calls] if message["content"] else calls)
+    return {**{k: v for k, v in message.items() if k != "tool_calls"}, "content": content}
+
+
+def _with_tools_in_system(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    import json
+
+    listing = "Tools:\n" + "\n".join(json.dumps(t.get("function", t), ensure_ascii=False) for t in tools)
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{listing}"}, *messages[1:]]
+    return [{"role": "system", "content": listing}, *messages]
+
+
+def _shared_start(a: str, b: str) -> str:
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # the longest shared start, by bisection: slices compare at memory speed
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return a[:low]

@@ -1,0 +1,291 @@
+"""Every config key: its type, its default, its meaning and unit. No default lives anywhere else.
+
+`Config` is one flat model made of groups. A stage receives the group it uses: `config.section(DataKeys)`.
+Keys of `TrainingArguments`, `LoraConfig` and `BitsAndBytesConfig` come from `sft.upstream_schema`; the ones that stand
+here with a default of our own replace upstream's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
+
+from sft.keys import Keys
+from sft.upstream_schema import defaults, module_of, upstream_keys
+from sft.values import Bool, Int, Number
+
+if TYPE_CHECKING:
+
+    class _Upstream(Keys):
+        def __getattr__(self, name: str) -> Any: ...
+
+    class TrainingArgumentsKeys(_Upstream): ...
+
+    class LoraConfigKeys(_Upstream): ...
+
+    class BitsAndBytesConfigKeys(_Upstream): ...
+
+else:
+    TrainingArgumentsKeys = upstream_keys("TrainingArguments")
+    LoraConfigKeys = upstream_keys("LoraConfig")
+    BitsAndBytesConfigKeys = upstream_keys("BitsAndBytesConfig")
+
+Group = TypeVar("Group", bound=Keys)
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Int, Field(ge=1)]
+Format = Literal["auto", "alpaca", "chat", "qa", "text"]
+TrainOn = Literal["assistant", "last_assistant", "all"]
+Packing = Literal["auto", "bfd", "wrapped", False]
+
+
+class ModelKeys(Keys):
+    """Which model and tokenizer, and how the weights are held."""
+
+    model_name_or_path: str | None = None
+    """The model to fine-tune: a folder in Hugging Face layout, or a name on the hub."""
+    tokenizer_name_or_path: str | None = None
+    """The tokenizer, where it is not the model's own: a folder or a name on the hub."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub model; null is its main branch."""
+    trust_remote_code: Bool = False
+    """Whether Python code that comes with a hub model may run on this machine."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The number format that the weights are held in; `auto` chooses for the machine and says what it chose."""
+    attn_implementation: str = "auto"
+    """The attention kernel, e.g. `sdpa`, `eager`, `flash_attention_2`; `auto` chooses for the machine."""
+    from_scratch: dict[str, Any] | str | None = None
+    """Start from random weights: a model config with `model_type`, or the path of a JSON or YAML file with one."""
+    chat_template: str | None = None
+    """Chat template to use instead of the tokenizer's: a file, Jinja text, or the name `plain` or `chatml`."""
+    special_tokens: list[str] | dict[str, str | list[str]] | None = None
+    """Tokens to add: a list of texts, or a mapping of roles such as `pad_token` to texts."""
+
+
+class DatasetKeys(Keys):
+    """One data set among several."""
+
+    path: str
+    """A file, folder, glob, saved data set, or name on the hub."""
+    name: str | None = None
+    """What reports and metrics call this data set; null takes it from the path."""
+    split: str | None = None
+    """The split of a hub data set or saved data set dictionary, e.g. `train`."""
+    format: Format | None = None
+    """The row format; null takes the config's `format`."""
+    columns: dict[str, str] | None = None
+    """The names of this data set's columns by the names of the format; null takes the config's `columns`."""
+    max_samples: Positive | None = None
+    """Rows to use at the most, counted from the first; null uses all."""
+    train_on: TrainOn | None = None
+    """Which turns are trained; null takes the config's `train_on`."""
+
+
+class DataKeys(Keys):
+    """Which rows, and how they become tokens and labels."""
+
+    dataset_name: str | None = None
+    """A data set on the hub."""
+    dataset_config_name: str | None = None
+    """The configuration of `dataset_name`, e.g. `main`."""
+    dataset_path: str | None = None
+    """A folder that `datasets` saved (`save_to_disk`)."""
+    train_file: str | list[str] | None = None
+    """Training rows: a file, glob or folder, or a list of them (json, jsonl, csv, tsv, txt, parquet, arrow)."""
+    validation_file: str | list[str] | None = None
+    """Validation rows, in the same ways as `train_file`."""
+    validation_split: Share = 0.0
+    """Share of the training rows to hold out for validation, drawn with `shuffle_seed`."""
+    datasets: list[DatasetKeys] | None = None
+    """Several training data sets, each with its own settings."""
+    eval_datasets: list[DatasetKeys] | None = None
+    """Several validation data sets, each reported under its own name."""
+    format: Format = "auto"
+    """The row format; `auto` detects it for each row."""
+    columns: dict[str, str] | None = None
+    """The names of your columns by the names of the format, e.g. `{question: problem, answer: solution}`."""
+    system_prompt: str | None = None
+    """System message for every conversation that has none."""
+    train_on: TrainOn = "assistant"
+    """Which turns are trained: every answer, only the last answer, or all tokens."""
+    max_seq_length: Annotated[Int, Field(ge=2)] = 2048
+    """Length limit of a training sequence, in tokens."""
+    truncation: Literal["error", "drop", "left", "right", "split"] = "drop"
+    """What happens to a row longer than `max_seq_length`: stop, leave it out, cut a side off, or cut it in pieces."""
+    packing: Packing = "auto"
+    """Several rows in one training sequence: best-fit decreasing (`bfd`), a token stream cut at the limit (`wrapped`),
+    or not at all; `auto` chooses for the data and the machine."""
+    eval_packing: Packing | None = None
+    """The same for validation; null is as `packing`."""
+    shuffle_seed: Int | None = None
+    """Seed of the validation split and of the row order; null is `seed`."""
+    preprocessing_num_workers: Positive | None = None
+    """Processes that tokenize; null chooses for the machine."""
+    dedupe: Bool = False
+    """Leave out training rows whose text occurred before."""
+    max_lost_fraction: Share = 0.05
+    """Share of the rows that may be lost to mistakes in the data; above it the run stops before training."""
+    cache_dir: str | None = None
+    """Folder for downloaded and tokenized data; null is the Hugging Face cache."""
+
+
+class TrainingKeys(TrainingArgumentsKeys):
+    """Every key of `transformers.TrainingArguments`, and ours beside them."""
+
+    output_dir: str = "outputs"
+    """Folder for checkpoints, the final model, logs and reports."""
+    logging_steps: Annotated[Number, Field(gt=0)] = 10
+    """Optimizer steps between two log lines; below 1 a share of all steps."""
+    report_to: str | list[str] = "none"
+    """Trackers that get the metrics, e.g. `wandb`, `tensorboard`; `none` for none, `all` for the installed."""
+    fsdp: Bool | str | list[str] | None = None
+    """Shard the model with torch's FSDP: true, with the settings in `fsdp_config`; text is upstream's older way."""
+    remove_unused_columns: Literal[False] = False
+    """Stays false: the data handler makes exactly the columns that the trainer uses."""
+    logging_nan_inf_filter: Literal[False] = False
+    """Stays false: upstream's filter would show the running mean in place of a loss that is not finite."""
+    resume_from_checkpoint: str | Bool | None = None
+    """A checkpoint folder to go on from; `auto` (or true) takes the newest whole one in `output_dir`."""
+    warmup_ratio: Share | None = None
+    """Share of the optimizer steps in which the learning rate rises; excludes `warmup_steps`."""
+    global_batch_size: Positive | None = None
+    """Rows per optimizer step over all processes; sets `gradient_accumulation_steps`, and excludes it."""
+
+    def training_arguments(self) -> dict[str, Any]:
+        """What `transformers.TrainingArguments(**...)` takes: the values that differ from upstream's defaults."""
+        arguments = {
+            name: value for name, value in self if name in _TRAINING_DEFAULTS and value != _TRAINING_DEFAULTS[name]
+        }
+        if self.warmup_ratio is not None:
+            arguments["warmup_steps"] = self.warmup_ratio
+        # Upstream renamed this pair; the old name warns on every run and does the same.
+        for old, new in _RENAMED_UPSTREAM.items():
+            if (value := arguments.pop(old, None)) is not None:
+                arguments[new] = value
+        if not isinstance(arguments.get("resume_from_checkpoint"), str):
+            arguments.pop("resume_from_checkpoint", None)  # upstream's field holds a path and nothing else
+        if self.parallelism_config is not None:
+            arguments["parallelism_config"] = _instance(self.parallelism_config)
+        return arguments
+
+
+class LoraKeys(LoraConfigKeys):
+    """Every key of `peft.LoraConfig`: small trainable matrices beside the frozen weights (arXiv:2106.09685)."""
+
+    r: Positive = 16
+    """Rank of the update: the width of the two matrices beside each adapted layer."""
+    lora_alpha: Positive = 32
+    """Scale of the update: it is multiplied by lora_alpha / r (by lora_alpha / sqrt(r) with `use_rslora`)."""
+    lora_dropout: Share = 0.0
+    """Share of the adapter's inputs that is zeroed in training."""
+    target_modules: list[str] | str | None = "all-linear"
+    """Layers to adapt: names or name ends, one regular expression, or `all-linear` (all but the output layer)."""
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """Stays CAUSAL_LM, the task that this pipeline trains."""
+    peft_type: Literal["LORA"] | None = None
+    """Stays LORA: peft sets it."""
+    inference_mode: Literal[False] = False
+    """Stays false: true would freeze the adapter and train nothing."""
+
+    def kwargs(self) -> dict[str, Any]:
+        """What `peft.LoraConfig(**...)` takes: the values that differ from peft's defaults.
+
+        Nested sections come as peft's own classes, which imports peft.
+        """
+        return _differing("LoraConfig", self)
+
+
+class QuantizationKeys(BitsAndBytesConfigKeys):
+    """Every key of `transformers.BitsAndBytesConfig`: frozen weights in 4 or 8 bits (QLoRA, arXiv:2305.14314)."""
+
+    load_in_4bit: Bool = False
+    """Hold the weights of linear layers in 4 bits."""
+    load_in_8bit: Bool = False
+    """Hold the weights of linear layers in 8 bits."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit number format: `nf4` has its values where normally distributed weights are."""
+    bnb_4bit_use_double_quant: Bool = True
+    """Quantize the scales of the 4-bit blocks as well: saves about 0.4 bit per weight."""
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the products with 4-bit weights; null chooses for the machine."""
+
+    def kwargs(self) -> dict[str, Any]:
+        """What `transformers.BitsAndBytesConfig(**...)` takes: the values that differ from its defaults."""
+        return _differing("BitsAndBytesConfig", self)
+
+
+class AdapterKeys(Keys):
+    """What is trained instead of all the weights, and what the frozen ones are held in."""
+
+    lora_config: LoraKeys | None = None
+    """Train a LoRA adapter; `{}` takes every default, null trains all weights."""
+    quantization_config: QuantizationKeys | None = None
+    """Hold the frozen weights quantized; to train, it needs `lora_config`."""
+
+
+class DistributionKeys(Keys):
+    """How many devices."""
+
+    num_gpus: Count | None = None
+    """GPUs to use on this machine; null uses all, 0 the CPU."""
+
+
+class WatchKeys(Keys):
+    """What a run shows of itself."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project; null leaves it to WANDB_PROJECT or the tracker's default."""
+    logging_dir: str | None = None
+    """Folder of the TensorBoard files; null is a folder in `output_dir`."""
+    exact_match_samples: Count = 0
+    """Validation rows answered greedily before and after training and compared with the right answer."""
+
+
+class Config(ModelKeys, DataKeys, TrainingKeys, AdapterKeys, DistributionKeys, WatchKeys):
+    """The whole config of a run."""
+
+    def section(self, group: type[Group]) -> Group:
+        """Only the keys of one group, as a stage receives them."""
+        values = {name: getattr(self, name) for name in group.model_fields}
+        part = group.model_construct(_fields_set=self.model_fields_set & values.keys(), **values)
+        part._places, part._section = self._places, self._section
+        return part
+
+
+GROUPS: tuple[type[Keys], ...] = (
+    ModelKeys,
+    DataKeys,
+    TrainingKeys,
+    AdapterKeys,
+    DistributionKeys,
+    WatchKeys,
+)
+"""The groups of `Config`, in the order in which the config is written and documented."""
+
+SECRET_KEYS = frozenset({"hub_token"})
+"""Keys whose values are never written, printed or logged."""
+
+_TRAINING_DEFAULTS = defaults("TrainingArguments")
+_RENAMED_UPSTREAM = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def _differing(class_name: str, keys: Keys) -> dict[str, Any]:
+    """The values of `keys` that differ from the defaults of an upstream class, nested sections as its own classes."""
+    upstream = defaults(class_name)
+    return {
+        name: _instance(value) if isinstance(value, Keys) else value
+        for name, value in keys
+        if name in upstream and value != upstream[name]
+    }
+
+
+def _instance(section: Keys) -> Any:
+    """The upstream object that a nested section describes, e.g. `peft.EvaConfig(rho=1.0)`."""
+    class_name = type(section).__name__.removesuffix("Keys")
+    home = importlib.import_module(module_of(class_name))
+    return getattr(home, class_name)(**_differing(class_name, section))

@@ -1,0 +1,302 @@
+"""From what the user typed (a file, a list, a glob, a folder, a hub name) to rows with their place in the source.
+
+Every row keeps its file and line, so that whatever happens to it later can be traced. A row that cannot be read is
+yielded as a `Row` with a `lost` reason, never skipped; a file that cannot be read at all is a `UserError`.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.errors import Problem, UserError
+
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
+_CSV_FIELD_LIMIT = 1 << 30  # bytes; Python's default of 128 KiB cuts long documents short with an error
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source.
+
+    Attributes:
+        file: the path (or hub name) as the user would recognise it.
+        index: position in the source, counted from 0 over all of its files.
+        line: line in the file counted from 1; for formats without lines (a JSON array, Parquet) the row, from 1.
+        data: the row's mapping, or None when it could not be read.
+        lost: `(reason, message)` when it could not be read.
+    """
+
+    file: str
+    index: int
+    line: int
+    data: dict[str, Any] | None
+    lost: tuple[str, str] | None = None
+
+
+def find_files(spec: str | list[str], key: str) -> list[Path]:
+    """The data files that `spec` names, each once, in the order given (a folder's or glob's files by name).
+
+    Raises:
+        UserError: a path, glob or folder that yields no data file; the nearest existing name is offered.
+    """
+    found: dict[Path, None] = {}
+    for entry in [spec] if isinstance(spec, str) else spec:
+        path = Path(entry).expanduser()
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file() and data_extension(p) in EXTENSIONS)
+            if not files:
+                raise UserError(Problem(f"the folder {entry!r} holds no data file", f"expected one of {_known()}", key))
+        elif path.is_file():
+            files = [path]
+        else:
+            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+            if not files:
+                raise UserError(Problem(f"no such file: {entry!r}", _nearest_file(path), key))
+        found.update(dict.fromkeys(files))
+    for file in found:
+        if data_extension(file) not in EXTENSIONS:
+            raise UserError(
+                Problem(f"cannot tell the format of {str(file)!r} by its name", f"expected one of {_known()}", key)
+            )
+        if file.stat().st_size == 0:
+            raise UserError(Problem(f"{str(file)!r} is empty", "give a file with at least one row", key))
+    return list(found)
+
+
+def data_extension(path: Path) -> str:
+    """`.jsonl` for `a.jsonl`, `a.JSONL` and `a.jsonl.gz`."""
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_files(files: list[Path]) -> Iterator[Row]:
+    """All rows of `files`, in order; `index` counts over the files.
+
+    Raises:
+        UserError: a file that cannot be opened or parsed as a whole (a JSON array cut short, a broken Parquet).
+    """
+    index = 0
+    for file in files:
+        reader = _READERS[data_extension(file)]
+        for line, data, lost in reader(file):
+            yield Row(str(file), index, line, data, lost)
+            index += 1
+
+
+_Parsed = tuple[int, dict[str, Any] | None, tuple[str, str] | None]
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        raw = file.read_bytes()
+        if file.suffix.lower() == ".gz":
+            raw = gzip.decompress(raw)
+        elif file.suffix.lower() == ".zst":
+            import zstandard
+
+            raw = zstandard.ZstdDecompressor().stream_reader(raw).read()
+    except (OSError, EOFError) as error:
+        raise UserError(Problem(f"cannot be read: {error}", "is the file whole?", file=str(file))) from None
+    except Exception as error:  # zlib.error, zstandard.ZstdError: a damaged stream has a class per library
+        raise UserError(Problem(f"cannot be decompressed: {error}", "is it whole?", file=str(file))) from None
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def _decoded_lines(file: Path) -> Iterator[tuple[int, str | None, tuple[str, str] | None]]:
+    """Lines that are not blank, decoded one by one, so that one bad byte costs one row."""
+    for number, raw in enumerate(_read_bytes(file).split(b"\n"), start=1):
+        raw = raw.removesuffix(b"\r")
+        if not raw.strip():
+            continue
+        try:
+            yield number, raw.decode("utf-8"), None
+        except UnicodeDecodeError as error:
+            yield (
+                number,
+                None,
+                ("bad_encoding", f"not UTF-8: {error.reason} at byte {error.start} of the line"),
+            )
+
+
+def _read_jsonl(file: Path) -> Iterator[_Parsed]:
+    for number, text, lost in _decoded_lines(file):
+        if text is None:
+            yield number, None, lost
+            continue
+        try:
+            yield number, *_as_row(json.loads(text))
+        except json.JSONDecodeError as error:
+            yield number, None, ("bad_json", f"{error.msg} at column {error.colno}: {text[:80]!r}")
+        except RecursionError:
+            yield number, None, ("bad_json", "nested too deeply to parse")
+
+
+def _read_json(file: Path) -> Iterator[_Parsed]:
+    """A JSON array of rows; a `.json` file that holds one object a line is read as JSON Lines."""
+    text = _decode_whole(file)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{") and error.msg == "Extra data":
+            yield from _read_jsonl(file)
+            return
+        raise UserError(
+            Problem(f"not JSON: {error.msg} at column {error.colno}", file=str(file), line=error.lineno)
+        ) from None
+    if isinstance(content, dict):
+        content = next(
+            (v for v in content.values() if isinstance(v, list) and v and isinstance(v[0], dict) and len(content) == 1),
+            [content],
+        )
+    if not isinstance(content, list):
+        raise UserError(Problem(f"expected a JSON array of rows, found {type(content).__name__}", file=str(file)))
+    for number, value in enumerate(content, start=1):
+        yield number, *_as_row(value)
+
+
+def _as_row(value: Any) -> tuple[dict[str, Any] | None, tuple[str, str] | None]:
+    if isinstance(value, dict):
+        return value, None
+    return None, (
+        "bad_schema",
+        f"expected an object with keys, found {type(value).__name__}: {str(value)[:60]!r}",
+    )
+
+
+def _decode_whole(file: Path) -> str:
+    raw = _read_bytes(file)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        hint = f"convert it: iconv -f latin1 -t utf-8 {file.name}"
+        raise UserError(Problem(f"not UTF-8: {error.reason}", hint, file=str(file), line=line)) from None
+
+
+def _read_separated(file: Path, delimiter: str) -> Iterator[_Parsed]:
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    lines = _decode_whole(file).splitlines(keepends=True)
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    start = 2
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(Problem(f"not CSV: {error}", file=str(file), line=reader.line_num)) from None
+        columns = len(reader.fieldnames or ())
+        if None in row:
+            yield start, None, ("bad_schema", f"more fields than the {columns} columns of the header")
+        elif None in row.values():
+            yield start, None, ("bad_schema", f"fewer fields than the {columns} columns of the header")
+        else:
+            yield start, dict(row), None
+        start = reader.line_num + 1
+
+
+def _read_txt(file: Path) -> Iterator[_Parsed]:
+    for number, text, lost in _decoded_lines(file):
+        yield number, None if text is None else {"text": text}, lost
+
+
+def _read_parquet(file: Path) -> Iterator[_Parsed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(file).iter_batches(batch_size=4096)
+        yield from _arrow_rows(batches)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(Problem(f"not Parquet: {error}", file=str(file))) from None
+
+
+def _read_arrow(file: Path) -> Iterator[_Parsed]:
+    import pyarrow as pa
+
+    try:
+        try:
+            reader: Any = pa.ipc.open_file(pa.memory_map(str(file)))
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            batches = iter(pa.ipc.open_stream(pa.memory_map(str(file))))
+        yield from _arrow_rows(batches)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(Problem(f"not an Arrow file: {error}", file=str(file))) from None
+
+
+def _arrow_rows(batches: Iterator[Any]) -> Iterator[_Parsed]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row, None
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": lambda file: _read_separated(file, ","),
+    ".tsv": lambda file: _read_separated(file, "\t"),
+    ".txt": _read_txt,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+def read_hub(name: str, config_name: str | None, split: str, key: str) -> Iterator[Row]:
+    """Rows of a data set on the Hugging Face hub.
+
+    Raises:
+        UserError: the name, configuration or split does not exist, or the hub cannot be reached.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, config_name, split=split)
+    except Exception as error:  # the hub's client raises a class per cause, some of them bare OSErrors
+        hint = "a local file or folder that does not exist is looked up on the Hugging Face hub: check the spelling"
+        raise UserError(Problem(f"cannot load the data set {name!r} ({split}): {error}", hint, key)) from None
+    for index, row in enumerate(dataset):
+        yield Row(f"{name}/{split}", index, index + 1, row)
+
+
+def read_saved(folder: Path, split: str, key: str) -> Iterator[Row]:
+    """Rows of a data set that `datasets` saved with `save_to_disk`. Raises `UserError` when it cannot be read."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+        dataset = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            Problem(f"cannot load the saved data set {str(folder)!r} ({split}): {error}", "", key)
+        ) from None
+    for index, row in enumerate(dataset):
+        yield Row(str(folder), index, index + 1, row)
+
+
+def _known() -> str:
+    return ", ".join(EXTENSIONS) + " (or one of them with .gz or .zst)"
+
+
+def _nearest_file(path: Path) -> str:
+    import difflib
+
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {str(folder)!r} does not exist either"
+    names = [p.name for p in folder.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"did you mean {str(folder / close[0])!r}?" if close else f"the folder {str(folder)!r} holds no such name"

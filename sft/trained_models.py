@@ -1,0 +1,304 @@
+"""Saving what was trained so that it loads as what was trained, and loading it again.
+
+An adapter directory is peft's own layout with one file beside it, `base_model.json`: how the base was held while the
+adapter was trained (number format, quantization, rows of the embeddings). With that a 4-bit adapter is put back on the
+same 4-bit base, and not on weights that it never saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.adapters import attach_saved_adapter
+from sft.errors import Problem, UserError
+from sft.model_files import (
+    ADAPTER_CONFIG,
+    is_adapter,
+    require_model,
+    require_trained,
+    resolve_reference,
+    unavailable,
+)
+from sft.quantization import import_bitsandbytes, settle
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+BASE_FACTS = "base_model.json"
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerFast, end_token_ids: Sequence[int]) -> list[int]:
+    """The ids that end a reply: those that were trained to end one, then the tokenizer's EOS; each once."""
+    ids = [*end_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    return list(dict.fromkeys(int(token) for token in ids))
+
+
+def generation_config(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, end_token_ids: Sequence[int]
+) -> GenerationConfig:
+    """The base's generation config, made to stop where this model was trained to stop.
+
+    A base that was tuned on chat otherwise keeps its old EOS, and a server runs on past the answer.
+    """
+    from copy import deepcopy
+
+    from transformers import GenerationConfig
+
+    config: Any = deepcopy(model.generation_config) or GenerationConfig()
+    stops = stop_tokens(tokenizer, end_token_ids)
+    config.eos_token_id = stops[0] if len(stops) == 1 else (stops or None)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    config.use_cache = True
+    if not config.do_sample and any(getattr(config, n, None) is not None for n in ("temperature", "top_p", "top_k")):
+        # Some bases ship sampling settings beside do_sample=false, which transformers refuses to write.
+        config.temperature = config.top_p = config.top_k = None
+    return config
+
+
+def resize_embeddings(model: PreTrainedModel, rows: int) -> int:
+    """Grow the embeddings to `rows`, never shrink them; returns how many rows were added.
+
+    New rows are the mean of the old ones, so that the new tokens change no probability until they are trained (Hewitt,
+    "Initializing New Word Embeddings for Pretrained Language Models", 2021), and so that a base which is loaded again
+    gets the same rows.
+    """
+    import torch
+
+    before = embedding_rows(model)
+    if rows <= before:
+        return 0
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    embedding: Any = model.get_input_embeddings()
+    matrices = [embedding.weight]
+    head: Any = model.get_output_embeddings()
+    if head is not None and head.weight is not matrices[0]:
+        matrices.append(head.weight)
+        if getattr(head, "bias", None) is not None:
+            matrices.append(head.bias)
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix[before:] = matrix[:before].float().mean(dim=0).to(matrix.dtype)
+    return rows - before
+
+
+def save_companions(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | Path,
+    end_token_ids: Sequence[int],
+) -> None:
+    """What a checkpoint needs beside the weights: tokenizer with template, generation config, and the base's facts."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    generation_config(model, tokenizer, end_token_ids).save_pretrained(folder)
+    if hasattr(model, "peft_config"):
+        facts = base_facts(model, folder)
+        (folder / BASE_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def save_final_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    output_dir: str | Path,
+    end_token_ids: Sequence[int],
+) -> None:
+    """Write the model, or the adapter, to the top of `output_dir` in Hugging Face layout.
+
+    The adapter names its base by absolute path (or hub name): a relative one would mean something else as soon as a
+    process starts in another folder. For the case that the whole tree moves, `base_model.json` also holds the way
+    from the adapter to the base, which is tried when the absolute path is gone.
+
+    Args:
+        model: unwrapped from DDP and the like.
+        end_token_ids: the tokens that were trained to end an answer.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    use_cache, model.config.use_cache = model.config.use_cache, True  # it was off for training only
+    try:
+        if hasattr(model, "peft_config"):
+            # Embeddings that only grew are made again at loading; the rows trained for new tokens are in the adapter.
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:
+            model.generation_config = generation_config(model, tokenizer, end_token_ids)
+            model.save_pretrained(str(folder))
+    finally:
+        model.config.use_cache = use_cache
+    save_companions(model, tokenizer, folder, end_token_ids)
+
+
+def base_facts(model: Any, folder: Path) -> dict[str, Any]:
+    """What `base_model.json` holds: the base's name, the way to it, and how it was held while it was trained on."""
+    base: Any = model.get_base_model()
+    name = base.name_or_path
+    quantization = getattr(base.config, "quantization_config", None)
+    local = Path(name).is_dir()
+    return {
+        "base_model_name_or_path": name,
+        "path_from_here": os.path.relpath(name, folder.resolve()) if local else None,
+        "dtype": str(base.config.dtype).removeprefix("torch."),
+        "embedding_rows": int(base.config.get_text_config().vocab_size),
+        "quantization_config": None if quantization is None else _plain(quantization),
+    }
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: at least one for each token, often more."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _plain(quantization: Any) -> dict[str, Any]:
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(f"cannot read it: {error}", file=str(path))) from error
+    if not isinstance(loaded, dict):
+        raise UserError(Problem("not a JSON object", file=str(path)))
+    return loaded
+
+
+def find_base(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The base model of the adapter in `folder`, and the facts about how it was held (empty if peft alone saved it).
+
+    Raises:
+        UserError: the adapter names no base, or the base is not where it was.
+    """
+    adapter = _read_json(folder / ADAPTER_CONFIG)
+    facts = _read_json(folder / BASE_FACTS) if (folder / BASE_FACTS).is_file() else {}
+    name = adapter.get("base_model_name_or_path")
+    file = str(folder / ADAPTER_CONFIG)
+    if not name:
+        raise UserError(Problem("names no base model", file=file, key="base_model_name_or_path"))
+    way = facts.get("path_from_here")
+    if way and not Path(name).is_dir() and (folder / way).is_dir():
+        name = str((folder / way).resolve())
+    try:
+        reference = resolve_reference(name, "base_model_name_or_path")
+    except UserError as error:
+        raise UserError(
+            Problem(
+                f"the base model of this adapter is not at {name!r} any more",
+                f"Write where it is now. {error.problems[0].hint}",
+                key="base_model_name_or_path",
+                file=file,
+            )
+        ) from error
+    return reference, {"revision": adapter.get("revision"), **facts}
+
+
+def load_base(
+    reference: str, facts: dict[str, Any], dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The base model as it was held in training: quantized if it was, with as many embedding rows.
+
+    Args:
+        trust_remote_code: asked of the user each time; a file beside an adapter cannot grant it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    import_bitsandbytes()
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    require_model(reference, "base_model_name_or_path")
+    wanted = facts.get("dtype", "auto") if dtype == "auto" else dtype
+    kwargs: dict[str, Any] = {
+        "dtype": wanted,
+        "revision": facts.get("revision") or "main",
+        "trust_remote_code": trust_remote_code,
+    }
+    quantization = facts.get("quantization_config")
+    if quantization:
+        kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
+        kwargs["device_map"] = {"": inference_device()}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(reference, **kwargs)
+    except (OSError, ValueError) as error:
+        raise unavailable(reference, error, "base_model_name_or_path", "base model") from error
+    resize_embeddings(model, int(facts.get("embedding_rows") or 0))
+    if quantization:
+        settle(model)
+    return model
+
+
+def inference_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that was saved beside a model.
+
+    Raises:
+        UserError: there is none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # the loader raises whatever the broken file makes it stumble on
+        raise unavailable(str(folder), error, "--model", "tokenizer") from error
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_trained(
+    model_dir: str | Path,
+    *,
+    merge_for_speed: bool = False,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerFast]:
+    """A trained model from its folder, whole or adapter, in evaluation mode on the GPU if there is one.
+
+    Args:
+        merge_for_speed: fold an adapter into the weights in memory: one matrix product a layer instead of three. A
+            quantized base stays quantized with its adapter beside it, for folding would round it again.
+        dtype: of the weights; `auto` is what they were trained or saved in.
+
+    Raises:
+        UserError: the folder holds no model, or its base is gone.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    folder = Path(model_dir).expanduser()
+    require_trained(folder)
+    tokenizer = load_saved_tokenizer(folder)
+    model: Any
+    if is_adapter(folder):
+        reference, facts = find_base(folder)
+        facts.setdefault("embedding_rows", len(tokenizer))
+        model = attach_saved_adapter(load_base(reference, facts, dtype, trust_remote_code), str(folder))
+        if merge_for_speed and not facts.get("quantization_config"):
+            model = model.merge_and_unload()
+        if (folder / "generation_config.json").is_file():
+            saved = GenerationConfig.from_pretrained(str(folder))
+            model.generation_config = saved
+            if hasattr(model, "get_base_model"):
+                model.get_base_model().generation_config = saved
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise unavailable(str(folder), error, "--model", "model") from error
+    if not getattr(model, "is_quantized", False):
+        model.to(inference_device())
+    model.eval()
+    return model, tokenizer

@@ -1,0 +1,220 @@
+"""The keys of `TrainingArguments`, `LoraConfig` and `BitsAndBytesConfig` as schema fields, without importing them.
+
+Importing transformers costs seconds, and `--help`, `schema` and config errors answer in a fraction of one. So the facts
+about upstream's keys (name, type, default, choices) are kept in `upstream_schema.json`, which
+
+    python -m sft.upstream_schema
+
+writes again from the libraries that are installed; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import Field, StringConstraints, create_model
+
+from sft.keys import Keys
+from sft.upstream_meanings import LIMITS, MEANINGS
+from sft.values import Bool, Int, Number, branches
+
+FACTS_FILE = Path(__file__).with_suffix(".json")
+Fact = dict[str, Any]
+
+_ANNOTATIONS: dict[str, Any] = {
+    "bool": Bool,
+    "int": Int,
+    "float": Number,
+    "str": str,
+    "dict": dict[str, Any],
+    "list[str]": list[str],
+    "list[int]": list[Int],
+    "list[list[int]]": list[list[Int]],
+    "false": Literal[False],
+}
+
+
+@cache
+def _file() -> dict[str, Any]:
+    return json.loads(FACTS_FILE.read_text(encoding="utf-8"))
+
+
+def facts() -> dict[str, dict[str, Fact]]:
+    """Upstream's keys per class: `facts()["LoraConfig"]["r"] == {"kinds": ["int"], "default": 8}`."""
+    return _file()["classes"]
+
+
+def module_of(class_name: str) -> str:
+    """The module that defines an upstream class, e.g. `peft.tuners.lora.config`."""
+    return _file()["modules"][class_name]
+
+
+def trackers() -> list[str]:
+    """The names that upstream's `report_to` knows."""
+    return _file()["trackers"]
+
+
+def defaults(class_name: str) -> dict[str, Any]:
+    """What upstream does where a key is not given."""
+    return {name: fact["default"] for name, fact in facts()[class_name].items()}
+
+
+@cache
+def upstream_keys(class_name: str) -> type[Keys]:
+    """A model with one field for each key of an upstream class, under its own name and with upstream's default."""
+    fields: dict[str, Any] = {}
+    for name, fact in facts()[class_name].items():
+        words = MEANINGS.get(class_name, {}).get(name) or f"`{class_name}.{name}` of upstream, handed on as it is."
+        limits = LIMITS.get(class_name, {}).get(name, {})
+        fields[name] = (_annotation(fact, limits), Field(default=fact["default"], description=words))
+    return create_model(f"{class_name}Keys", __base__=Keys, __doc__=f"Every key of `{class_name}`.", **fields)
+
+
+def _annotation(fact: Fact, limits: dict[str, Any]) -> Any:
+    """The typing annotation of one fact, e.g. `Literal["no", "steps"]` or `int | None`."""
+    union: Any = None
+    for kind in fact["kinds"]:
+        if kind == "none":
+            continue
+        if kind == "choice":
+            part = _choice(fact["choices"])
+        elif kind.startswith("section:"):
+            part = upstream_keys(kind.removeprefix("section:"))
+        else:
+            part = _ANNOTATIONS[kind]
+            if limits and kind in ("int", "float"):
+                part = Annotated[part, Field(**limits)]
+        union = part if union is None else union | part
+    return union | None if "none" in fact["kinds"] else union
+
+
+def _choice(choices: list[str]) -> Any:
+    """A `Literal`, or a pattern where upstream documents one (`pissa_niter_[number of iters]`)."""
+    if not any("[" in choice for choice in choices):
+        return Literal[tuple(choices)]
+    alternatives = (re.sub(r"\\\[.*\\\]", r"[0-9]+", re.escape(choice)) for choice in choices)
+    return Annotated[str, StringConstraints(pattern=f"^({'|'.join(alternatives)})$")]
+
+
+# Values that the library accepts and its annotations leave out.
+_UNLISTED_CHOICES = {"init_lora_weights": ["lora_ga"]}
+# `BitsAndBytesConfig.__init__` has no annotations; where the default is None, its type is stated here.
+_UNTYPED = {
+    "llm_int8_skip_modules": ["list[str]", "none"],
+    "bnb_4bit_compute_dtype": ["str", "none"],
+    "bnb_4bit_quant_storage": ["str", "none"],
+}
+_UNTYPED_CHOICES = {
+    "bnb_4bit_quant_type": ["fp4", "nf4"],
+    "bnb_4bit_compute_dtype": ["float32", "bfloat16", "float16"],
+    "bnb_4bit_quant_storage": ["float16", "float32", "int8", "uint8", "float64", "bfloat16"],
+}
+
+
+def installed_facts() -> dict[str, Any]:
+    """The facts of the installed libraries, in the shape of `upstream_schema.json`. Imports them: takes seconds."""
+    import accelerate
+    import bitsandbytes
+    import peft
+    import transformers
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    classes: dict[str, dict[str, Fact]] = {}
+    modules: dict[str, str] = {}
+    _describe_dataclass(transformers.TrainingArguments, classes, modules)
+    _describe_dataclass(peft.LoraConfig, classes, modules)
+    _describe_signature(transformers.BitsAndBytesConfig, classes, modules)
+    libraries = (transformers, peft, accelerate, bitsandbytes)
+    versions = {library.__name__: library.__version__ for library in libraries}
+    names = list(INTEGRATION_TO_CALLBACK)
+    return {"versions": versions, "trackers": names, "modules": modules, "classes": classes}
+
+
+def _describe_dataclass(cls: type, classes: dict[str, dict[str, Fact]], modules: dict[str, str]) -> None:
+    """Adds `cls`, and every dataclass that one of its fields holds, to `classes`."""
+    import dataclasses
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    described = classes.setdefault(cls.__name__, {})
+    modules[cls.__name__] = cls.__module__
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        kinds: list[str] = []
+        choices: list[str] = list(_UNLISTED_CHOICES.get(field.name, []))
+        for branch in branches(hints[field.name]):
+            kind = _kind(branch, choices)
+            if kind.startswith("section:") and branch.__name__ not in classes:
+                _describe_dataclass(branch, classes, modules)
+            if kind not in kinds:
+                kinds.append(kind)
+        if "str" in kinds and (listed := field.metadata.get("choices")):
+            choices += listed
+            kinds.insert(kinds.index("str"), "choice")
+        # An enum is written `Enum | str` upstream, and then only the enum's values are right.
+        if "choice" in kinds and "str" in kinds:
+            kinds.remove("str")
+        # A section or a bare mapping: the section knows its keys.
+        if any(kind.startswith("section:") for kind in kinds) and "dict" in kinds:
+            kinds.remove("dict")
+        factory = None if field.default_factory is dataclasses.MISSING else field.default_factory
+        default = factory() if factory else field.default
+        if dataclasses.is_dataclass(default) or (default == {} and "dict" not in kinds):
+            default = None
+        if default is None and "none" not in kinds:
+            kinds.append("none")
+        described[field.name] = _fact(kinds, choices, getattr(default, "value", default))
+
+
+def _kind(branch: Any, choices: list[str]) -> str:
+    """The name of one alternative of an upstream annotation; the values of an enum or `Literal` go to `choices`."""
+    import dataclasses
+    import enum
+
+    if branch is type(None):
+        return "none"
+    if get_origin(branch) is Literal:
+        if get_args(branch) == (False,):
+            return "false"
+        choices[:0] = get_args(branch)
+        return "choice"
+    if isinstance(branch, type) and issubclass(branch, enum.Enum):
+        choices[:0] = [member.value for member in branch]
+        return "choice"
+    if dataclasses.is_dataclass(branch):
+        return f"section:{branch.__name__}"  # type: ignore[union-attr]
+    if get_origin(branch) in (list, tuple):
+        inner = _kind(branches(get_args(branch)[0])[0], choices)
+        return f"list[{'list[int]' if inner == 'list[int]' else 'str' if inner == 'choice' else inner}]"
+    if get_origin(branch) is dict:
+        return "dict"
+    return branch.__name__
+
+
+def _describe_signature(cls: type, classes: dict[str, dict[str, Fact]], modules: dict[str, str]) -> None:
+    """Adds the named parameters of `cls.__init__` to `classes`; further `**kwargs` are ignored upstream."""
+    import inspect
+
+    described = classes.setdefault(cls.__name__, {})
+    modules[cls.__name__] = cls.__module__
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            continue
+        kinds = list(_UNTYPED.get(name) or [type(parameter.default).__name__])
+        choices = _UNTYPED_CHOICES.get(name, [])
+        if choices:
+            kinds[kinds.index("str")] = "choice"
+        described[name] = _fact(kinds, choices, parameter.default)
+
+
+def _fact(kinds: list[str], choices: list[str], default: Any) -> Fact:
+    return {"kinds": kinds, **({"choices": choices} if "choice" in kinds else {}), "default": default}
+
+
+if __name__ == "__main__":
+    FACTS_FILE.write_text(json.dumps(installed_facts(), indent=1) + "\n", encoding="utf-8")

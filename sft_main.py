@@ -1,0 +1,377 @@
+"""Fine-tune a language model with supervision: one command for each thing to do, and the order of the stages in each.
+
+    sft_main.py [train] --config_file c.yaml [overrides]     train, evaluate, save
+    sft_main.py check    --config_file c.yaml [--json]       everything that can be wrong, before a GPU is touched
+    sft_main.py preview  --config_file c.yaml [--num_samples N] [--json]
+    sft_main.py evaluate --config_file c.yaml [--model DIR] [--json]
+    sft_main.py generate --model DIR (--prompts FILE [--output FILE] | --chat)
+    sft_main.py merge    --model DIR --output_dir DIR        adapter into base, verified
+    sft_main.py schema                                       JSON Schema of the config, for editors
+
+Overrides are written --learning_rate 1e-5, --lora_config.r=32 or lora_config.r=32.
+Exit codes: 0 done; 2 the config or the data is wrong; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import Problem, UserError
+
+# Everything heavy (torch, transformers, the stages) is imported where it is used: --help, schema and a mistake in the
+# config answer in a fraction of a second.
+if TYPE_CHECKING:
+    from data_handler import PreparedData
+    from sft.checking import Report
+    from sft.schema import Config
+
+logger = logging.getLogger("sft")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    from sft.console import console, show_error
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
+    try:
+        return VERBS[verb](arguments)
+    except UserError as error:
+        show_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+
+
+def train(argv: list[str]) -> int:
+    """Trains, evaluates, and saves the model with its logs and its card."""
+    import config_manager
+    import distributed_utils as distributed
+
+    started = time.perf_counter()
+    config, _ = _config(_parser("train"), argv)
+    config_manager.require_trainable(config)
+    _take_machine(config)
+    from sft import artifacts, console
+    from sft.batch_plan import plan_batches
+    from sft.resume import find_checkpoint
+    from sft.schema import DataKeys, ModelKeys, TrainingKeys
+
+    output_dir = Path(config.output_dir)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
+    if distributed.is_main_process():
+        console.write_log_file(output_dir / artifacts.LOG_FILE)
+        config_manager.write_config(config, output_dir / "config.yaml")
+
+    import data_handler
+    import model_manager
+    import trainer_utils
+    from sft.callbacks import ConsoleProgress, MetricsFile
+
+    tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
+    data = _prepare(config, tokenizer)
+    data_handler.require_enough_rows(config.section(DataKeys), data.ledger)
+
+    keys = config.section(TrainingKeys)
+    plan = plan_batches(keys, len(data.train), data.train_tokens, distributed.world_size())
+    logger.info("Batches: %s", plan)
+
+    _join(config)
+    model_keys = config.section(ModelKeys)
+    precision = model_manager.plan_precision(
+        model_keys,
+        config.lora_config,
+        config.quantization_config,
+        bf16=config.bf16 if config.is_set("bf16") else None,
+        fp16=config.fp16 if config.is_set("fp16") else None,
+    )
+    trainer_utils.set_seed(config.seed)
+    model = model_manager.load_model(
+        model_keys,
+        tokenizer,
+        precision=precision,
+        lora=config.lora_config,
+        quantization=config.quantization_config,
+        gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
+    )
+    arguments = trainer_utils.training_arguments(
+        keys.training_arguments(),
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        plan=plan,
+        logging_dir=config.logging_dir,
+    )
+    callbacks = [MetricsFile(output_dir / "logs"), ConsoleProgress(console.console)]
+    trainer = trainer_utils.SFTTrainer(
+        model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks
+    )
+    results = _exact_match(config, model, tokenizer, data, "before")
+    trainer.fit(checkpoint)
+    results |= trainer.evaluate_all()
+    results |= _exact_match(config, model, tokenizer, data, "after")
+
+    if distributed.is_main_process():
+        model_manager.save_final_model(model, tokenizer, output_dir, data.end_token_ids)
+        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+        artifacts.write_results(output_dir, results)
+        console.show_conclusion(output_dir, results, time.perf_counter() - started)
+    distributed.barrier()
+    distributed.destroy_process_group()
+    return 0
+
+
+def check(argv: list[str]) -> int:
+    """Tells everything that can be wrong: the config, the model's files, the tokenizer, every row of the data."""
+    parser = _parser("check")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    options, overrides = parser.parse_known_args(argv)
+    from sft.checking import Report
+    from sft.console import show_report, speak
+
+    speak(is_main_process=True)
+    with Report() as report:
+        config = report.attempt(lambda: _load(options.config_file, overrides))
+        if config is not None:
+            _check_stages(config, report)
+    if options.json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+    else:
+        show_report(report)
+    return UserError.exit_code if report.errors else 0
+
+
+def _check_stages(config: Config, report: Report) -> None:
+    import config_manager
+    import data_handler
+    import model_manager
+    from sft.batch_plan import plan_batches
+    from sft.hardware import require_gpus
+    from sft.resume import find_checkpoint
+    from sft.schema import DataKeys, ModelKeys, TrainingKeys
+
+    report.attempt(lambda: config_manager.require_trainable(config))
+    report.attempt(lambda: require_gpus(config.num_gpus or 0))
+    report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
+    report.attempt(lambda: model_manager.check_model(config.section(ModelKeys)))
+    tokenizer = report.attempt(lambda: model_manager.load_tokenizer(config.section(ModelKeys)))
+    if tokenizer is None:
+        return
+    keys = config.section(DataKeys)
+    data = report.attempt(lambda: data_handler.prepare_data(keys, tokenizer, seed=config.seed, pack_by_default=False))
+    if data is None:
+        return
+    report.data = data.ledger
+    report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
+    processes = config.num_gpus or 1
+    plan = report.attempt(
+        lambda: plan_batches(config.section(TrainingKeys), len(data.train), data.train_tokens, processes)
+    )
+    report.estimate = plan.as_json() if plan else None
+
+
+def preview(argv: list[str]) -> int:
+    """Shows the first rows as the model will see them, with the tokens that are trained."""
+    parser = _parser("preview")
+    parser.add_argument("--num_samples", type=int, default=3, help="rows to show (3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    config, options = _config(parser, argv)
+    from sft.console import show_sample, speak
+
+    speak(is_main_process=True)
+    import data_handler
+    import model_manager
+    from sft.schema import DataKeys, ModelKeys
+
+    tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
+    samples = data_handler.preview(config.section(DataKeys), tokenizer, options.num_samples, seed=config.seed)
+    if options.json:
+        print(json.dumps({"samples": list(samples)}, ensure_ascii=False))
+    else:
+        for sample in samples:
+            show_sample(sample, tokenizer)
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measures a model on the config's validation data."""
+    parser = _parser("evaluate")
+    parser.add_argument("--model", help="a folder with a model or an adapter; default: the model in output_dir")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    config, options = _config(parser, argv)
+    _take_machine(config)
+    import distributed_utils as distributed
+    import model_manager
+    import trainer_utils
+    from sft.callbacks import ConsoleProgress
+    from sft.console import console
+    from sft.schema import TrainingKeys
+
+    folder = options.model or config.output_dir
+    model, tokenizer = model_manager.load_trained(folder, dtype=config.dtype)
+    data = _prepare(config, tokenizer, training=False)
+    _join(config)
+    arguments = trainer_utils.training_arguments(
+        config.section(TrainingKeys).training_arguments(), bf16=False, fp16=False, plan=None
+    )
+    callbacks = [ConsoleProgress(console)]
+    trainer = trainer_utils.SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
+    results = trainer.evaluate_all()
+    results |= _exact_match(config, model, tokenizer, data, "now")
+    if options.json and distributed.is_main_process():
+        print(json.dumps(results))
+    distributed.destroy_process_group()
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    """Answers a file of prompts, or chats."""
+    parser = argparse.ArgumentParser(prog="sft_main.py generate", description=generate.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a folder with a model or an adapter")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", type=Path, help="a .txt (one prompt a line), .json or .jsonl file")
+    source.add_argument("--chat", action="store_true", help="chat in the terminal")
+    parser.add_argument("--output", type=Path, help="where to write the answers as JSONL (stdout)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer, in tokens (256)")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered at a time (8)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (0)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    options = parser.parse_args(argv)
+    from sft.console import speak
+
+    speak(is_main_process=True)
+    from sft import generation
+
+    settings = generation.Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    if options.chat:
+        generation.chat(options.model, settings)
+    else:
+        generation.run_batch(options.model, options.prompts, options.output, settings, options.batch_size)
+    return 0
+
+
+def merge(argv: list[str]) -> int:
+    """Merges an adapter into its base model and verifies the result."""
+    parser = argparse.ArgumentParser(prog="sft_main.py merge", description=merge.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="the adapter's folder")
+    parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
+    options = parser.parse_args(argv)
+    from sft.console import speak
+
+    speak(is_main_process=True)
+    import model_manager
+
+    model_manager.merge(options.model, options.output_dir, dtype=options.dtype)
+    return 0
+
+
+def schema(argv: list[str]) -> int:
+    """Prints the JSON Schema of the config, for editors."""
+    argparse.ArgumentParser(prog="sft_main.py schema", description=schema.__doc__).parse_args(argv)
+    import config_manager
+
+    print(json.dumps(config_manager.json_schema(), indent=2))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "check": check,
+    "preview": preview,
+    "evaluate": evaluate,
+    "generate": generate,
+    "merge": merge,
+    "schema": schema,
+}
+
+
+def _take_machine(config: Config) -> None:
+    """This process's device and voice, before anything asks CUDA for its devices."""
+    import distributed_utils as distributed
+    from sft.console import quiet_libraries, speak
+
+    speak(distributed.is_main_process())
+    distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)
+    quiet_libraries()
+
+
+def _join(config: Config) -> None:
+    """Joins the process group, once everything is done that takes each process a different time."""
+    import distributed_utils as distributed
+
+    backend = distributed.choose_backend(config.ddp_backend, use_cpu=config.use_cpu)
+    distributed.init_process_group(backend, config.ddp_timeout)
+
+
+def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedData:
+    """The prepared data; the first rank shows its ledger and its first sample, and saves the ledger."""
+    import data_handler
+    import distributed_utils as distributed
+    from sft import artifacts
+    from sft.console import show_ledger, show_sample
+    from sft.schema import DataKeys
+
+    keys = config.section(DataKeys)
+    data = data_handler.prepare_data(keys, tokenizer, seed=config.seed, pack_by_default=False, training=training)
+    if distributed.is_main_process():
+        show_ledger(data.ledger)
+        if training:
+            artifacts.write_ledger(Path(config.output_dir), data.ledger)
+            for sample in data_handler.preview(keys, tokenizer, 1, seed=config.seed):
+                show_sample(sample, tokenizer)
+    return data
+
+
+def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData, when: str) -> dict[str, float]:
+    """The share of validation rows that the model answers exactly, said aloud; nothing when it is not asked for."""
+    import data_handler
+    from sft.exact_match import measure
+    from sft.schema import DataKeys
+
+    if not config.exact_match_samples or not data.evals:
+        return {}
+    rows = data_handler.validation_conversations(
+        config.section(DataKeys), seed=config.seed, limit=config.exact_match_samples
+    )
+    share = measure(model, tokenizer, rows, data.end_token_ids, when)
+    return {f"exact_match_{when.replace(' ', '_')}": share}
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"sft_main.py {verb}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config_file", "--config", metavar="FILE", help="the run's YAML file")
+    return parser
+
+
+def _config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Config, Any]:
+    """The parsed options and the checked config; what is no option is an override."""
+    options, overrides = parser.parse_known_args(argv)
+    return _load(options.config_file, overrides), options
+
+
+def _load(config_file: str | None, overrides: list[str]) -> Config:
+    import config_manager
+
+    if config_file is None:
+        raise UserError(
+            Problem("no config file", "give one: --config_file sample_config.yaml", "--config_file", "command line")
+        )
+    return config_manager.load_config(config_file, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

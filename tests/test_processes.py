@@ -1,0 +1,209 @@
+"""Running a plan: exit codes and signals of one process and of several, on one node and on two.
+
+Tiny scripts stand in for the training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sft.processes import describe, exit_code
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = """
+import sys; from pathlib import Path; from sft.launcher import main
+sys.exit(main(sys.argv[2:], entry=Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ({0: 2}, 2),
+        ({0: 1, 1: 3}, 3),
+        ({0: 1, 1: 2}, 2),
+        ({0: 143, 1: 143}, 143),
+        ({0: -15, 1: 143}, 143),
+        ({0: 143, 1: 1}, 1),
+        ({0: 143, 1: -9}, 1),
+        ({0: -11}, 1),
+        ({1: 77}, 1),
+    ],
+)
+def test_the_code_of_the_run_from_those_of_its_processes(codes: dict[int, int], code: int) -> None:
+    assert exit_code(codes) == code
+
+
+def test_endings_in_words() -> None:
+    assert describe(3) == "ended with exit code 3"
+    assert describe(-11) == "was killed by SIGSEGV"
+    assert describe(-9) == "was killed by SIGKILL; the machine ran out of memory, most often"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text("model_name_or_path: some/model\ntrain_file: train.jsonl\n")
+    return path
+
+
+def start(entry: str, config: Path, *words: str, processes: int = 1, **env: str) -> subprocess.Popen[str]:
+    """The launcher with a script of this text in place of `sft_main.py`, in the directory of the config."""
+    script = config.parent / "entry.py"
+    script.write_text(entry)
+    # A process of torch that does not train needs no more than one thread.
+    run_in = {**os.environ, "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(script), "--config", str(config), *words],
+        cwd=config.parent,
+        env=run_in,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; a process that goes on for longer is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+SHOW = """
+import json, os, sys
+# In one write: two processes share the pipe.
+sys.stdout.write(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in NAMES}]) + "\\n")
+"""
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+def test_one_process_takes_the_launchers_place(config: Path) -> None:
+    process = start("import os; print(os.getpid()); raise SystemExit(3)\n", config)
+    code, out, err = end(process)
+    assert (code, int(out)) == (3, process.pid)
+    assert (
+        err
+        == "[launch] NPROC_PER_NODE=1 from the environment sets the number of processes\n[launch] starting 1 process\n"
+    )
+
+
+def test_one_process_has_no_group(config: Path) -> None:
+    code, out, _ = end(start(f"NAMES = {GROUP}\n{SHOW}", config, "max_steps=2", MAX_STEPS="9", EPOCHS="2"))
+    arguments, variables = json.loads(out)
+    assert code == 0
+    assert arguments == ["train", "--config_file", str(config), "num_train_epochs=2", "max_steps=2"]
+    assert variables == dict.fromkeys(GROUP)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_group(config: Path) -> None:
+    code, out, err = end(start(f"NAMES = {GROUP}\n{SHOW}", config, "max_steps=2", processes=2))
+    assert code == 0, err
+    results = sorted((json.loads(line) for line in out.splitlines()), key=lambda result: result[1]["RANK"])
+    assert [result[0] for result in results] == [["train", "--config_file", str(config), "max_steps=2"]] * 2
+    expected = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    assert [result[1] for result in results] == [{"RANK": n, "LOCAL_RANK": n, **expected} for n in "01"]
+    assert err.splitlines()[-1] == "[launch] starting 2 processes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "code", "said"),
+    [
+        ("raise SystemExit(2 * (os.environ['RANK'] == '1'))", 2, "[launch] process of rank 1 ended with exit code 2"),
+        ("raise SystemExit(3)", 3, "ended with exit code 3"),
+        ("os.kill(os.getpid(), 9)", 1, "was killed by SIGKILL; the machine ran out of memory, most often"),
+    ],
+)
+def test_the_exit_code_of_a_failing_process_comes_through(config: Path, entry: str, code: int, said: str) -> None:
+    result, _, err = end(start(f"import os\n{entry}\n", config, processes=2))
+    assert result == code
+    assert said in err
+    assert "Traceback" not in err
+    assert "elastic" not in err
+
+
+SAVES = """\
+import os, signal, subprocess, sys, time
+rank = int(os.environ.get("RANK", "0"))
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def save(number, frame):
+    time.sleep(0.2 + rank)  # torchrun's agent would see rank 0 end, and end rank 1 in its save
+    lives = worker.poll() is None
+    worker.kill()
+    print(f"rank {rank} saved, its worker {'lives' if lives else 'died'}", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_reaches_every_process_and_none_of_their_workers(config: Path, processes: int) -> None:
+    process = start(SAVES, config, processes=processes)
+    assert process.stdout is not None
+    for _ in range(processes):
+        assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    code, out, err = end(process, 30)
+    assert code == 143, err
+    assert sorted(out.splitlines()) == [f"rank {rank} saved, its worker lives" for rank in range(processes)]
+
+
+@pytest.mark.slow
+def test_a_crash_while_saving_is_not_called_preempted(config: Path) -> None:
+    entry = "import signal, time\nsignal.signal(15, lambda *_: 1 / 0)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    process = start(entry, config, processes=2)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(signal.SIGTERM)
+    code, _, err = end(process, 30)
+    assert code == 1
+    assert "ZeroDivisionError" in err
+
+
+@pytest.mark.slow
+def test_sigterm_while_waiting_for_the_other_node(config: Path) -> None:
+    words = ["--nodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    process = start("", config, *words)
+    assert process.stderr is not None
+    while "starting" not in process.stderr.readline():
+        pass
+    time.sleep(4)  # it imports torch first; the handlers stand after that
+    process.send_signal(signal.SIGTERM)
+    assert end(process, 30)[0] == 143
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_and_their_ranks_follow_the_nodes(config: Path) -> None:
+    entry = f"NAMES = {GROUP}\n{SHOW}import torch.distributed as d\nd.init_process_group('gloo')\nd.barrier()\n"
+    words = ["--nodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    # Node 1 starts first: it has to wait for node 0.
+    nodes = [start(entry, config, *words, "--node_rank", str(node), processes=2) for node in (1, 0)]
+    ends = [end(node, 120) for node in nodes]
+    assert [code for code, _, _ in ends] == [0, 0], [err for _, _, err in ends]
+    ranks = [sorted(json.loads(line)[1]["RANK"] for line in out.splitlines() if line[0] == "[") for _, out, _ in ends]
+    assert ranks == [["2", "3"], ["0", "1"]]
+    assert "TCPStore" not in ends[0][2], "that the other node is late is no news"

@@ -1,0 +1,289 @@
+"""The training stage: a `Trainer` whose loss and metrics are exact over tokens, steps, accumulation and ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from sft.batch_plan import BatchPlan
+from sft.callbacks import ConsoleProgress, FollowEpoch
+from sft.collation import Collator, EvenRows
+from sft.losses import TokenLoss, token_loss
+from sft.memory import peak_memory_gb
+from sft.metrics import TokenCounts, TokenSums
+from sft.sampling import EpochSampler
+from sft.trained_models import save_companions
+
+logger = logging.getLogger("sft")
+
+_NOT_FOR_THE_MODEL = ("labels", "lengths")
+
+__all__ = ["SFTTrainer", "set_seed", "training_arguments"]
+
+
+def training_arguments(
+    given: Mapping[str, Any], *, bf16: bool, fp16: bool, plan: BatchPlan | None, logging_dir: str | None = None
+) -> TrainingArguments:
+    """The Trainer's arguments: what the user gave, completed by what this pipeline knows better.
+
+    Args:
+        given: `Config.training_arguments()`.
+        bf16, fp16: the autocast that was chosen for the machine.
+        plan: the run's arithmetic; None where nothing is trained.
+        logging_dir: of the TensorBoard files; None is `logs/tensorboard` in the output folder.
+    """
+    arguments = dict(given)
+    output_dir = arguments.setdefault("output_dir", "outputs")
+    arguments |= {"bf16": bf16, "fp16": fp16, "disable_tqdm": True}
+    if plan is not None:
+        arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
+    # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
+    arguments.setdefault("ddp_find_unused_parameters", False)
+    if arguments.get("activation_checkpointing"):
+        arguments.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
+    if not torch.cuda.is_available():
+        arguments.setdefault("dataloader_pin_memory", False)  # there is no device to copy to
+    # Upstream takes the folder from the environment alone.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(output_dir) / "logs" / "tensorboard")
+    return TrainingArguments(**arguments)
+
+
+class SFTTrainer(Trainer):
+    """`transformers.Trainer` with this pipeline's loss, metrics, sampling and evaluation.
+
+    Args:
+        model: a causal LM, wrapped with an adapter or not.
+        args: the training arguments.
+        tokenizer: saved with each checkpoint.
+        train_dataset: rows of `input_ids` and `labels` (see `data_handler.PreparedData`).
+        eval_datasets: evaluation sets by name; a single one is reported without its name.
+        end_token_ids: the tokens that end an answer, for each checkpoint's generation config.
+        callbacks: besides the Trainer's own; its two printers are left out.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        train_dataset: Dataset | None,
+        eval_datasets: Mapping[str, Dataset],
+        end_token_ids: Sequence[int],
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        multiple = 8 if args.device.type == "cuda" else 1
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(int(tokenizer.pad_token_id), multiple),
+            processing_class=tokenizer,
+            train_dataset=train_dataset,
+            eval_dataset=self._as_eval_dataset(eval_datasets),
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        # The loss below is already divided by the tokens of the whole optimizer step; the Trainer only counts them.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = True
+        self._end_token_ids = end_token_ids
+        self._eval_names = list(eval_datasets)
+        self._sums = TokenSums(args.device)
+        self._counts = TokenCounts.zero()
+        self._clock = time.perf_counter()
+
+    @staticmethod
+    def _as_eval_dataset(eval_datasets: Mapping[str, Dataset]) -> Dataset | dict[str, Dataset] | None:
+        if len(eval_datasets) == 1:
+            return next(iter(eval_datasets.values()))
+        return dict(eval_datasets) or None
+
+    # The step
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum over the batch's trained tokens, divided by those of the whole optimizer step on all ranks.
+
+        DDP averages gradients over the ranks, so the sum is multiplied by their number first:
+        mean over ranks of (world_size · sum_r / N) = (sum of all sum_r) / N.
+        """
+        outputs, result = self._forward(model, inputs)
+        self._sums.add(result, inputs["lengths"].sum())
+        if num_items_in_batch is None:
+            num_items_in_batch = result.tokens
+        denominator = torch.as_tensor(num_items_in_batch, device=result.objective.device).clamp(min=1)
+        loss = result.objective / denominator
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, TokenLoss]:
+        kept = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
+        outputs = model(**kept, use_cache=False)
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        return outputs, token_loss(outputs.logits, inputs["labels"], smoothing)
+
+    def fit(self, checkpoint: Path | None) -> None:
+        """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
+        self._clock = time.perf_counter()
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ConsoleProgress):
+                    callback.close()
+
+    # The order of rows
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
+        if not isinstance(self.train_dataset, EvenRows):
+            multiple = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
+            self.train_dataset: Any = EvenRows(self.train_dataset, multiple)
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows: EvenRows = train_dataset if train_dataset is not None else self.train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "sequential", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lengths = rows.row_lengths() if strategy == "group_by_length" else None
+        sampler = EpochSampler(len(rows.rows), rows.fillers, seed, strategy, lengths, per_step)
+        self.remove_callback(FollowEpoch)
+        self.add_callback(FollowEpoch(sampler))
+        return sampler
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Metrics weighted by tokens: of each set under its name and, where there are several, of all together."""
+        started = time.perf_counter()
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated: list[TokenCounts] = []
+        metrics: dict[str, float] = {}
+        if isinstance(eval_dataset, dict):
+            for name, dataset in eval_dataset.items():
+                metrics |= super().evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            together = sum(self._evaluated[1:], start=self._evaluated[0])
+            total = self._named(together, metric_key_prefix)
+            self.log(dict(total))
+            metrics |= total
+        else:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._clock += time.perf_counter() - started  # evaluation does not count into training's tokens a second
+        return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Batches of this rank, every row on exactly one rank."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(EvenRows(rows, self.args.eval_batch_size * self.args.world_size))
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Adds up the sums of all batches and ranks; logits never leave their batch."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        sums = TokenSums(self.args.device)
+        try:
+            with torch.no_grad():
+                for batch in dataloader:
+                    inputs = self._prepare_inputs(batch)
+                    with self.accelerator.autocast():
+                        _, result = self._forward(model, inputs)
+                    sums.add(result, inputs["lengths"].sum())
+                    self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            model.train(was_training)
+        counts = sums.take()
+        self._evaluated.append(counts)
+        rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
+        return EvalLoopOutput(
+            predictions=None,  # type: ignore[arg-type]
+            label_ids=None,
+            metrics=self._named(counts, metric_key_prefix),
+            num_samples=rows,
+        )
+
+    @staticmethod
+    def _named(counts: TokenCounts, prefix: str) -> dict[str, float]:
+        return {**counts.metrics(f"{prefix}_"), f"{prefix}_tokens": counts.tokens}
+
+    def evaluate_all(self) -> dict[str, Any]:
+        """SPEC's result of `evaluate`: the metrics of all sets together, and of each set under `datasets`."""
+        if self.eval_dataset is None:
+            return {}
+        metrics = self.evaluate()
+        kept = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "tokens")
+
+        def named(prefix: str) -> dict[str, float]:
+            return {f"eval_{name}": metrics[f"{prefix}_{name}"] for name in kept if f"{prefix}_{name}" in metrics}
+
+        sets = self._eval_names
+        each = {name: named(f"eval_{name}" if len(sets) > 1 else "eval") for name in sets}
+        return {**named("eval"), "datasets": each}
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replaces the Trainer's mean of step means by the metrics over all tokens since the last log."""
+        if "loss" in logs:
+            self._count_tokens()
+            counts, self._counts = self._counts, TokenCounts.zero()
+            seconds = time.perf_counter() - self._clock
+            self._clock = time.perf_counter()
+            logs |= counts.metrics()
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            logs["tokens_per_second"] = counts.input_tokens / seconds
+            logs["memory_gb"] = peak_memory_gb(self.args.device)
+        super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        """Reads the sums from the device into the counts since the last log and into the state that is saved."""
+        counts = self._sums.take()
+        self._counts += counts
+        if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts them itself
+            self.state.num_input_tokens_seen += counts.input_tokens
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        started = time.perf_counter()
+        self._count_tokens()  # so that num_tokens goes on from the right number after a resume
+        super()._save_checkpoint(model, trial)
+        self._clock += time.perf_counter() - started
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model: Any = self.model
+        tokenizer: Any = self.processing_class
+        save_companions(model, tokenizer, output_dir or str(self.args.output_dir), self._end_token_ids)
