@@ -110,6 +110,9 @@ class _Plan:
 
     def key(self) -> str:
         tokenizer = self.tokenizer
+        # Left from an earlier call, these would be part of the backend's text and of the key; nothing here uses them.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         return cache_key(
             {
                 "keys": self.keys.model_dump(exclude=_NOT_IN_KEY),
@@ -125,20 +128,25 @@ class _Plan:
         """Prepares everything into `folder`."""
         encoder = RowEncoder(self.tokenizer, self.keys)
         evals: dict[str, EncodedSet] = {}
+        is_wrapped = self.eval_packing == "wrapped"
         for source in self.eval_sources:
-            encoder.encode_into(evals.setdefault(source.name, EncodedSet()), source.rows(), source)
+            target = evals.setdefault(source.name, EncodedSet(wrapped=is_wrapped))
+            encoder.encode_into(target, source.rows(), source)
         trained: dict[str, EncodedSet] = {}
         held_out: list[tuple[DataSource, list[Row]]] = []
         for number, source in enumerate(self.train_sources):
             rows = list(source.rows())
             if self.keys.validation_split:
                 rows, held = split_rows(rows, self.keys.validation_split, self.seed + number)
-                encoder.encode_into(evals.setdefault("validation", EncodedSet()), held, source)
+                target = evals.setdefault("validation", EncodedSet(wrapped=is_wrapped))
+                encoder.encode_into(target, held, source)
             held_out.append((source, rows))
         if self.training:
             known = set().union(*(e.fingerprints for e in evals.values()))
+            seen: set[bytes] = set()  # one for all training sets: a row may be a duplicate of another set's
             for source, rows in held_out:
-                encoder.encode_into(trained.setdefault(source.name, EncodedSet()), rows, source, known)
+                target = EncodedSet(fingerprints=seen, wrapped=self.train_packing == "wrapped")
+                encoder.encode_into(trained.setdefault(source.name, target), rows, source, known)
         self._write(folder, trained, evals, encoder.end_token_ids)
 
     def _write(
@@ -175,6 +183,7 @@ def _arrange(sets: list[EncodedSet], packing: str | None, limit: int) -> Columns
         return {"input_ids": input_ids, "labels": labels}
     if packing == "wrapped":
         rows = wrap(input_ids, labels, limit)
+        _note_cuts(sets, limit)
     else:
         lengths = np.array([len(ids) for ids in input_ids])
         rows = pack_rows(input_ids, labels, best_fit_decreasing(lengths, limit))
@@ -183,12 +192,24 @@ def _arrange(sets: list[EncodedSet], packing: str | None, limit: int) -> Columns
     return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "position_ids", "seq_lengths")}
 
 
+def _note_cuts(sets: list[EncodedSet], limit: int) -> None:
+    """Takes out of the ledgers the tokens that are not trained because the stream was cut in front of them."""
+    at = 0
+    for one in (s for s in sets if s.labels):
+        labels = np.concatenate(one.labels)
+        one.ledger.tokens_trained -= int((labels[-at % limit :: limit] != IGNORE_INDEX).sum())
+        at += len(labels)
+
+
 def require_enough_rows(keys: DataKeys, document: dict[str, Any]) -> None:
     """Raises `UserError` when nothing is left to train, or too much was lost on the way."""
     for name, ledger in document["datasets"].items():
+        if not ledger["rows_read"]:
+            hint = "validation_split holds rows out of a data set of two rows and more"
+            raise UserError(Problem(f"{name!r} has no rows", hint, "validation_split"))
         asked_for = ledger["rows_lost"].get("duplicate", 0) + ledger["rows_lost"].get("in_validation", 0)
         lost = sum(ledger["rows_lost"].values()) - asked_for
-        fraction = lost / ledger["rows_read"] if ledger["rows_read"] else 1.0
+        fraction = lost / ledger["rows_read"]
         if ledger["rows_trained"] and fraction <= keys.max_lost_fraction:
             continue
         reasons = ", ".join(f"{n} {reason}" for reason, n in ledger["rows_lost"].items())
@@ -237,7 +258,7 @@ def _as_preview(split: str, sample: Sample, tokenizer: PreTrainedTokenizerBase) 
         "rendered": sample.rendered.text,
         "input_ids": encoded.input_ids.tolist(),
         "labels": encoded.labels.tolist(),
-        "trained_text": tokenizer.decode(trained.tolist()),
+        "trained_text": tokenizer.decode(trained.tolist(), clean_up_tokenization_spaces=False),
     }
 
 
@@ -245,7 +266,7 @@ def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[C
     """The first `limit` validation rows that are conversations ending with an answer, for generating and comparing."""
     seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
     found: list[Conversation] = []
-    for split, source, row in _rows_with_split(keys, seed):
+    for split, source, row in _rows_with_split(keys, seed, training=bool(keys.validation_split)):
         if len(found) == limit:
             break
         if split == "train" or row.data is None:
@@ -259,9 +280,9 @@ def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[C
     return found
 
 
-def _rows_with_split(keys: DataKeys, seed: int) -> Iterator[tuple[str, DataSource, Row]]:
+def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterator[tuple[str, DataSource, Row]]:
     """Every row in source order with the split it falls in, by the same draw as the preparation's."""
-    for number, source in enumerate(training_sources(keys)):
+    for number, source in enumerate(training_sources(keys) if training else []):
         if not keys.validation_split:
             yield from (("train", source, row) for row in source.rows())
             continue

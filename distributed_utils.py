@@ -114,9 +114,10 @@ def choose_backend(ddp_backend: str | None = None, *, use_cpu: bool = False) -> 
         raise UserError(
             Problem("'nccl' works between GPUs, and this run has none", "leave it out, or write gloo", "ddp_backend")
         )
-    if not dist.is_backend_available(ddp_backend):
-        offered = ", ".join(name for name in dist.Backend.backend_list if dist.is_backend_available(name))
-        raise UserError(Problem(f"{ddp_backend!r} is not in this build of torch", f"it has {offered}", "ddp_backend"))
+    offered = [name for name in ("nccl", "gloo", "ucc", "mpi", "xccl") if dist.is_backend_available(name)]
+    if ddp_backend not in offered:
+        message = f"{ddp_backend!r} is not in this build of torch"
+        raise UserError(Problem(message, f"it has {', '.join(offered)}", "ddp_backend"))
     return ddp_backend
 
 

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from sft import chat_templates
 from sft.adapters import attach_adapter, count_parameters
+from sft.embeddings import embedding_rows, resize_embeddings
 from sft.errors import Problem, UserError
-from sft.fresh_models import build_config
+from sft.fresh_models import build_config, check_settings
 from sft.keys import Keys
 from sft.merging import merge
-from sft.model_files import require_model, resolve_reference, unavailable
+from sft.model_files import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
 from sft.precision import Precision, choose_attention, choose_precision, device_facts
 from sft.quantization import bits_and_bytes_config, import_bitsandbytes, settle
 from sft.tokenizers import add_special_tokens, set_pad_token
-from sft.trained_models import embedding_rows, load_trained, resize_embeddings, save_companions, save_final_model
+from sft.trained_models import load_trained, save_companions, save_final_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
 
 __all__ = [
+    "check_model",
     "load_model",
     "load_tokenizer",
     "load_trained",
@@ -184,7 +186,7 @@ def _read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
         config: Any = AutoConfig.from_pretrained(
             reference, revision=keys.model_revision or "main", trust_remote_code=keys.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 Problem(
@@ -232,6 +234,7 @@ def _from_pretrained(keys: ModelKeys, precision: Precision, quantization: Quanti
     loader: Any = AutoModelForCausalLM
     reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
     config = _read_config(reference, keys)
+    require_weights(reference, "model_name_or_path")
     attention = choose_attention(keys.attn_implementation, _model_class(config), precision, device_facts())
     kwargs: dict[str, Any] = {}
     if quantization is not None:
@@ -248,7 +251,7 @@ def _from_pretrained(keys: ModelKeys, precision: Precision, quantization: Quanti
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         if "attention" in str(error).lower() or "attn" in str(error).lower():
             first_line = str(error).strip().splitlines()[0]
             raise UserError(
@@ -290,6 +293,22 @@ def _from_scratch(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision
         raise UserError(Problem(f"no model can be made of these settings: {error}", key="from_scratch")) from error
     logger.info("Random weights: %s from scratch", config.model_type)
     return model
+
+
+def check_model(keys: ModelKeys) -> None:
+    """What can be told of the model without reading its weights.
+
+    Raises:
+        UserError: there is no model of that name, it is no causal language model, or it has no weights.
+    """
+    with _placed(keys):
+        _check_combination(keys, None, None, for_training=False)
+        if keys.from_scratch is not None:
+            check_settings(keys.from_scratch)
+            return
+        reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
+        _read_config(reference, keys)
+        require_weights(reference, "model_name_or_path")
 
 
 def _untrained_tokens(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, rows_before: int) -> list[int]:

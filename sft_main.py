@@ -108,8 +108,9 @@ def train(argv: list[str]) -> int:
         fp16=precision.fp16,
         plan=plan,
         logging_dir=config.logging_dir,
+        wandb_project=config.wandb_project,
     )
-    callbacks = [MetricsFile(output_dir / "logs"), ConsoleProgress(console.console)]
+    callbacks = [MetricsFile(output_dir / "logs"), ConsoleProgress(console.console, bars=not config.disable_tqdm)]
     trainer = trainer_utils.SFTTrainer(
         model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks
     )
@@ -221,7 +222,7 @@ def evaluate(argv: list[str]) -> int:
     arguments = trainer_utils.training_arguments(
         config.section(TrainingKeys).training_arguments(), bf16=False, fp16=False, plan=None
     )
-    callbacks = [ConsoleProgress(console)]
+    callbacks = [ConsoleProgress(console, bars=not config.disable_tqdm)]
     trainer = trainer_utils.SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
     results = trainer.evaluate_all()
     results |= _exact_match(config, model, tokenizer, data, "now")
@@ -249,12 +250,13 @@ def generate(argv: list[str]) -> int:
 
     speak(is_main_process=True)
     from sft import generation
+    from sft.replies import Sampling
 
-    settings = generation.Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     if options.chat:
-        generation.chat(options.model, settings)
+        generation.chat(options.model, sampling)
     else:
-        generation.run_batch(options.model, options.prompts, options.output, settings, options.batch_size)
+        generation.run_batch(options.model, options.prompts, options.output, sampling, options.batch_size)
     return 0
 
 
@@ -342,8 +344,8 @@ def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData,
     rows = data_handler.validation_conversations(
         config.section(DataKeys), seed=config.seed, limit=config.exact_match_samples
     )
-    share = measure(model, tokenizer, rows, data.end_token_ids, when)
-    return {f"exact_match_{when.replace(' ', '_')}": share}
+    share = measure(model, tokenizer, rows, data.end_token_ids, config.per_device_eval_batch_size, when)
+    return {f"exact_match_{when}": share}
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:

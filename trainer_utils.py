@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -33,7 +34,13 @@ __all__ = ["SFTTrainer", "set_seed", "training_arguments"]
 
 
 def training_arguments(
-    given: Mapping[str, Any], *, bf16: bool, fp16: bool, plan: BatchPlan | None, logging_dir: str | None = None
+    given: Mapping[str, Any],
+    *,
+    bf16: bool,
+    fp16: bool,
+    plan: BatchPlan | None,
+    logging_dir: str | None = None,
+    wandb_project: str | None = None,
 ) -> TrainingArguments:
     """The Trainer's arguments: what the user gave, completed by what this pipeline knows better.
 
@@ -42,10 +49,11 @@ def training_arguments(
         bf16, fp16: the autocast that was chosen for the machine.
         plan: the run's arithmetic; None where nothing is trained.
         logging_dir: of the TensorBoard files; None is `logs/tensorboard` in the output folder.
+        wandb_project: None leaves it to the environment.
     """
     arguments = dict(given)
     output_dir = arguments.setdefault("output_dir", "outputs")
-    arguments |= {"bf16": bf16, "fp16": fp16, "disable_tqdm": True}
+    arguments |= {"bf16": bf16, "fp16": fp16}
     if plan is not None:
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
     # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
@@ -53,8 +61,14 @@ def training_arguments(
     if arguments.get("activation_checkpointing"):
         arguments.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     if not torch.cuda.is_available():
+        # Without use_cpu accelerate does not look for a process group: each rank would train alone on the same rows.
+        arguments["use_cpu"] = not torch.backends.mps.is_available()
         arguments.setdefault("dataloader_pin_memory", False)  # there is no device to copy to
-    # Upstream takes the folder from the environment alone.
+    if not dist.is_initialized():
+        arguments.pop("ddp_backend", None)  # for one process upstream would look for a group that nobody made
+    # Upstream takes these two from the environment alone.
+    if wandb_project:
+        os.environ["WANDB_PROJECT"] = wandb_project
     os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(output_dir) / "logs" / "tensorboard")
     return TrainingArguments(**arguments)
 
@@ -98,6 +112,9 @@ class SFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if self.accelerator.num_processes != world_size:
+            raise RuntimeError(f"{world_size} processes were joined, the Trainer sees {self.accelerator.num_processes}")
         self._end_token_ids = end_token_ids
         self._eval_names = list(eval_datasets)
         self._sums = TokenSums(args.device)

@@ -66,8 +66,17 @@ def qa_row(asked: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
     return {"question": rng.choice(task.questions).format(x=operand), "answer": answer}
 
 
-def rows(kind: str, count: int, rng: random.Random, validation: bool) -> list[Row]:
-    """`count` rows of the format `kind`, no two the same."""
+def told(row: Row) -> tuple[str, ...]:
+    """The texts of a row as a model would read them, so that rows of different formats can be compared."""
+    if "messages" in row:
+        return tuple(message["content"] for message in row["messages"])
+    if row.get("input"):
+        return f"{row['instruction']}\n\n{row['input']}", row["output"]
+    return tuple(text for text in row.values() if text)
+
+
+def rows(kind: str, count: int, rng: random.Random, validation: bool, seen: set[tuple[str, ...]]) -> list[Row]:
+    """`count` rows of the format `kind` that say nothing that is in `seen`, which grows by them."""
     asked = problems(rng, validation)
     makers = {
         "alpaca": lambda: alpaca_row(asked, rng),
@@ -75,11 +84,13 @@ def rows(kind: str, count: int, rng: random.Random, validation: bool) -> list[Ro
         "qa": lambda: qa_row(asked, rng),
         "text": lambda: {"text": document(rng, validation)},
     }
-    made: dict[str, Row] = {}
+    made: list[Row] = []
     while len(made) < count:
         row = makers[kind]()
-        made.setdefault(json.dumps(row), row)
-    return list(made.values())
+        if told(row) not in seen:
+            seen.add(told(row))
+            made.append(row)
+    return made
 
 
 def write_alpaca(path: Path, made: list[Row]) -> None:
@@ -118,11 +129,12 @@ def make_data(folder: Path, seed: int) -> list[Path]:
     written = []
     for split, counts in ROWS.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
+        seen: set[tuple[str, ...]] = set()
         for kind, count in counts.items():
             name, write = WRITERS[kind]
             path = folder / split / name
-            # A stream of its own for each file: changing the size of one leaves the others as they are.
-            write(path, rows(kind, count, random.Random(f"{seed} {split} {kind}"), split == "validation"))
+            rng = random.Random(f"{seed} {split} {kind}")
+            write(path, rows(kind, count, rng, split == "validation", seen))
             written.append(path)
     return written
 
@@ -139,7 +151,7 @@ def make_corpus(folder: Path, seed: int) -> list[Path]:
     for split, count in CORPUS_ROWS.items():
         rng = random.Random(f"{seed} {split} corpus")
         path = folder / f"{split}.txt"
-        write_text(path, [{"text": document(rng, split == "validation")} for _ in range(count)])
+        write_text(path, rows("text", count, rng, split == "validation", set()))
         written.append(path)
     return written
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sft.embeddings import is_tied
 from sft.errors import Problem, UserError
 from sft.quantization import import_bitsandbytes, quantized_layers
 
@@ -113,13 +114,6 @@ def _check_initialisation(model: nn.Module, keys: LoraKeys) -> None:
         raise UserError(
             Problem(f"{init!r} rewrites the base weights, and these are quantized", "Use true or gaussian.", key=key)
         )
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the input embedding and the output head are one matrix."""
-    head: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
-    return head is not None and head.weight is embedding.weight
 
 
 def _ends(model: PreTrainedModel) -> list[str]:

@@ -56,10 +56,9 @@ def plan_batches(keys: TrainingKeys, train_rows: int, tokens_per_epoch: int, wor
     if keys.global_batch_size is not None:
         accumulation, rest = divmod(keys.global_batch_size, per_device * world_size)
         if rest or not accumulation:
-            message = (
-                f"{keys.global_batch_size} rows cannot be made of passes of {per_device} rows × {world_size} processes"
-            )
-            hint = f"take a multiple of {per_device * world_size}"
+            rows = per_device * world_size
+            message = f"{keys.global_batch_size} is no multiple of {rows} ({per_device} rows × {world_size} processes)"
+            hint = f"take a multiple of {rows}, or another per_device_train_batch_size"
             raise UserError(keys.problem("global_batch_size", message, hint))
     batches = math.ceil(train_rows / (per_device * world_size))
     if keys.dataloader_drop_last:

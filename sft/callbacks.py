@@ -73,7 +73,7 @@ class MetricsFile(TrainerCallback):
 class ConsoleProgress(TrainerCallback):
     """One readable line for each log, above bars for training and evaluation with the time that is left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, bars: bool = True) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -83,6 +83,8 @@ class ConsoleProgress(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            # A bar that is not on a terminal would leave an empty line behind each time that it is put up.
+            disable=not bars or not console.is_terminal,
         )
         self._training: Any = None
         self._evaluation: Any = None

@@ -8,7 +8,16 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import Problem, UserError
-from sft.replies import Message, Sampling, answering, encode_prompt, generation_settings, position_limit, stop_ids
+from sft.replies import (
+    GREEDY,
+    Message,
+    Sampling,
+    answering,
+    encode_prompt,
+    generation_settings,
+    position_limit,
+    stop_ids,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,9 +25,7 @@ if TYPE_CHECKING:
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and resets), /quit ends"
 
 
-def stream_reply(
-    model: Any, tokenizer: Any, conversation: list[Message], sampling: Sampling = Sampling()
-) -> Iterator[str]:
+def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampling: Sampling = GREEDY) -> Iterator[str]:
     """The reply in pieces, as the model makes them.
 
     A second thread generates. When the caller stops listening, so does the model, after the token at hand.
@@ -121,7 +128,7 @@ def _reader(console: Console) -> Callable[[], str]:
     return input
 
 
-def talk(model: Any, tokenizer: Any, sampling: Sampling = Sampling(), console: Console | None = None) -> list[Message]:
+def talk(model: Any, tokenizer: Any, sampling: Sampling = GREEDY, console: Console | None = None) -> list[Message]:
     """Talk until /quit or the end of the input; returns the messages of the conversation as it stands then."""
     from rich.console import Console
 

@@ -132,7 +132,8 @@ def _trackers(config: Config) -> Iterator[Problem]:
 
 
 def _needs_of_training(config: Config) -> Iterator[Problem]:
-    has_validation = any(_given(config, key) for key in VALIDATION_SOURCES) or config.dataset_name is not None
+    # Data sets on the hub or in a folder may bring a validation split of their own.
+    has_validation = any(_given(config, key) for key in (*VALIDATION_SOURCES, "dataset_name", "dataset_path"))
     if config.eval_strategy != "no" and not has_validation:
         hint = f"Give one of {', '.join(VALIDATION_SOURCES)}, or write eval_strategy: no."
         yield config.problem("eval_strategy", f"{shown(config.eval_strategy)} needs validation data", hint)

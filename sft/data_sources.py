@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sft.errors import Problem, UserError
 from sft.schema import DataKeys, DatasetKeys
-from sft.sources import Row, find_files, read_files, read_hub, read_saved
+from sft.sources import EXTENSIONS, Row, data_extension, find_files, read_files, read_hub, read_saved
+
+logger = logging.getLogger("sft")
 
 _SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
 
@@ -121,10 +125,29 @@ def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
     if (path / "state.json").is_file():
         return DataSource(*common, hub=str(path)) if split == "train" else None
     files = find_files(str(path), "dataset_path")
-    named = [f for f in files if f.name.lower().startswith(_SPLIT_NAMES[split])]
-    others = [f for f in files if not f.name.lower().startswith(_SPLIT_NAMES["train"] + _SPLIT_NAMES["validation"])]
-    chosen = named or (others if split == "train" else [])
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    chosen = next((by_split[name] for name in _SPLIT_NAMES[split] if name in by_split), [])
+    if split == "train":
+        others = by_split.get("", [])
+        if chosen and others:
+            logger.warning(
+                "dataset_path: not used beside the files named for training: %s", ", ".join(map(str, others))
+            )
+        chosen = chosen or others
     return DataSource(*common, files=chosen) if chosen else None
+
+
+def _split_of(file: Path) -> str:
+    """The split that a folder or the file itself is named for (`train-00001.parquet`, `test/0.jsonl`), or nothing."""
+    names = "|".join(name for names in _SPLIT_NAMES.values() for name in names)
+    found = (re.match(rf"({names})(?![a-z])", part.lower()) for part in file.parts)
+    return next((match[1] for match in found if match), "")
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[DataSource]:
@@ -136,11 +159,9 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
             raise UserError(
                 Problem(f"two data sets are called {name!r}", "give each a `name` of its own", f"{key}.{number}.name")
             )
-        is_local = Path(entry.path).expanduser().exists() or any(c in entry.path for c in "*?[")
-        is_saved = (Path(entry.path) / "dataset_info.json").is_file() or (
-            Path(entry.path) / "dataset_dict.json"
-        ).is_file()
-        looks_local = is_local or entry.path.startswith((".", "/", "~")) or Path(entry.path).suffix != ""
+        path = Path(entry.path).expanduser()
+        is_local = path.exists() or any(c in entry.path for c in "*?[") or entry.path.startswith((".", "/", "~"))
+        is_file = (is_local or data_extension(path) in EXTENSIONS) and not _is_saved(path)
         sources.append(
             DataSource(
                 name,
@@ -149,8 +170,8 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
                 entry.columns or keys.columns,
                 entry.train_on or keys.train_on,
                 entry.max_samples,
-                files=find_files(entry.path, entry_key) if looks_local and not is_saved else [],
-                hub=None if looks_local and not is_saved else entry.path,
+                files=find_files(entry.path, entry_key) if is_file else [],
+                hub=None if is_file else str(path),
                 split=entry.split or "train",
             )
         )

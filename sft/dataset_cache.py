@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,9 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> bool:
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():  # another process made it while this one waited
             return True
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        unfinished = folder.parent / f".{folder.name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed while it held the lock
+        unfinished.mkdir()
         try:
             make(unfinished)
             unfinished.rename(folder)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.rendering import Rendered, Span
 
+_ANCHORS = ("\n", "\x02", "=", "a")
 IGNORE_INDEX = -100  # the label of a token that is not trained, by PyTorch's and Hugging Face's convention
 
 
@@ -42,10 +43,11 @@ class Encoder:
         self._backend.no_padding()
         # SentencePiece vocabularies put a blank in front of a text; a text's continuation must not get one.
         self._prefixes_blank = self._backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+        self._chat_backend = _without_trimming(self._backend)
 
     def encode_chats(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """Conversations: control tokens are in the text already, so none is added."""
-        encodings = self._backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+        encodings = self._chat_backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
         return [self._label(r, e) for r, e in zip(rendered, encodings, strict=True)]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
@@ -107,14 +109,30 @@ class Encoder:
         """`text[origin:end]` as it stands behind other text; offsets count from `origin`."""
         piece = text[origin:end]
         if origin == 0 or not self._prefixes_blank:
-            return self._backend.encode(piece, add_special_tokens=False)
-        # A line feed in front takes the blank that a SentencePiece vocabulary would put there; both are cut off.
-        anchored = self._backend.encode("\n" + piece, add_special_tokens=False)
+            return self._chat_backend.encode(piece, add_special_tokens=False)
+        # A character in front takes the blank that a SentencePiece vocabulary would put there; both are cut off. It
+        # must not merge with the piece, as a line feed does with another.
+        for anchor in _ANCHORS:
+            anchored = self._chat_backend.encode(anchor + piece, add_special_tokens=False)
+            if not self._straddles(anchored, 1):
+                break
         return _Shifted(anchored)  # type: ignore[return-value]
 
 
+def _without_trimming(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer whose offsets count the blank in front of a word to the word's token, as its text does.
+
+    Some tokenizers (GPT-NeoX, RoBERTa) trim it off the offsets, which hides that the token crosses a seam there.
+    """
+    trims = backend.post_processor is not None and b'"trim_offsets":true' in backend.post_processor.__getstate__()
+    if trims:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.post_processor = None
+    return backend
+
+
 class _Shifted:
-    """An `Encoding` of "\\n" + piece, seen as one of the piece: the anchor's tokens dropped, offsets moved by one."""
+    """An `Encoding` of an anchor + piece, seen as one of the piece: the anchor's tokens dropped, offsets moved by one."""
 
     def __init__(self, anchored: Encoding) -> None:
         first = next((i for i, (start, _) in enumerate(anchored.offsets) if start >= 1), len(anchored.ids))

@@ -7,7 +7,8 @@ fits one with a value of the wrong type, raises `RowLost` with the reason that t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,13 @@ QUESTION_ANSWER_KEYS = (
     ("problem", "solution"),
     ("instruction", "response"),
     ("question", "answers"),
+)
+_SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("chat", ("messages",)),
+    ("chat", ("conversations",)),
+    ("alpaca", ("instruction", "output")),
+    *(("qa", pair) for pair in QUESTION_ANSWER_KEYS),
+    ("text", ("text",)),
 )
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -92,10 +100,10 @@ def normalize(
         RowLost: `bad_schema` or `empty_answer`.
     """
     row = rename_columns(row, columns) if columns else row
-    shape = detect(row) if format == "auto" else format
+    shape, keys = detect(row, format, mapped=columns or ())
     if shape == "text":
         return Text(_text(row, "text"))
-    conversation = _BUILDERS[shape](row)
+    conversation = _BUILDERS[shape](row, keys)
     if system_prompt and conversation.messages[0]["role"] not in ("system", "developer"):
         conversation = Conversation(
             conversation.format,
@@ -121,20 +129,38 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
     return renamed
 
 
-def detect(row: Mapping[str, Any]) -> str:
-    """`chat`, `alpaca`, `qa` or `text`, by the keys that hold a value. Raises `RowLost` for none."""
-    if _has(row, "messages") or _has(row, "conversations"):
-        return "chat"
-    if "instruction" in row and "output" in row:
-        return "alpaca"
-    if any(q in row and a in row for q, a in QUESTION_ANSWER_KEYS):
-        return "qa"
-    if "text" in row:
-        return "text"
-    raise RowLost("bad_schema", f"fits no known format: {_keys(row)}")
+def detect(row: Mapping[str, Any], format: str = "auto", mapped: Collection[str] = ()) -> tuple[str, tuple[str, ...]]:
+    """The row's shape (`chat`, `alpaca`, `qa` or `text`) and the keys that show it.
+
+    Where several shapes fit, the one counts that the user's `mapped` names belong to, then the one whose keys hold
+    values (a table gives each row the columns of all), then the first of `_SHAPES`.
+
+    Raises:
+        RowLost: `bad_schema` when the row has the keys of none, or not those of `format`.
+    """
+    fitting = [
+        (shape, keys) for shape, keys in _SHAPES if format in ("auto", shape) and all(key in row for key in keys)
+    ]
+    if not fitting:
+        what = "no known format" if format == "auto" else f"not the format {format}"
+        raise RowLost("bad_schema", f"fits {what}: {_keys(row)}")
+    return max(fitting, key=lambda fit: (sum(key in mapped for key in fit[1]), _fullness(row, fit)))
 
 
-def _alpaca(row: Mapping[str, Any]) -> Conversation:
+def _fullness(row: Mapping[str, Any], fit: tuple[str, tuple[str, ...]]) -> int:
+    """2 for a shape that the row fills, 1 for one that it begins (a question without its answer), 0 for empty columns.
+
+    A `text` counts as begun: some data sets hold each question and answer once more as one text.
+    """
+    shape, keys = fit
+    if shape == "text":
+        return int(_has(row, "text"))
+    if _has(row, keys[-1]) and row[keys[0]] is not None:
+        return 2
+    return int(any(_has(row, key) for key in keys))
+
+
+def _alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
     messages: list[Message] = []
     if _has(row, "system"):
         messages.append({"role": "system", "content": _text(row, "system")})
@@ -146,25 +172,22 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
             raise RowLost("bad_schema", f"history: expected pairs of question and answer, found {str(pair)[:60]!r}")
         messages += [
             {"role": "user", "content": _as_text(pair[0], "history")},
-            {"role": "assistant", "content": _as_text(pair[1], "history")},
+            {"role": "assistant", "content": _answer(pair[1], "history")},
         ]
-    question = _text(row, "instruction")
+    question_key, answer_key = keys
+    question = _text(row, question_key)
     if _has(row, "input"):
         question = f"{question}\n\n{_text(row, 'input')}" if question.strip() else _text(row, "input")
     messages += [
         {"role": "user", "content": question},
-        {"role": "assistant", "content": _answer(row["output"])},
+        {"role": "assistant", "content": _answer(row[answer_key], answer_key)},
     ]
     return Conversation("alpaca", messages, [m["role"] == "assistant" for m in messages])
 
 
-def _qa(row: Mapping[str, Any]) -> Conversation:
-    for question_key, answer_key in QUESTION_ANSWER_KEYS:
-        if question_key in row and answer_key in row:
-            break
-    else:
-        raise RowLost("bad_schema", f"no pair of question and answer: {_keys(row)}")
-    if isinstance(row[question_key], list) or isinstance(row[answer_key], list):
+def _qa(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
+    question_key, answer_key = keys
+    if isinstance(row[question_key], list) or (isinstance(row[answer_key], list) and answer_key != "answers"):
         return _prompt_completion_messages(row, question_key, answer_key)
     question = _text(row, question_key)
     if _has(row, "context"):
@@ -176,7 +199,7 @@ def _qa(row: Mapping[str, Any]) -> Conversation:
         messages.append({"role": "system", "content": _text(row, "system")})
     messages += [
         {"role": "user", "content": question},
-        {"role": "assistant", "content": _answer(row[answer_key])},
+        {"role": "assistant", "content": _answer(row[answer_key], answer_key)},
     ]
     return Conversation("qa", messages, [m["role"] == "assistant" for m in messages])
 
@@ -193,12 +216,12 @@ def _prompt_completion_messages(row: Mapping[str, Any], question_key: str, answe
     return Conversation("qa", before.messages + after.messages, trainable, _tools(row.get("tools")))
 
 
-def _chat(row: Mapping[str, Any]) -> Conversation:
-    value = row["messages"] if _has(row, "messages") else row.get("conversations")
+def _chat(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
+    value = row[keys[0]]
     if isinstance(value, str):
-        value = _parse_json(value, "messages")
+        value = _parse_json(value, keys[0])
     if not isinstance(value, list):
-        raise RowLost("bad_schema", f"messages: expected a list, found {_kind(value)}")
+        raise RowLost("bad_schema", f"{keys[0]}: expected a list, found {_kind(value)}")
     conversation = _messages(value)
     messages, trainable = conversation.messages, conversation.trainable
     if _has(row, "system") and messages and messages[0]["role"] != "system":
@@ -231,10 +254,10 @@ def _message(item: Mapping[str, Any], number: int) -> Message:
         raise RowLost("bad_schema", f"message {number}: unknown role {raw_role!r}")
     content = item["content"] if "content" in item else item.get("value")
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, number)}
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, f"message {number}: {role}")}
     extras = {key: item[key] for key in _PASSED_ON if item.get(key)}
-    if isinstance(extras.get("tool_calls"), str):
-        extras["tool_calls"] = _parse_json(extras["tool_calls"], f"message {number}: tool_calls")
+    if "tool_calls" in extras:
+        extras["tool_calls"] = _tool_calls(extras["tool_calls"], f"message {number}: tool_calls")
     if content is None and "tool_calls" in extras:
         content = ""
     if isinstance(content, list):  # OpenAI's content parts
@@ -256,17 +279,29 @@ def _wants_training(item: Mapping[str, Any], number: int) -> bool:
     weight, train = item.get("weight"), item.get("train")
     if weight not in (None, 0, 1) or train not in (None, True, False):
         raise RowLost("bad_schema", f"message {number}: expected weight 0 or 1 and train true or false")
-    return weight != 0 and train is not False
+    return weight != 0 and train != False  # noqa: E712 (a table may write it as 0)
 
 
-def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
-    """ShareGPT's `function_call` (JSON text, an object, or a list of them) in OpenAI's form."""
-    parsed = _parse_json(value, f"message {number}: function_call") if isinstance(value, str) else value
+def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form or ShareGPT's (JSON text, an object, or a list of them), in OpenAI's form.
+
+    OpenAI writes a call's arguments as JSON text; templates take them as an object, as servers hand them over.
+    """
+    parsed = _parse_json(value, what) if isinstance(value, str) else value
     calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls:
+        raise RowLost("bad_schema", f"{what}: the list is empty")
+    result = []
     for call in calls:
-        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-            raise RowLost("bad_schema", f"message {number}: a function call without a name: {str(call)[:60]!r}")
-    return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowLost("bad_schema", f"{what}: a call without a name: {str(call)[:60]!r}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+            arguments = _parse_json(arguments, f"{what}: arguments")
+        named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        result.append({**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named})
+    return result
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
@@ -279,15 +314,18 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     return [dict(t) if "function" in t else {"type": "function", "function": dict(t)} for t in value]
 
 
-def _answer(value: Any) -> str:
-    """The answer's text; SQuAD nests it as `{"text": [...]}` and the first one counts."""
+def _answer(value: Any, key: str) -> str:
+    """The answer's text; SQuAD nests it as `{"text": [...]}` or `[{"text": ...}]` and the first one counts."""
+    is_nested = isinstance(value, Mapping) and "text" in value
+    if is_nested:
+        value = value["text"]
+    if isinstance(value, list) and (is_nested or key == "answers"):
+        value = value[0] if value else ""
     if isinstance(value, Mapping) and "text" in value:
         value = value["text"]
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    text = "" if value is None else _as_text(value, "answer")
+    text = "" if value is None else _as_text(value, key)
     if not text.strip():
-        raise RowLost("empty_answer", "the answer is empty")
+        raise RowLost("empty_answer", f"{key} is empty")
     return text
 
 
@@ -303,15 +341,18 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 def _as_text(value: Any, key: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
         return json.dumps(value)
-    raise RowLost("bad_schema", f"{key}: expected text, found {_kind(value)}")
+    found = value if isinstance(value, float) else _kind(value)  # NaN is how tables write a value that is missing
+    raise RowLost("bad_schema", f"{key}: expected text, found {found}")
 
 
 def _parse_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of thousands of digits
         raise RowLost("bad_schema", f"{what}: not JSON: {error}") from None
 
 
@@ -324,7 +365,8 @@ def _kind(value: Any) -> str:
 
 
 def _keys(row: Mapping[str, Any]) -> str:
-    return f"its keys are {', '.join(map(str, row)) or 'none'}"
+    shown = ", ".join(str(key)[:60] for key in list(row)[:20])
+    return f"its keys are {shown or 'none'}" + (f" and {len(row) - 20} more" if len(row) > 20 else "")
 
 
 _BUILDERS = {"alpaca": _alpaca, "qa": _qa, "chat": _chat}

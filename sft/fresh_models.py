@@ -58,13 +58,12 @@ def _check_fields(config_class: type, settings: Mapping[str, Any]) -> None:
         raise UserError(*problems)
 
 
-def build_config(value: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """The model config: the user's settings, with vocabulary size and token ids from the tokenizer where left out.
+def check_settings(value: Mapping[str, Any] | str) -> tuple[str, dict[str, Any]]:
+    """The model type and its settings, by name only: their values are judged by `build_config`.
 
     Raises:
-        UserError: an unknown model type or setting, a value that the config class refuses, or too small a vocabulary.
+        UserError: an unknown model type, or settings that its config class does not have.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     settings = read_config(value)
@@ -74,6 +73,18 @@ def build_config(value: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerF
         hint = f"Did you mean {' or '.join(close)}?" if close else "For example llama, qwen2, gpt2, mistral."
         raise UserError(Problem(f"no such model type: {model_type!r}", hint, key=f"{KEY}.model_type"))
     _check_fields(CONFIG_MAPPING[model_type], settings)
+    return model_type, settings
+
+
+def build_config(value: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """The model config: the user's settings, with vocabulary size and token ids from the tokenizer where left out.
+
+    Raises:
+        UserError: an unknown model type or setting, a value that the config class refuses, or too small a vocabulary.
+    """
+    from transformers import AutoConfig
+
+    model_type, settings = check_settings(value)
     settings.setdefault("vocab_size", len(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings.setdefault(name, getattr(tokenizer, name))

@@ -11,7 +11,7 @@ from typing import Any
 from sft.chat import talk
 from sft.errors import Problem, UserError
 from sft.prompts import read_prompts
-from sft.replies import ExactMatch, Message, Sampling, exact_match, generate_replies
+from sft.replies import GREEDY, ExactMatch, Message, Sampling, exact_match, generate_replies
 from sft.trained_models import load_trained
 
 __all__ = ["ExactMatch", "Sampling", "chat", "exact_match", "generate_replies", "run_batch"]
@@ -36,7 +36,7 @@ def run_batch(
     model_dir: str | Path,
     prompts_file: str | Path,
     out: str | Path | None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
     """Answer every prompt of a file and write one JSON line for each: `prompt` (or `messages`) and `response`.
@@ -75,7 +75,7 @@ def run_batch(
     return rows
 
 
-def chat(model_dir: str | Path, sampling: Sampling = Sampling()) -> list[Message]:
+def chat(model_dir: str | Path, sampling: Sampling = GREEDY) -> list[Message]:
     """Talk with a trained model in the terminal until /quit or the end of the input; returns the conversation.
 
     Raises:

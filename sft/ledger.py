@@ -55,11 +55,6 @@ class Ledger:
         """Notes that the samples were packed into `rows` rows of `capacity` tokens."""
         self.packed_rows, self.packed_capacity = rows, rows * capacity
 
-    def lost_fraction(self) -> float:
-        """Rows lost by mistake or length, of all rows read; a duplicate that was asked to go is no loss."""
-        lost = sum(n for reason, n in self.rows_lost.items() if reason not in ("duplicate", "in_validation"))
-        return lost / self.rows_read if self.rows_read else 0.0
-
     def as_json(self) -> dict[str, Any]:
         """SPEC's LEDGER entry L."""
         assert self.rows_read == self.rows_trained + self.rows_lost.total(), "a row is unaccounted for"

@@ -282,7 +282,7 @@ def merge(
             error,
             effect,
         )
-    return MergeReport(
+    report = MergeReport(
         base=reference,
         adapter=str(folder),
         output_dir=str(target),
@@ -294,6 +294,8 @@ def merge(
         effect=effect,
         seconds=time.monotonic() - started,
     )
+    logger.info("%s", report)
+    return report
 
 
 def _require(error: float, tolerance: float, what: str) -> None:

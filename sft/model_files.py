@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sft.errors import Problem, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
+# What transformers raises over files that are missing, damaged, or of another model.
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -88,6 +92,17 @@ def require_model(reference: str, key: str) -> None:
             )
         )
     raise UserError(Problem(f"{reference!r} holds no {MODEL_CONFIG}: not a model", _what_is_in(folder), key=key))
+
+
+def require_weights(reference: str, key: str) -> None:
+    """A local folder must hold files of weights beside its config.
+
+    Raises:
+        UserError: it has none, in a form that loads.
+    """
+    folder = Path(reference)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise UserError(Problem(f"{reference!r} holds no weights (*.safetensors)", _what_is_in(folder), key=key))
 
 
 def require_trained(folder: Path, key: str = "--model") -> None:

@@ -35,37 +35,47 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     if lengths.min() < 1 or lengths.max() > capacity:
         raise ValueError(f"lengths must lie in 1..{capacity}, got {lengths.min()}..{lengths.max()}")
     order = np.argsort(-lengths, kind="stable")
+    descending = -lengths[order]
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # room left -> bins with just that room
-    rooms = 0  # bit r is set when by_room[r] is not empty, so that the tightest fit is one shift away
+    rooms = 0  # bit r is set when r is in by_room, so that the tightest fit is one shift away
     at = 0
     while at < len(order):
-        length = int(lengths[order[at]])
-        end = at + int(np.searchsorted(-lengths[order[at:]], -length, side="right"))
+        length = -int(descending[at])
+        end = at + int(np.searchsorted(descending[at:], -length, side="right"))
         items = order[at:end].tolist()
         at = end
         while items:
             fitting = rooms >> length
             if fitting:
                 room = length + (fitting & -fitting).bit_length() - 1
-                open_bins = by_room[room]
+                open_bins = by_room.pop(room)
+                rooms &= ~(1 << room)
             else:
                 room = capacity
                 open_bins = list(range(len(bins), len(bins) + -(-len(items) // (capacity // length))))
                 bins.extend([] for _ in open_bins)
-            take = min(len(items), len(open_bins))
-            # Fill each bin as often as best fit would: while it stays the tightest one that the length fits into.
-            for bin_number in open_bins[:take]:
-                bins[bin_number].append(items.pop())
-            rest, moved = open_bins[take:], open_bins[:take]
-            rooms = _set(by_room, rooms, room, rest)
-            rooms = _set(by_room, rooms, room - length, by_room.get(room - length, []) + moved)
+            # A bin that has got an item is the tightest one for the next: each is filled before another is begun.
+            each = room // length
+            filled = min(len(open_bins), len(items) // each)
+            for number, bin_number in enumerate(open_bins[:filled]):
+                bins[bin_number] += items[number * each : (number + 1) * each]
+            items, begun = items[filled * each :], open_bins[filled : filled + 1]
+            rooms |= _add(by_room, room - each * length, open_bins[:filled])
+            if items and begun:
+                bins[begun[0]] += items
+                rooms |= _add(by_room, room - len(items) * length, begun)
+                items, filled = [], filled + 1
+            rooms |= _add(by_room, room, open_bins[filled:])
     return [np.array(b, dtype=np.int64) for b in bins]
 
 
-def _set(by_room: dict[int, list[int]], rooms: int, room: int, bins: list[int]) -> int:
-    by_room[room] = bins
-    return rooms | (1 << room) if bins and room else rooms & ~(1 << room)
+def _add(by_room: dict[int, list[int]], room: int, bins: list[int]) -> int:
+    """Notes bins with `room` left; returns the bit to set for them."""
+    if not bins or not room:
+        return 0
+    by_room.setdefault(room, []).extend(bins)
+    return 1 << room
 
 
 def pack_rows(

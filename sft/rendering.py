@@ -99,7 +99,9 @@ class ChatRenderer:
             return start, len(whole) - len(self._last_tail) + len(self.end_token)
         # What two continuations with different next messages share ends somewhere in the next turn's header; the
         # last end token before that is this answer's, whatever its own text contains.
-        other = self._apply([*messages[: turn + 1], {**messages[turn + 1], "content": _PROBE}], tools)
+        # (Calls are left out of the other next message: many templates render its text or its calls.)
+        following = {k: v for k, v in messages[turn + 1].items() if k != "tool_calls"}
+        other = self._apply([*messages[: turn + 1], {**following, "content": _PROBE}], tools)
         shared = _shared_start(whole, other)
         end = shared.rfind(self.end_token, start)
         if end < 0:
@@ -116,16 +118,25 @@ class ChatRenderer:
                 tools = None
         if not self.renders_system and messages[0]["role"] == "system":
             raise RowLost("template_mismatch", "the chat template does not render system messages")
+        self._require_rendered(messages, tools)
         return messages, tools
+
+    def _require_rendered(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+        """Many templates step over messages of a role that they do not know: what the answer rests on would be gone."""
+        for role in {m["role"] for m in messages[1:]} - {"user", "assistant"} | {messages[0]["role"]} & {"developer"}:
+            probed = [{**m, "content": _PROBE} if m["role"] == role else m for m in messages]
+            if self._apply(probed, tools) == self._apply(messages, tools):
+                raise RowLost("template_mismatch", f"the chat template leaves {role} messages out")
 
     def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            # A batch of one: alone, transformers refuses the empty conversation that stands before an opening answer.
+            batch = self._tokenizer.apply_chat_template(
+                [messages], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # templates raise jinja2 errors of their own, and TypeErrors from inside filters
             raise RowLost("template_mismatch", f"the chat template refuses the conversation: {error}") from None
-        return str(text)
+        return str(batch[0])
 
     @staticmethod
     def _last_assistant(messages: list[Message]) -> int:
@@ -174,7 +185,7 @@ def _call_as_text(message: Message) -> Message:
 
     if "tool_calls" not in message:
         return message
-    calls = [json.dumps(c.get("function", c), ensure_ascii=False) for c in message["tool_calls"]]
+    calls = [json.dumps(c.get("function", c), ensure_ascii=False, default=str) for c in message["tool_calls"]]
     content = "\n".join([message["content"], *calls] if message["content"] else calls)
     return {**{k: v for k, v in message.items() if k != "tool_calls"}, "content": content}
 
@@ -182,7 +193,7 @@ def _call_as_text(message: Message) -> Message:
 def _with_tools_in_system(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
     import json
 
-    listing = "Tools:\n" + "\n".join(json.dumps(t.get("function", t), ensure_ascii=False) for t in tools)
+    listing = "Tools:\n" + "\n".join(json.dumps(t.get("function", t), ensure_ascii=False, default=str) for t in tools)
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{listing}"}, *messages[1:]]
     return [{"role": "system", "content": listing}, *messages]

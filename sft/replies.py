@@ -36,6 +36,9 @@ class Sampling:
     seed: int = 0
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Example:
     """A question with the right answer and the reply it got, both without whitespace at the ends."""
@@ -172,7 +175,7 @@ def generate_replies(
     model: Any,
     tokenizer: Any,
     conversations: Sequence[Prompt],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     *,
     batch_size: int = 8,
     stop_token_ids: Sequence[int] | None = None,

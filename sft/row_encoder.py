@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -36,28 +37,27 @@ class Sample:
 
 @dataclass
 class EncodedSet:
-    """All samples of one data set that are kept."""
+    """All samples of one data set that are kept; `wrapped` ones keep their whole length, to be cut by the packing."""
 
     ledger: Ledger = field(default_factory=Ledger)
     input_ids: list[np.ndarray] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
     fingerprints: set[bytes] = field(default_factory=set)
+    wrapped: bool = False
 
 
 class RowEncoder:
     """Takes rows to samples, with one tokenizer and one set of data keys."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, keys: DataKeys) -> None:
+        if keys.preprocessing_num_workers:
+            # The Rust tokenizer makes its threads when it first encodes a batch, and reads their number here.
+            os.environ["RAYON_NUM_THREADS"] = str(keys.preprocessing_num_workers)
         self._tokenizer = tokenizer
         self._keys = keys
         self._encoder = Encoder(tokenizer)
         self._renderer: ChatRenderer | None = None  # made for the first conversation: texts need no chat template
-        self._trains_text_end = False
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        ids = [self._renderer.end_token_id] if self._renderer else []
-        return ids or ([self._tokenizer.eos_token_id] if self._trains_text_end else [])
+        self.end_token_ids: list[int] = []  # of the samples that were kept, in the order of first use
 
     def encode_into(
         self, target: EncodedSet, rows: Iterable[Row], source: DataSource, known: set[bytes] | None = None
@@ -76,7 +76,7 @@ class RowEncoder:
             ledger.rows_read += 1
             try:
                 content = self._normalize(row, source)
-                rendered = self._render(content, source.train_on)
+                rendered = _encodable(self._render(content, source.train_on))
             except RowLost as lost:
                 ledger.lose(lost.reason, lost.message, row.file, row.line)
                 continue
@@ -97,7 +97,6 @@ class RowEncoder:
 
     def _render(self, content: Conversation | Text, train_on: str) -> Rendered:
         if isinstance(content, Text):
-            self._trains_text_end = self._tokenizer.eos_token_id is not None
             return Rendered(content.text, [(0, len(content.text))])
         if self._renderer is None:
             self._renderer = ChatRenderer(self._tokenizer)
@@ -105,7 +104,7 @@ class RowEncoder:
 
     def _keep(self, sample: Sample, target: EncodedSet, known: set[bytes] | None) -> None:
         ledger, keys, row = target.ledger, self._keys, sample.row
-        wrapped = keys.packing == "wrapped" and isinstance(sample.content, Text)
+        wrapped = target.wrapped and isinstance(sample.content, Text)
         try:
             self._note_duplicate(sample.encoded, target, known)
             fitted = Fitted([sample.encoded]) if wrapped else fit(sample.encoded, keys.max_seq_length, keys.truncation)
@@ -119,8 +118,15 @@ class RowEncoder:
         ledger.answers_cut += fitted.answers_cut
         ledger.seam_merges += sample.encoded.seam_merges
         ledger.keep(fitted.samples)
+        self._note_end_token(sample.content)
         target.input_ids += [s.input_ids for s in fitted.samples]
         target.labels += [s.labels for s in fitted.samples]
+
+    def _note_end_token(self, content: Conversation | Text) -> None:
+        is_chat = self._renderer is not None and isinstance(content, Conversation)
+        end = self._renderer.end_token_id if is_chat else self._tokenizer.eos_token_id  # type: ignore[union-attr]
+        if end is not None and end not in self.end_token_ids:
+            self.end_token_ids.append(end)
 
     def _note_duplicate(self, encoded: Encoded, target: EncodedSet, known: set[bytes] | None) -> None:
         """Counts rows whose tokens stood before, here or in validation; `dedupe` leaves them out of training."""
@@ -135,6 +141,16 @@ class RowEncoder:
             target.ledger.in_validation += 1
             if self._keys.dedupe:
                 raise RowLost("in_validation", "the same tokens stand in a validation row")
+
+
+def _encodable(rendered: Rendered) -> Rendered:
+    """The same. Raises `RowLost` for half of a surrogate pair, which JSON can write and no tokenizer takes."""
+    try:
+        rendered.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = rendered.text[error.start]
+        raise RowLost("bad_encoding", f"{half!r} is half of a surrogate pair, and no character") from None
+    return rendered
 
 
 def fingerprint(encoded: Encoded) -> bytes:

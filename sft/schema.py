@@ -91,7 +91,7 @@ class DataKeys(Keys):
     dataset_config_name: str | None = None
     """The configuration of `dataset_name`, e.g. `main`."""
     dataset_path: str | None = None
-    """A folder that `datasets` saved (`save_to_disk`)."""
+    """A folder: saved by `datasets` (`save_to_disk`), or with files named for their splits (train*, validation*)."""
     train_file: str | list[str] | None = None
     """Training rows: a file, glob or folder, or a list of them (json, jsonl, csv, tsv, txt, parquet, arrow)."""
     validation_file: str | list[str] | None = None
@@ -116,19 +116,19 @@ class DataKeys(Keys):
     """What happens to a row longer than `max_seq_length`: stop, leave it out, cut a side off, or cut it in pieces."""
     packing: Packing = "auto"
     """Several rows in one training sequence: best-fit decreasing (`bfd`), a token stream cut at the limit (`wrapped`),
-    or not at all; `auto` chooses for the data and the machine."""
+    or not at all; `auto` packs where attention keeps the rows apart at no cost."""
     eval_packing: Packing | None = None
     """The same for validation; null is as `packing`."""
     shuffle_seed: Int | None = None
     """Seed of the validation split and of the row order; null is `seed`."""
     preprocessing_num_workers: Positive | None = None
-    """Processes that tokenize; null chooses for the machine."""
+    """Threads that tokenize; null uses all cores."""
     dedupe: Bool = False
     """Leave out training rows whose text occurred before."""
     max_lost_fraction: Share = 0.05
     """Share of the rows that may be lost to mistakes in the data; above it the run stops before training."""
     cache_dir: str | None = None
-    """Folder for downloaded and tokenized data; null is the Hugging Face cache."""
+    """Folder for prepared data; null is $SFT_CACHE, or sft_pipeline in the user's cache folder."""
 
 
 class TrainingKeys(TrainingArgumentsKeys):
@@ -154,9 +154,15 @@ class TrainingKeys(TrainingArgumentsKeys):
     """Rows per optimizer step over all processes; sets `gradient_accumulation_steps`, and excludes it."""
 
     def training_arguments(self) -> dict[str, Any]:
-        """What `transformers.TrainingArguments(**...)` takes: the values that differ from upstream's defaults."""
+        """What `transformers.TrainingArguments(**...)` takes.
+
+        The values that differ from upstream's defaults, and those that the user gave: a caller that fills in what is
+        not there does not overrule a user who asked for the default.
+        """
         arguments = {
-            name: value for name, value in self if name in _TRAINING_DEFAULTS and value != _TRAINING_DEFAULTS[name]
+            name: value
+            for name, value in self
+            if name in _TRAINING_DEFAULTS and (self.is_set(name) or value != _TRAINING_DEFAULTS[name])
         }
         if self.warmup_ratio is not None:
             arguments["warmup_steps"] = self.warmup_ratio

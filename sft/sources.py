@@ -9,13 +9,17 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import io
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft.errors import Problem, UserError
+
+logger = logging.getLogger("sft")
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
@@ -44,14 +48,19 @@ class Row:
 def find_files(spec: str | list[str], key: str) -> list[Path]:
     """The data files that `spec` names, each once, in the order given (a folder's or glob's files by name).
 
+    A folder's hidden files (`.ipynb_checkpoints/`, `._rows.json`) are copies that other programs left, and no data.
+
     Raises:
         UserError: a path, glob or folder that yields no data file; the nearest existing name is offered.
     """
+    entries = [spec] if isinstance(spec, str) else spec
+    if not any(entry.strip() for entry in entries):
+        raise UserError(Problem("names no file", f"give a file, glob or folder, not {spec!r}", key))
     found: dict[Path, None] = {}
-    for entry in [spec] if isinstance(spec, str) else spec:
+    for entry in entries:
         path = Path(entry).expanduser()
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and data_extension(p) in EXTENSIONS)
+            files = sorted(p for p in path.rglob("*") if _is_data_file(p, path))
             if not files:
                 raise UserError(Problem(f"the folder {entry!r} holds no data file", f"expected one of {_known()}", key))
         elif path.is_file():
@@ -71,6 +80,11 @@ def find_files(spec: str | list[str], key: str) -> list[Path]:
     return list(found)
 
 
+def _is_data_file(file: Path, folder: Path) -> bool:
+    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not is_hidden and data_extension(file) in EXTENSIONS and file.is_file()
+
+
 def data_extension(path: Path) -> str:
     """`.jsonl` for `a.jsonl`, `a.JSONL` and `a.jsonl.gz`."""
     suffixes = [s.lower() for s in path.suffixes]
@@ -83,14 +97,20 @@ def read_files(files: list[Path]) -> Iterator[Row]:
     """All rows of `files`, in order; `index` counts over the files.
 
     Raises:
-        UserError: a file that cannot be opened or parsed as a whole (a JSON array cut short, a broken Parquet).
+        UserError: a file that cannot be opened or parsed as a whole (a JSON array cut short, a broken Parquet);
+            files that hold no row at all.
     """
     index = 0
     for file in files:
-        reader = _READERS[data_extension(file)]
-        for line, data, lost in reader(file):
+        first = index
+        for line, data, lost in _READERS[data_extension(file)](file):
             yield Row(str(file), index, line, data, lost)
             index += 1
+        if index == first:
+            logger.warning("%s holds no rows", file)
+    if index == 0:
+        names = ", ".join(str(f) for f in files[:5])
+        raise UserError(Problem("holds no rows", "give a file with at least one row", file=names))
 
 
 _Parsed = tuple[int, dict[str, Any] | None, tuple[str, str] | None]
@@ -102,14 +122,26 @@ def _read_bytes(file: Path) -> bytes:
         if file.suffix.lower() == ".gz":
             raw = gzip.decompress(raw)
         elif file.suffix.lower() == ".zst":
-            import zstandard
-
-            raw = zstandard.ZstdDecompressor().stream_reader(raw).read()
+            raw = _decompress_zstd(raw)
     except (OSError, EOFError) as error:
         raise UserError(Problem(f"cannot be read: {error}", "is the file whole?", file=str(file))) from None
     except Exception as error:  # zlib.error, zstandard.ZstdError: a damaged stream has a class per library
         raise UserError(Problem(f"cannot be decompressed: {error}", "is it whole?", file=str(file))) from None
     return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def _decompress_zstd(raw: bytes) -> bytes:
+    """All frames of `raw`. Raises `EOFError` when the last is cut short, which zstandard's own reader passes over."""
+    import zstandard
+
+    parts = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(raw))
+        if not frame.eof:
+            raise EOFError("the compressed stream ends too early")
+        raw = frame.unused_data
+    return b"".join(parts)
 
 
 def _decoded_lines(file: Path) -> Iterator[tuple[int, str | None, tuple[str, str] | None]]:
@@ -137,8 +169,8 @@ def _read_jsonl(file: Path) -> Iterator[_Parsed]:
             yield number, *_as_row(json.loads(text))
         except json.JSONDecodeError as error:
             yield number, None, ("bad_json", f"{error.msg} at column {error.colno}: {text[:80]!r}")
-        except RecursionError:
-            yield number, None, ("bad_json", "nested too deeply to parse")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+            yield number, None, ("bad_json", str(error))
 
 
 def _read_json(file: Path) -> Iterator[_Parsed]:
@@ -153,15 +185,22 @@ def _read_json(file: Path) -> Iterator[_Parsed]:
         raise UserError(
             Problem(f"not JSON: {error.msg} at column {error.colno}", file=str(file), line=error.lineno)
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(Problem(f"not JSON that can be read: {error}", file=str(file))) from None
     if isinstance(content, dict):
-        content = next(
-            (v for v in content.values() if isinstance(v, list) and v and isinstance(v[0], dict) and len(content) == 1),
-            [content],
-        )
+        content = _unwrap(content)
     if not isinstance(content, list):
         raise UserError(Problem(f"expected a JSON array of rows, found {type(content).__name__}", file=str(file)))
     for number, value in enumerate(content, start=1):
         yield number, *_as_row(value)
+
+
+def _unwrap(content: dict[str, Any]) -> list[Any]:
+    """The rows of `{"data": [rows]}`; any other object is one row, a conversation's `{"messages": [...]}` too."""
+    values = list(content.values())
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else []
+    are_rows = bool(rows) and all(isinstance(r, dict) and "role" not in r and "from" not in r for r in rows)
+    return rows if are_rows else [content]
 
 
 def _as_row(value: Any) -> tuple[dict[str, Any] | None, tuple[str, str] | None]:
@@ -184,25 +223,30 @@ def _decode_whole(file: Path) -> str:
 
 
 def _read_separated(file: Path, delimiter: str) -> Iterator[_Parsed]:
+    """Rows under a header; each is named by the line it starts on, for quoted fields may hold line feeds."""
     csv.field_size_limit(_CSV_FIELD_LIMIT)
-    lines = _decode_whole(file).splitlines(keepends=True)
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-    start = 2
+    # Lines end as the file's do: str.splitlines would also cut at U+2028 and form feeds, which texts hold.
+    reader = csv.reader(io.StringIO(_decode_whole(file), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
     while True:
+        start = reader.line_num + 1
         try:
-            row = next(reader)
+            fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(Problem(f"not CSV: {error}", file=str(file), line=reader.line_num)) from None
-        columns = len(reader.fieldnames or ())
-        if None in row:
-            yield start, None, ("bad_schema", f"more fields than the {columns} columns of the header")
-        elif None in row.values():
-            yield start, None, ("bad_schema", f"fewer fields than the {columns} columns of the header")
+            raise UserError(Problem(f"not CSV: {error}", file=str(file), line=start)) from None
+        if len(fields) < 2 and not "".join(fields).strip():
+            continue  # a blank line
+        if not header:
+            header = fields
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise UserError(Problem(f"two columns are called {twice[0]!r}", file=str(file), line=start))
+        elif len(fields) != len(header):
+            yield start, None, ("bad_schema", f"{len(fields)} fields, the header has {len(header)} columns")
         else:
-            yield start, dict(row), None
-        start = reader.line_num + 1
+            yield start, dict(zip(header, fields, strict=True)), None
 
 
 def _read_txt(file: Path) -> Iterator[_Parsed]:
@@ -215,8 +259,7 @@ def _read_parquet(file: Path) -> Iterator[_Parsed]:
     import pyarrow.parquet as pq
 
     try:
-        batches = pq.ParquetFile(file).iter_batches(batch_size=4096)
-        yield from _arrow_rows(batches)
+        yield from _arrow_rows(pq.ParquetFile(_arrow_input(file)).iter_batches(batch_size=4096))
     except (pa.ArrowException, OSError) as error:
         raise UserError(Problem(f"not Parquet: {error}", file=str(file))) from None
 
@@ -225,22 +268,43 @@ def _read_arrow(file: Path) -> Iterator[_Parsed]:
     import pyarrow as pa
 
     try:
+        source = _arrow_input(file)
         try:
-            reader: Any = pa.ipc.open_file(pa.memory_map(str(file)))
+            reader: Any = pa.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         except pa.ArrowInvalid:
-            batches = iter(pa.ipc.open_stream(pa.memory_map(str(file))))
+            source.seek(0)
+            batches = iter(pa.ipc.open_stream(source))
         yield from _arrow_rows(batches)
     except (pa.ArrowException, OSError) as error:
         raise UserError(Problem(f"not an Arrow file: {error}", file=str(file))) from None
 
 
+def _arrow_input(file: Path) -> Any:
+    import pyarrow as pa
+
+    is_compressed = file.suffix.lower() in COMPRESSIONS
+    return pa.BufferReader(_read_bytes(file)) if is_compressed else pa.memory_map(str(file))
+
+
 def _arrow_rows(batches: Iterator[Any]) -> Iterator[_Parsed]:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:  # Arrow does not check its texts: find the rows that are none, one by one
+            rows = [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+        for row in rows:
             number += 1
-            yield number, row, None
+            is_lost = isinstance(row, UnicodeDecodeError)
+            yield number, None if is_lost else row, ("bad_encoding", f"not UTF-8: {row.reason}") if is_lost else None
+
+
+def _arrow_row(one: Any) -> dict[str, Any] | UnicodeDecodeError:
+    try:
+        return one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error
 
 
 _READERS = {

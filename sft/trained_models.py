@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.adapters import attach_saved_adapter
+from sft.embeddings import resize_embeddings
 from sft.errors import Problem, UserError
 from sft.model_files import (
     ADAPTER_CONFIG,
+    LOAD_ERRORS,
     is_adapter,
     require_model,
     require_trained,
@@ -60,32 +62,6 @@ def generation_config(
         # Some bases ship sampling settings beside do_sample=false, which transformers refuses to write.
         config.temperature = config.top_p = config.top_k = None
     return config
-
-
-def resize_embeddings(model: PreTrainedModel, rows: int) -> int:
-    """Grow the embeddings to `rows`, never shrink them; returns how many rows were added.
-
-    New rows are the mean of the old ones, so that the new tokens change no probability until they are trained (Hewitt,
-    "Initializing New Word Embeddings for Pretrained Language Models", 2021), and so that a base which is loaded again
-    gets the same rows.
-    """
-    import torch
-
-    before = embedding_rows(model)
-    if rows <= before:
-        return 0
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    embedding: Any = model.get_input_embeddings()
-    matrices = [embedding.weight]
-    head: Any = model.get_output_embeddings()
-    if head is not None and head.weight is not matrices[0]:
-        matrices.append(head.weight)
-        if getattr(head, "bias", None) is not None:
-            matrices.append(head.bias)
-    with torch.no_grad():
-        for matrix in matrices:
-            matrix[before:] = matrix[:before].float().mean(dim=0).to(matrix.dtype)
-    return rows - before
 
 
 def save_companions(
@@ -148,12 +124,6 @@ def base_facts(model: Any, folder: Path) -> dict[str, Any]:
         "embedding_rows": int(base.config.get_text_config().vocab_size),
         "quantization_config": None if quantization is None else _plain(quantization),
     }
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Rows of the input embedding: at least one for each token, often more."""
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
 
 
 def _plain(quantization: Any) -> dict[str, Any]:
@@ -227,7 +197,7 @@ def load_base(
         kwargs["device_map"] = {"": inference_device()}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(reference, **kwargs)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise unavailable(reference, error, "base_model_name_or_path", "base model") from error
     resize_embeddings(model, int(facts.get("embedding_rows") or 0))
     if quantization:
@@ -296,7 +266,7 @@ def load_trained(
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
+        except LOAD_ERRORS as error:
             raise unavailable(str(folder), error, "--model", "model") from error
     if not getattr(model, "is_quantized", False):
         model.to(inference_device())

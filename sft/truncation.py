@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from sft.encoding import IGNORE_INDEX, Encoded
 from sft.formats import RowLost
 
@@ -15,7 +17,7 @@ class Fitted:
     Attributes:
         samples: one; several after a split.
         truncated: tokens that are in no sample.
-        answers_cut: answers whose end token is no longer behind them.
+        answers_cut: answers whose end token is no longer behind them, or no longer trained.
     """
 
     samples: list[Encoded]
@@ -54,7 +56,9 @@ def fit(sample: Encoded, max_seq_length: int, policy: str) -> Fitted:
     if not kept_windows:
         raise RowLost("no_trained_token", "no window of the split row has a trained token")
     truncated = length - sum(len(w.input_ids) for w in kept_windows)
-    return Fitted(kept_windows, truncated)
+    # An end token that came first in its window is not trained there: nothing predicts it.
+    is_end = (sample.labels != IGNORE_INDEX) & (np.append(sample.labels[1:], IGNORE_INDEX) == IGNORE_INDEX)
+    return Fitted(kept_windows, truncated, int(is_end[::max_seq_length].sum()))
 
 
 def _window(sample: Encoded, start: int, end: int) -> Encoded:

@@ -190,7 +190,6 @@ def test_every_name_used_elsewhere_leads_to_a_key():
         ("train_file: a\ndataset_name: b", "dataset_name", "excludes train_file (line 1)"),
         ("dataset_path: a\ndatasets: [{path: b}]", "datasets", "excludes dataset_path (line 1)"),
         ("validation_file: a\nvalidation_split: 0.1", "validation_split", "excludes validation_file (line 1)"),
-        ("model_name_or_path: a\nfrom_scratch: {}\nfrom_scratch: x", "from_scratch", "given twice"),
         ("from_scratch: x\nmodel_name_or_path: a\ntokenizer_name_or_path: t", "model_name_or_path", "from_scratch"),
         ("from_scratch: {model_type: llama}", "from_scratch", "needs tokenizer_name_or_path"),
         ("bf16: true\nfp16: true", "fp16", "excludes bf16"),
@@ -301,13 +300,8 @@ def test_what_only_training_needs(config_file):
     assert needs("model_name_or_path: m\ntrain_file: t\nquantization_config: {load_in_4bit: true}") == [
         "quantization_config"
     ]
-    require_trainable(
-        load_config(
-            config_file(
-                "model_name_or_path: m\ntrain_file: t\nquantization_config: {load_in_8bit: on}\nlora_config: {}"
-            )
-        )
-    )
+    whole = "model_name_or_path: m\ntrain_file: t\nquantization_config: {load_in_8bit: on}\nlora_config: {}"
+    require_trainable(load_config(config_file(whole)))
 
 
 # Overrides
@@ -431,10 +425,9 @@ def test_a_written_config_runs_again_unchanged(config_file, tmp_path):
     assert "hub_token" not in text
     assert "hf_secret" not in text
     assert config_text(again) == text
-    assert {"seed:", "max_seq_length: 2048", "max_steps: 5", "save_steps: 500\n"} & set(text.split("\n")) >= {
-        "max_seq_length: 2048",
-        "max_steps: 5",
-    }
+    assert {"max_seq_length: 2048", "max_steps: 5", "save_steps: 500", "learning_rate: 2.0e-05"} <= set(
+        text.splitlines()
+    )
     assert "adam_beta1" not in text
 
 
@@ -451,7 +444,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.text(min_size=1),
     files=st.lists(st.text(min_size=1), min_size=1, max_size=3),
@@ -474,10 +467,7 @@ def test_any_text_and_number_survives_writing(tmp_path, name, files, rate, steps
     assert again.lr_scheduler_kwargs == free
 
 
-plain_text = st.text(st.characters(min_codepoint=32, blacklist_characters="\x7f", max_codepoint=0x2FF), min_size=1)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rate=st.floats(min_value=0, max_value=10), steps=st.integers(1, 10**9), flag=st.booleans())
 def test_an_override_is_as_good_as_the_file(config_file, rate, steps, flag):
     in_file = load_config(config_file(f"learning_rate: {rate!r}\nmax_steps: {steps}\nbf16: {str(flag).lower()}"))

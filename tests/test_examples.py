@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from examples.make_examples import CORPUS_ROWS, ROWS, SEED, make_corpus, make_data, make_tokenizer
+from examples.make_examples import CORPUS_ROWS, ROWS, SEED, make_corpus, make_data, make_tokenizer, told
 from examples.tasks import OPERANDS, SENTENCE_WORDS, TASKS, held_out, make_operand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_the_corpus_is_deterministic_and_held_out_operands_stay_out(
     ]
     for path, rows, is_held_out in ((train, 2000, False), (validation, 50, True)):
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) == rows
+        assert len(lines) == len(set(lines)) == rows
         headed = [line.partition(": ")[0] for line in lines if re.match("[a-z0-9 ]+: ", line)]
         assert len(headed) > rows / 4
         assert {held_out(operand) for operand in headed} == {is_held_out}
@@ -113,6 +113,14 @@ def test_the_committed_splits_share_no_operand() -> None:
     assert not operands["train"] & operands["validation"]
     documents = {split: {row["text"] for row in read_rows(split, "text")} for split in SPLITS}
     assert not documents["train"] & documents["validation"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_row_is_there_twice_in_any_format(split: str) -> None:
+    said = [told(row) for kind in NAMES for row in read_rows(split, kind)]
+    assert len(said) == len(set(said)) == sum(ROWS[split].values())
+    assert told({"instruction": "Spell it.", "input": "abo", "output": "a-b-o"}) == ("Spell it.\n\nabo", "a-b-o")
+    assert told({"instruction": "Spell abo.", "input": "", "output": "a-b-o"}) == ("Spell abo.", "a-b-o")
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -141,14 +141,16 @@ SAVES = """\
 import os, signal, subprocess, sys, time
 rank = int(os.environ.get("RANK", "0"))
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def say(line):
+    os.write(1, f"{line}\\n".encode())  # in one piece: the processes share the pipe
 def save(number, frame):
     time.sleep(0.2 + rank)  # torchrun's agent would see rank 0 end, and end rank 1 in its save
     lives = worker.poll() is None
     worker.kill()
-    print(f"rank {rank} saved, its worker {'lives' if lives else 'died'}", flush=True)
+    say(f"rank {rank} saved, its worker {'lives' if lives else 'died'}")
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
-print("ready", flush=True)
+say("ready")
 time.sleep(60)
 """
 
@@ -168,7 +170,7 @@ def test_sigterm_reaches_every_process_and_none_of_their_workers(config: Path, p
 
 @pytest.mark.slow
 def test_a_crash_while_saving_is_not_called_preempted(config: Path) -> None:
-    entry = "import signal, time\nsignal.signal(15, lambda *_: 1 / 0)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    entry = "import os, signal, time\nsignal.signal(15, lambda *_: 1 / 0)\nos.write(1, b'ready\\n')\ntime.sleep(60)\n"
     process = start(entry, config, processes=2)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2

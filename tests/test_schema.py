@@ -198,6 +198,14 @@ def test_defaults_of_ours():
     }
 
 
+def test_a_default_that_the_user_asked_for_is_delivered(tmp_path):
+    config = load(tmp_path, {"dataloader_pin_memory": True, "gradient_checkpointing": False})
+    arguments = config.training_arguments()
+    assert arguments["dataloader_pin_memory"] is True
+    assert arguments["activation_checkpointing"] is False
+    assert config.section(TrainingKeys).training_arguments() == arguments
+
+
 def test_our_keys_become_upstreams():
     assert TrainingKeys(warmup_ratio=0.1).training_arguments()["warmup_steps"] == 0.1
     arguments = TrainingKeys.model_validate({"gradient_checkpointing": True}).training_arguments()

@@ -1,0 +1,58 @@
+"""Runs of the real command, as a user starts it, and the files that they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """JSON Lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def arithmetic(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Questions and answers of unequal length."""
+    return [
+        {
+            "question": f"What is {n} and {n * 7}?" + " Think." * (n % 5),
+            "answer": f"It is {n * 8}." + " Sure." * (n % 3),
+        }
+        for n in range(start, start + count)
+    ]
+
+
+def write_config(file: Path, **keys: Any) -> Path:
+    """A config file."""
+    file.write_text(yaml.safe_dump(keys, sort_keys=False))
+    return file
+
+
+def run(*arguments: str | Path, processes: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """`sft_main.py` in a process of its own, or in several under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    command = [sys.executable, *launcher, str(ROOT / "sft_main.py"), *map(str, arguments)]
+    threads = {"OMP_NUM_THREADS": "1"} if processes else {}
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **threads, **(env or {})}, capture_output=True, text=True, timeout=900
+    )
+
+
+def log_history(output_dir: Path) -> list[dict[str, Any]]:
+    """The training logs in `trainer_state.json`."""
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def losses(output_dir: Path) -> list[float]:
+    """The loss curve."""
+    return [entry["loss"] for entry in log_history(output_dir)]

@@ -1,0 +1,100 @@
+"""Every key of ours is read by the code that it is meant for.
+
+Keys that are handed on to transformers, peft and bitsandbytes are followed to them in test_schema.py. A key of ours
+reaches its consumer as an attribute of a `*Keys` object; this test reads the source for such attributes.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from sft.schema import AdapterKeys, Config, DataKeys, DatasetKeys, DistributionKeys, ModelKeys, TrainingKeys, WatchKeys
+from sft.upstream_schema import defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG_STAGE = {"config_manager.py", "schema.py", "keys.py", "config_rules.py", "config_errors.py", "overrides.py"}
+SOURCES = [path for path in [*ROOT.glob("*.py"), *(ROOT / "sft").rglob("*.py")] if path.name not in CONFIG_STAGE]
+# An expression of this kind gives a group of keys: an annotation, `config.section(DataKeys)`, `load_config(...)`,
+# an item of `keys.datasets`.
+GIVES_KEYS = re.compile(r"\b(\w+Keys|Config|load_config|eval_datasets|datasets)\b")
+# Turned into an upstream key by `TrainingKeys.training_arguments`, as test_schema.py asserts.
+MAPPED = {"warmup_ratio"}
+
+OURS = [
+    *(key for group in (ModelKeys, DataKeys, AdapterKeys, DistributionKeys, WatchKeys) for key in group.model_fields),
+    *(key for key in TrainingKeys.model_fields if key not in defaults("TrainingArguments") and key not in MAPPED),
+    "resume_from_checkpoint",
+]
+
+
+def holders_in(tree: ast.AST) -> set[str]:
+    """The names (`keys`, `self._keys`, `entry`) that hold a group of keys somewhere in a module."""
+    holders = {
+        node.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg) and node.annotation and GIVES_KEYS.search(ast.unparse(node.annotation))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            value = ast.unparse(node.value)
+            if value in holders or GIVES_KEYS.search(value):
+                holders |= {ast.unparse(target) for target in node.targets}
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            owners = {id(part.value) for part in ast.walk(node.iter) if isinstance(part, ast.Attribute)}
+            names = {part.id for part in ast.walk(node.iter) if isinstance(part, ast.Name) and id(part) not in owners}
+            if names & holders or GIVES_KEYS.search(ast.unparse(node.iter)):
+                holders |= {name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)}
+    return holders
+
+
+def keys_read(source: str) -> set[str]:
+    """The attributes read from names that hold a group of keys, in one module."""
+    tree = ast.parse(source)
+    holders = holders_in(tree)
+    read: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            holder = ast.unparse(node.value)
+            if holder in holders or ".section(" in holder:
+                read.add(node.attr)
+        elif isinstance(node, ast.Call) and re.match(r"getattr\((\w+), '\w+'", ast.unparse(node)):
+            holder, key = (ast.unparse(argument) for argument in node.args[:2])
+            read |= {key.strip("'")} if holder in holders else set()
+    return read
+
+
+@pytest.fixture(scope="module")
+def read_anywhere() -> set[str]:
+    assert len(SOURCES) > 10
+    return set().union(*(keys_read(path.read_text(encoding="utf-8")) for path in SOURCES))
+
+
+def test_the_scan_sees_reads_and_nothing_else():
+    source = (
+        "def f(keys: DataKeys, text: str):\n"
+        "    text.truncation.split()\n"
+        "    for one in keys.datasets or ():\n"
+        "        print(one.path)\n"
+        "    for number, two in enumerate(keys.datasets):\n"
+        "        print(two.split)\n"
+        "    rest = config.section(ModelKeys)\n"
+        "    self.kept = keys\n"
+        "    print(self.kept.columns, self.format)\n"
+        "    return rest.dtype, keys.packing, 'keys.dedupe'\n"
+    )
+    assert keys_read(source) == {"datasets", "path", "split", "dtype", "packing", "columns"}
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_a_key_of_ours_is_read(read_anywhere, key):
+    assert key in Config.model_fields
+    assert key in read_anywhere
+
+
+@pytest.mark.parametrize("key", list(DatasetKeys.model_fields))
+def test_a_key_of_a_data_set_is_read(read_anywhere, key):
+    assert key in read_anywhere

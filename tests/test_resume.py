@@ -1,0 +1,75 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sft.errors import UserError
+from sft.resume import checkpoints, find_checkpoint, find_damage
+
+
+def make_checkpoint(output_dir: Path, step: int) -> Path:
+    folder = output_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    save_file({"w": torch.ones(100)}, folder / "model.safetensors")
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    torch.save({"last_epoch": step}, folder / "scheduler.pt")
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    return folder
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def test_auto_takes_the_newest_by_number_not_by_name(tmp_path: Path) -> None:
+    for step in (90, 100, 20):
+        make_checkpoint(tmp_path, step)
+    assert find_checkpoint("auto", tmp_path) == tmp_path / "checkpoint-100"
+    assert find_checkpoint(True, tmp_path) == tmp_path / "checkpoint-100"
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-90", "checkpoint-100"]
+
+
+DAMAGE = {
+    "weights cut short": lambda c: cut(c / "model.safetensors"),
+    "weights gone": lambda c: (c / "model.safetensors").unlink(),
+    "weights empty": lambda c: (c / "model.safetensors").write_bytes(b""),
+    "optimizer gone": lambda c: (c / "optimizer.pt").unlink(),
+    "optimizer cut short": lambda c: cut(c / "optimizer.pt"),
+    "state gone": lambda c: (c / "trainer_state.json").unlink(),
+    "state cut short": lambda c: (c / "trainer_state.json").write_text('{"global_st'),
+    "rng cut short": lambda c: cut(c / "rng_state.pth"),
+    "a shard gone": lambda c: (c / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "gone.safetensors"}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_auto_steps_over_a_damaged_checkpoint_and_a_path_to_it_is_refused(tmp_path: Path, damage: str) -> None:
+    whole, broken = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
+    assert find_damage(broken) is None
+    DAMAGE[damage](broken)
+    assert find_damage(broken) is not None
+    assert find_checkpoint("auto", tmp_path) == whole
+    with pytest.raises(UserError, match="is not whole"):
+        find_checkpoint(str(broken), tmp_path)
+
+
+def test_a_path_to_nowhere_is_an_error_that_names_what_there_is(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10)
+    with pytest.raises(UserError, match=r"no such checkpoint.*(\n.*)*checkpoint-10"):
+        find_checkpoint(str(tmp_path / "checkpoint-11"), tmp_path)
+
+
+def test_nothing_to_resume_starts_fresh(tmp_path: Path) -> None:
+    assert find_checkpoint("auto", tmp_path) is None
+    assert find_checkpoint(False, tmp_path) is None
+    shutil.rmtree(make_checkpoint(tmp_path, 5))
+    assert find_checkpoint("auto", tmp_path) is None

@@ -1,0 +1,261 @@
+"""The commands as users type them: what they print, what they leave, and how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import sft_main
+from tests.runs import ROOT, arithmetic, log_history, losses, run, write_config, write_rows
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config of a run that takes a second or two."""
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    rows = write_rows(tmp_path / "train.jsonl", arithmetic(60))
+    return write_config(
+        tmp_path / "run.yaml",
+        model_name_or_path=str(model_dir),
+        train_file=str(rows),
+        validation_split=0.1,
+        output_dir=str(tmp_path / "out"),
+        max_seq_length=128,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        max_steps=4,
+        logging_steps=1,
+        lora_config={"r": 4},
+    )
+
+
+def test_a_run_leaves_exactly_these_files(config_file: Path, tmp_path: Path) -> None:
+    assert sft_main.main(["--config_file", str(config_file), "--save_steps", "4"]) == 0
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base_model.json",
+        "chat_template.jinja",
+        "checkpoint-4",
+        "config.yaml",
+        "generation_config.json",
+        "logs",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer_state.json",
+    ]
+    assert sorted(p.name for p in (out / "logs").iterdir()) == [
+        "data_report.json",
+        "eval_results.json",
+        "metrics.jsonl",
+        "training_log.txt",
+    ]
+    logs = [json.loads(line) for line in (out / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logs if "loss" in entry] == [1, 2, 3, 4]
+    expected = {"loss", "perplexity", "token_accuracy", "sequence_accuracy", "grad_norm", "learning_rate"}
+    assert expected | {"num_tokens", "tokens_per_second", "memory_gb"} <= set(logs[0])
+    results = json.loads((out / "logs" / "eval_results.json").read_text())
+    assert set(results) == {
+        "eval_loss",
+        "eval_perplexity",
+        "eval_token_accuracy",
+        "eval_sequence_accuracy",
+        "eval_tokens",
+        "datasets",
+    }
+    assert "loss" in (out / "logs" / "training_log.txt").read_text()
+
+
+def test_the_written_config_runs_again_to_the_same_losses(config_file: Path, tmp_path: Path) -> None:
+    sft_main.main(["--config_file", str(config_file)])
+    first = losses(tmp_path / "out")
+    again = tmp_path / "again"
+    assert sft_main.main(["--config_file", str(tmp_path / "out" / "config.yaml"), f"output_dir={again}"]) == 0
+    assert losses(again) == first
+
+
+def test_only_adapter_weights_are_saved_and_the_model_stops_on_the_trained_token(
+    config_file: Path, tmp_path: Path
+) -> None:
+    sft_main.main(["--config_file", str(config_file)])
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as weights:
+        assert all(".lora_A." in name or ".lora_B." in name for name in weights.keys())  # noqa: SIM118
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 0]  # <|im_end|>, then the tokenizer's own <|endoftext|>
+
+
+def test_a_resumed_run_goes_on_exactly_where_it_stopped(config_file: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = ["--config_file", str(config_file), "--max_steps=6", "--save_steps=3", "--lr_scheduler_type=constant"]
+    sft_main.main([*common, f"output_dir={whole}"])
+    sft_main.main([*common, f"output_dir={parts}", "--max_steps=3"])
+    assert sft_main.main([*common, f"output_dir={parts}", "--resume_from_checkpoint", "auto"]) == 0
+    assert losses(parts) == losses(whole)
+    assert [e["num_tokens"] for e in log_history(parts)] == [e["num_tokens"] for e in log_history(whole)]
+    steps = [json.loads(line)["step"] for line in (parts / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_a_run_without_an_adapter_trains_every_weight(config_file: Path, tmp_path: Path) -> None:
+    assert sft_main.main(["--config_file", str(config_file), "lora_config=null"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_preview_prints_one_json_document(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft_main.main(["preview", "--config_file", str(config_file), "--num_samples", "3", "--json"]) == 0
+    samples = json.loads(capsys.readouterr().out)["samples"]
+    assert [s["row"] for s in samples] == [0, 1, 2]
+    first = samples[0]
+    assert first["trained_text"] == "It is 0.<|im_end|>"
+    assert len(first["labels"]) == len(first["input_ids"])
+    assert [i for i in first["labels"] if i != -100] == [
+        i for i, label in zip(first["input_ids"], first["labels"], strict=True) if label != -100
+    ]
+    assert first["messages"][0] == {"role": "user", "content": "What is 0 and 0?"}
+
+
+def test_check_accepts_a_good_config(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft_main.main(["check", "--config_file", str(config_file), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["errors"]) == (True, [])
+    assert report["data"]["total"]["rows_read"] == 60
+    assert report["estimate"]["total_steps"] == 4
+
+
+def test_check_names_every_mistake_at_once(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["model_name_or_path=nowhere/at/all", f"train_file={tmp_path / 'gone.jsonl'}", "num_gpus=64"]
+    assert sft_main.main(["check", "--config_file", str(config_file), "--json", *overrides]) == 2
+    report = json.loads(capsys.readouterr().out)
+    keys = {error.get("key") for error in report["errors"]}
+    assert {"model_name_or_path", "num_gpus"} <= keys
+    assert not report["ok"]
+
+
+def test_evaluate_gives_the_run_its_own_numbers_again(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft_main.main(["--config_file", str(config_file)])
+    capsys.readouterr()
+    assert sft_main.main(["evaluate", "--config_file", str(config_file), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    saved = json.loads((tmp_path / "out" / "logs" / "eval_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(saved["eval_loss"], abs=1e-6)
+    assert results["eval_tokens"] == saved["eval_tokens"]
+    assert results["datasets"]["validation"]["eval_tokens"] == saved["eval_tokens"]
+
+
+def test_merge_then_evaluate_gives_the_adapters_numbers(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft_main.main(["--config_file", str(config_file)])
+    merged = tmp_path / "merged"
+    assert sft_main.main(["merge", "--model", str(tmp_path / "out"), "--output_dir", str(merged)]) == 0
+    capsys.readouterr()
+    sft_main.main(["evaluate", "--config_file", str(config_file), "--model", str(merged), "--json"])
+    results = json.loads(capsys.readouterr().out)
+    saved = json.loads((tmp_path / "out" / "logs" / "eval_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(saved["eval_loss"], abs=1e-4)
+
+
+def test_generate_answers_a_file(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft_main.main(["--config_file", str(config_file)])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is 1 and 7?\nWhat is 2 and 14?\n")
+    answers = tmp_path / "answers.jsonl"
+    arguments = ["generate", "--model", str(tmp_path / "out"), "--prompts", str(prompts), "--output", str(answers)]
+    assert sft_main.main([*arguments, "--max_new_tokens", "5"]) == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["What is 1 and 7?", "What is 2 and 14?"]
+    assert all(isinstance(row["response"], str) for row in rows)
+
+
+BAD_INPUT = {
+    "a missing data file": (["train_file=gone.jsonl"], "gone.jsonl"),
+    "an empty data file": (["train_file={empty}"], "is empty"),
+    "a folder without data": (["train_file={folder}"], "holds no data file"),
+    "a model that does not exist": (["model_name_or_path=no/such/model"], "no/such/model"),
+    "an unknown format": (["format=alpacca"], "alpaca"),
+    "a file of an unknown kind": (["train_file={strange}"], "cannot tell the format"),
+    "a resume from nowhere": (["resume_from_checkpoint=no/such/checkpoint"], "no such checkpoint"),
+    "more GPUs than there are": (["num_gpus=64"], "64"),
+    "an unknown key": (["learning_rat=1e-4"], "learning_rate"),
+    "a wrong type": (["max_steps=many"], "max_steps"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_INPUT)
+def test_a_mistake_ends_with_a_message_and_exit_code_2(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "data.strange").write_text("?")
+    overrides, expected = BAD_INPUT[mistake]
+    places = {
+        "empty": tmp_path / "empty.jsonl",
+        "folder": tmp_path / "folder",
+        "strange": tmp_path / "data.strange",
+    }
+    filled = [override.format(**places) for override in overrides]
+    assert sft_main.main(["--config_file", str(config_file), *filled]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert "Traceback" not in printed
+
+
+def test_unreadable_yaml_is_named_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train_file: a.jsonl\nlora_config: {r: 8\n")
+    assert sft_main.main(["--config_file", str(broken)]) == 2
+    assert "broken.yaml:" in capsys.readouterr().err
+
+
+def test_no_config_file_is_a_mistake_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft_main.main([]) == 2
+    assert "--config_file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["schema"], ["--config_file", "gone.yaml"]])
+def test_quick_answers_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, sft_main\n"
+        "try: sft_main.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft_main.main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"]["learning_rate"]["default"] == 5e-5
+    assert "lora_config" in schema["properties"]
+
+
+@pytest.mark.slow
+def test_chat_reads_from_a_pipe_and_ends_with_its_input(config_file: Path, tmp_path: Path) -> None:
+    sft_main.main(["--config_file", str(config_file)])
+    command = [sys.executable, "sft_main.py", "generate", "--model", str(tmp_path / "out"), "--chat"]
+    done = subprocess.run(
+        [*command, "--max_new_tokens", "4"], cwd=ROOT, input="Hello\n/quit\n", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_json_output_is_alone_on_stdout(config_file: Path) -> None:
+    done = run("check", "--config_file", config_file, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["ok"] is True

@@ -1,0 +1,22 @@
+"""Every YAML that ships is a valid config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from config_manager import load_config, require_trainable
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted([ROOT / "sample_config.yaml", *(ROOT / "configs").rglob("*.y*ml")])
+
+
+def test_configs_are_shipped():
+    assert len(SHIPPED) > 1
+    assert SHIPPED[-1].name == "sample_config.yaml"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_config_is_valid_and_can_be_trained(path):
+    require_trainable(load_config(path))

@@ -1,0 +1,145 @@
+"""The job scripts under a real SLURM of one node, as a user submits them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.builders import save_model_dir
+from tests.slurm_cluster import Cluster, logs, one_node_cluster, why_not
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "slurm" / "sft_training.slurm")
+PEFT_SCRIPT = str(ROOT / "slurm" / "sft_peft.slurm")
+# What a user exports before sbatch. The tests' own environment serves, and no thread pool is wider than it need be.
+EXPORTED = {"SFT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with one_node_cluster(folder) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's directory: a model, twelve rows, a config with relative paths."""
+    folder = tmp_path_factory.mktemp("work")
+    save_model_dir(folder / "model")
+    rows = [{"question": f"What is {n} plus {n}?", "answer": str(n + n)} for n in range(12)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model_name_or_path": "model",
+        "train_file": "train.jsonl",
+        "output_dir": "out",
+        "max_seq_length": 128,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "num_gpus": 0,
+    }
+    (folder / "my.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def run_job(
+    cluster: Cluster, work: Path, *words: str, seconds: float = 180, **exported: str
+) -> tuple[dict[str, str], str]:
+    """Submits, waits, and returns what SLURM says of the job, with its output."""
+    number = cluster.submit(*words, cwd=work, extra={**EXPORTED, **exported})
+    job = cluster.wait(number, seconds)
+    return job, Path(job["StdOut"]).read_text()
+
+
+def trained(work: Path, output: str) -> dict[str, object]:
+    """The config that a run of two steps left, once its files are as they should be."""
+    folder = work / output
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert (folder / "tokenizer.json").exists()
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_train_under_sbatch(cluster: Cluster, work: Path) -> None:
+    job, output = run_job(cluster, work, SCRIPT, "my.yaml", "output_dir=full", NPROC_PER_NODE="2", LEARNING_RATE="3e-4")
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output + logs(cluster.folder)
+    assert job["StdOut"] == f"{work}/slurm-sft-{job['JobId']}.out"
+    assert "[launch] LEARNING_RATE=3e-4 from the environment sets learning_rate" in output
+    assert "[launch] starting 2 processes\n" in output
+    config = trained(work, "full")
+    assert (config["learning_rate"], config["max_steps"]) == (3e-4, 2)
+    assert (work / "full" / "model.safetensors").exists()
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_under_sbatch(cluster: Cluster, work: Path) -> None:
+    job, output = run_job(cluster, work, PEFT_SCRIPT, "my.yaml", OUTPUT_DIR="adapter", LORA_RANK="4")
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output + logs(cluster.folder)
+    assert "[launch] starting 1 process\n" in output
+    trained(work, "adapter")
+    adapter = json.loads((work / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 32)
+    assert not (work / "adapter" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_mistakes_end_the_job_with_2(cluster: Cluster, work: Path) -> None:
+    job, output = run_job(cluster, work, SCRIPT, "no.yaml")
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    assert "error: no.yaml: there is no such config file" in output
+    job, output = run_job(cluster, work, SCRIPT)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    assert "error: which config?" in output
+
+
+@pytest.mark.slow
+def test_the_repository_is_found_or_asked_for(cluster: Cluster, work: Path) -> None:
+    lonely = work / "lonely.slurm"
+    shutil.copy(SCRIPT, lonely)
+    job, output = run_job(cluster, work, str(lonely), "my.yaml", "--dry-run")
+    assert job["ExitCode"] == "2:0"
+    assert "error: launch_training.sh was not found; set SFT_HOME to the repository" in output
+    job, output = run_job(cluster, work, str(lonely), "my.yaml", "--dry-run", SFT_HOME=str(ROOT))
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output
+    assert f"{sys.prefix}/bin/python {ROOT}/sft_main.py train --config_file my.yaml\n" in output
+
+
+@pytest.mark.slow
+def test_a_section_of_the_configs_own_is_left_alone(cluster: Cluster, work: Path) -> None:
+    own = yaml.safe_load((work / "my.yaml").read_text()) | {"lora_config": {"r": 64}}
+    (work / "own.yaml").write_text(yaml.safe_dump(own))
+    _, output = run_job(cluster, work, PEFT_SCRIPT, "own.yaml", "--dry-run")
+    assert "train --config_file own.yaml\n" in output
+    _, output = run_job(cluster, work, PEFT_SCRIPT, "my.yaml", "--dry-run")
+    assert "train --config_file my.yaml lora_config.r=16 lora_config.lora_alpha=32\n" in output
+
+
+@pytest.mark.parametrize("script", [SCRIPT, PEFT_SCRIPT])
+def test_outside_slurm_a_job_script_says_what_to_do(script: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env["SFT_HOME"] = str(ROOT)
+    done = subprocess.run(["bash", script, "my.yaml"], env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: this is a job script: sbatch slurm/sft_training.slurm my.yaml",
+        "    Without SLURM: ./launch_training.sh --config my.yaml",
+    ]
