@@ -123,6 +123,8 @@ def train(argv: list[str]) -> int:
         model_manager.save_final_model(model, tokenizer, output_dir, data.end_token_ids)
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
         artifacts.write_results(output_dir, results)
+        stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
+        artifacts.write_card(output_dir, config, data.ledger, results, stop_tokens)
         console.show_conclusion(output_dir, results, time.perf_counter() - started)
     distributed.barrier()
     distributed.destroy_process_group()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -116,6 +116,7 @@ class SFTTrainer(Trainer):
         if self.accelerator.num_processes != world_size:
             raise RuntimeError(f"{world_size} processes were joined, the Trainer sees {self.accelerator.num_processes}")
         self._end_token_ids = end_token_ids
+        self._last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self._eval_names = list(eval_datasets)
         self._sums = TokenSums(args.device)
         self._counts = TokenCounts.zero()
@@ -212,6 +213,7 @@ class SFTTrainer(Trainer):
             metrics |= total
         else:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._last_evaluation = (self.state.global_step, metrics)
         self._clock += time.perf_counter() - started  # evaluation does not count into training's tokens a second
         return metrics
 
@@ -219,6 +221,9 @@ class SFTTrainer(Trainer):
         """Batches of this rank, every row on exactly one rank."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return super().get_eval_dataloader(EvenRows(rows, self.args.eval_batch_size * self.args.world_size))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
+        return SequentialSampler(eval_dataset)
 
     def evaluation_loop(
         self,
@@ -261,7 +266,10 @@ class SFTTrainer(Trainer):
         """SPEC's result of `evaluate`: the metrics of all sets together, and of each set under `datasets`."""
         if self.eval_dataset is None:
             return {}
-        metrics = self.evaluate()
+        # The evaluation of the last step stands, unless the best checkpoint has been loaded since.
+        step, metrics = self._last_evaluation
+        if step != self.state.global_step or self.args.load_best_model_at_end:
+            metrics = self.evaluate()
         kept = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "tokens")
 
         def named(prefix: str) -> dict[str, float]:

@@ -71,6 +71,8 @@ class EvenRows(torch.utils.data.Dataset):
         return len(self.rows) + self.fillers
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)  # ends an iteration by index
         if index < len(self.rows):
             return self.rows[index]
         first = self.rows[0]

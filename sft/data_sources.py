@@ -140,9 +140,9 @@ def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
 
 
 def _split_of(file: Path) -> str:
-    """The split that a folder or the file itself is named for (`train-00001.parquet`, `test/0.jsonl`), or nothing."""
+    """The split that a folder or the file itself is named for (`train-00001.parquet`, `test/0.jsonl`, `my_val.csv`), or nothing."""
     names = "|".join(name for names in _SPLIT_NAMES.values() for name in names)
-    found = (re.match(rf"({names})(?![a-z])", part.lower()) for part in file.parts)
+    found = (re.search(rf"(?<![a-z])({names})(?![a-z])", part.lower()) for part in file.parts)
     return next((match[1] for match in found if match), "")
 
 
@@ -172,7 +172,7 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
                 entry.max_samples,
                 files=find_files(entry.path, entry_key) if is_file else [],
                 hub=None if is_file else str(path),
-                split=entry.split or "train",
+                split=entry.split or ("train" if key == "datasets" else "validation"),
             )
         )
     return sources

@@ -2,7 +2,8 @@
 
 Tokens are cut where a server cuts them: the prompt as it is encoded on its own, the answer as it is generated. One
 pass of the Rust tokenizer over the whole text gives both, because tokens seldom cross the seam between a prompt and
-its answer; where one does (a BPE merge over the seam) the text is cut there and both sides are encoded apart.
+its answer; where one does (a BPE merge over the seam), or where the prompt would have other tokens on its own, the
+text is cut there and both sides are encoded apart.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.rendering import Rendered, Span
 
+_MOST_TAILS = 1000
 _ANCHORS = ("\n", "\x02", "=", "a")
 IGNORE_INDEX = -100  # the label of a token that is not trained, by PyTorch's and Hugging Face's convention
 
@@ -44,6 +46,8 @@ class Encoder:
         # SentencePiece vocabularies put a blank in front of a text; a text's continuation must not get one.
         self._prefixes_blank = self._backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
         self._chat_backend = _without_trimming(self._backend)
+        self._added_ids = frozenset(tokenizer.get_added_vocab().values())
+        self._ids_alone: dict[str, list[int]] = {}
 
     def encode_chats(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """Conversations: control tokens are in the text already, so none is added."""
@@ -63,7 +67,7 @@ class Encoder:
         return samples
 
     def _label(self, rendered: Rendered, encoding: Encoding) -> Encoded:
-        if any(self._straddles(encoding, start) for start, _ in rendered.spans):
+        if any(self._must_cut(encoding, rendered.text, start) for start, _ in rendered.spans):
             input_ids, token_spans, merges = self._encode_in_pieces(rendered.text, rendered.spans)
         else:
             input_ids = np.array(encoding.ids, dtype=np.int32)
@@ -73,6 +77,29 @@ class Encoder:
         for start, end in token_spans:
             labels[start:end] = input_ids[start:end]
         return Encoded(input_ids, _without_first(labels), merges)
+
+    def _must_cut(self, encoding: Encoding, text: str, seam: int) -> bool:
+        """Whether `text` in one pass has other tokens around `seam` than the prompt and its answer have apart."""
+        if self._straddles(encoding, seam):
+            return True
+        # How blanks at the prompt's end are grouped may hang on what follows: by the pattern `\s+(?!\S)` of GPT-2 and
+        # its kin, two line feeds are one token at the end of a text and two in front of a word.
+        token = encoding.char_to_token(seam)
+        if token is None or self._prefixes_blank or seam < 2 or not text[seam - 2 : seam].isspace():
+            return False
+        ids, first = encoding.ids, token
+        while first > 0 and ids[first - 1] not in self._added_ids:
+            first -= 1
+        chars = encoding.token_to_chars(first)
+        return chars is not None and self._encode_tail(text[chars[0] : seam]) != ids[first:token]
+
+    def _encode_tail(self, tail: str) -> list[int]:
+        """The ids of what stands between the last control token and an answer: a template has few of them."""
+        if tail not in self._ids_alone:
+            if len(self._ids_alone) >= _MOST_TAILS:
+                self._ids_alone.clear()
+            self._ids_alone[tail] = self._chat_backend.encode(tail, add_special_tokens=False).ids
+        return self._ids_alone[tail]
 
     @staticmethod
     def _straddles(encoding: Encoding, seam: int) -> bool:
@@ -92,7 +119,9 @@ class Encoder:
         pending = list(spans)
         while True:
             encoding = self._encode_from(text, origin)
-            cut = next((s for s, _ in pending if s > origin and self._straddles(encoding, s - origin)), None)
+            cut = next(
+                (s for s, _ in pending if s > origin and self._must_cut(encoding, text[origin:], s - origin)), None
+            )
             piece = encoding if cut is None else self._encode_from(text, origin, cut)
             inside = [(s, e) for s, e in pending if cut is None or e <= cut]
             for start, end in inside:
@@ -132,7 +161,7 @@ def _without_trimming(backend: Tokenizer) -> Tokenizer:
 
 
 class _Shifted:
-    """An `Encoding` of an anchor + piece, seen as one of the piece: the anchor's tokens dropped, offsets moved by one."""
+    """An `Encoding` of anchor + piece, seen as one of the piece: the anchor's tokens dropped, offsets moved by one."""
 
     def __init__(self, anchored: Encoding) -> None:
         first = next((i for i, (start, _) in enumerate(anchored.offsets) if start >= 1), len(anchored.ids))

@@ -142,8 +142,8 @@ def detect(row: Mapping[str, Any], format: str = "auto", mapped: Collection[str]
         (shape, keys) for shape, keys in _SHAPES if format in ("auto", shape) and all(key in row for key in keys)
     ]
     if not fitting:
-        what = "no known format" if format == "auto" else f"not the format {format}"
-        raise RowLost("bad_schema", f"fits {what}: {_keys(row)}")
+        what = "fits no known format" if format == "auto" else f"is not of the format {format}"
+        raise RowLost("bad_schema", f"{what}: {_keys(row)}")
     return max(fitting, key=lambda fit: (sum(key in mapped for key in fit[1]), _fullness(row, fit)))
 
 
@@ -251,7 +251,7 @@ def _message(item: Mapping[str, Any], number: int) -> Message:
     else:
         role = _SHAREGPT_ROLES.get(raw_role) if isinstance(raw_role, str) else None
     if role is None:
-        raise RowLost("bad_schema", f"message {number}: unknown role {raw_role!r}")
+        raise RowLost("bad_schema", f"message {number}: unknown role {str(raw_role)[:60]!r}")
     content = item["content"] if "content" in item else item.get("value")
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, f"message {number}: {role}")}

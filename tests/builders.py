@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 CHATML = (
@@ -69,3 +70,76 @@ def save_model_dir(path: Path, **tokenizer_options: object) -> Path:
     tiny_llama(len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+WORDS = (
+    *("user", "system", "assistant", "model", "tool", "Paris", "Yes", "No", "Hello", "Hi"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "answer", "question", "Be", "brief"),
+)
+"""Words that `spelled_tokenizer` has whole, alone and behind a blank; all else it spells out."""
+
+
+def spelled_tokenizer(
+    kind: str,
+    chat_template: str | None = None,
+    control_tokens: Sequence[str] = (),
+    *,
+    bos: str | None = "<s>",
+    eos: str = "</s>",
+    trim_offsets: bool = False,
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with a vocabulary written by hand, so that tests can write its tokens out.
+
+    Args:
+        kind: `byte_level` with GPT-2's pattern; `byte_level_lines` with one like Llama 3's, which keeps line feeds
+            together; or SentencePiece's manner with bytes for unknown characters, where
+            the blank in front of a text comes from `metaspace_first`, `metaspace_always`, or, as in Llama 2's older
+            files, from the `prepend` normalizer.
+        trim_offsets: offsets that leave out a word's blank, as GPT-NeoX's tokenizer has them (byte level only).
+    """
+    is_byte_level = kind.startswith("byte_level")
+    blank, line_feed = ("Ġ", "Ċ") if is_byte_level else ("▁", "\n")
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if is_byte_level else [*map(chr, range(33, 127)), "▁", "\n"]
+    vocab: dict[str, int] = {}
+    for token in ["<unk>", *(t for t in (bos, eos) if t), *control_tokens, *sorted(alphabet)]:
+        vocab.setdefault(token, len(vocab))
+    if not is_byte_level:
+        for byte in range(256):
+            vocab[f"<0x{byte:02X}>"] = len(vocab)
+    merges: dict[tuple[str, str], None] = {}
+    for word in [line_feed * 2, blank * 2, *WORDS, *(blank + word for word in WORDS)]:
+        for end in range(1, len(word)):  # a chain from the left: P a, Pa r, Par i, Pari s
+            if word[end:] in vocab and word[:end] == blank:
+                merges.setdefault((blank, word[end:]))  # a word that is whole already takes its blank in one step
+                break
+            merges.setdefault((word[:end], word[end]))
+            vocab.setdefault(word[: end + 1], len(vocab))
+        vocab.setdefault(word, len(vocab))
+    model = models.BPE(vocab, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=not is_byte_level)
+    backend = Tokenizer(model)
+    if is_byte_level:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if kind == "byte_level_lines":
+            lines = pre_tokenizers.Split(Regex(r" ?\S+|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+            backend.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        backend.decoder = decoders.ByteLevel()
+        if trim_offsets:
+            backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    else:
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()],
+        )
+        if kind == "prepend":
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            scheme = kind.removeprefix("metaspace_")
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token=bos,
+        eos_token=eos,
+        additional_special_tokens=list(control_tokens),
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer

@@ -9,6 +9,9 @@ import torch
 from sft.losses import token_loss
 
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
 def by_hand(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> tuple[float, float, int, int]:
     """Summed objective and nll, trained tokens and right ones, token by token in float64."""
     objective = nll = 0.0
@@ -27,7 +30,7 @@ def by_hand(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) 
 
 
 @pytest.fixture
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch() -> Batch:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, 40, 50, generator=generator) * 3
     labels = torch.randint(0, 50, (3, 40), generator=generator)
@@ -37,7 +40,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_sums_equal_a_float64_computation(batch, smoothing: float) -> None:
+def test_sums_equal_a_float64_computation(batch: Batch, smoothing: float) -> None:
     logits, labels = batch
     objective, nll, tokens, right = by_hand(logits, labels, smoothing)
     loss = token_loss(logits, labels.clone(), smoothing)
@@ -75,7 +78,7 @@ def test_a_batch_without_a_trained_token_adds_nothing_and_keeps_its_graph() -> N
     assert logits.grad.abs().sum() == 0
 
 
-def test_half_precision_logits_are_summed_in_float32(batch) -> None:
+def test_half_precision_logits_are_summed_in_float32(batch: Batch) -> None:
     logits, labels = batch
     loss = token_loss(logits.bfloat16(), labels.clone())
     assert loss.objective.dtype == torch.float32

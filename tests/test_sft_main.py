@@ -167,7 +167,7 @@ def test_merge_then_evaluate_gives_the_adapters_numbers(
     assert results["eval_loss"] == pytest.approx(saved["eval_loss"], abs=1e-4)
 
 
-def test_generate_answers_a_file(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_answers_a_file(config_file: Path, tmp_path: Path) -> None:
     sft_main.main(["--config_file", str(config_file)])
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is 1 and 7?\nWhat is 2 and 14?\n")

@@ -1,0 +1,209 @@
+"""Which data the keys name: sources, their settings, and the splits of a folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.data_sources import training_sources, validation_sources
+from sft.errors import UserError
+from sft.schema import DataKeys, DatasetKeys
+
+
+def write(path: Path, *answers: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"question": "Hi", "answer": a}) + "\n" for a in answers or ("Yes",)))
+    return path
+
+
+def names(path: Path, split: str, **keys: Any) -> list[str]:
+    """The files of `dataset_path` that are read for one split."""
+    find = training_sources if split == "train" else validation_sources
+    return [str(f.relative_to(path)) for s in find(DataKeys(dataset_path=str(path), **keys)) for f in s.files]
+
+
+def test_files_for_training_and_validation_take_the_configs_settings(tmp_path):
+    train, validation = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
+    keys = DataKeys(
+        train_file=str(train), validation_file=[str(validation)], format="qa", columns={"question": "q"}, train_on="all"
+    )
+    (source,) = training_sources(keys)
+    assert (source.name, source.key, source.files) == ("train", "train_file", [train])
+    assert (source.format, source.columns, source.train_on) == ("qa", {"question": "q"}, "all")
+    (source,) = validation_sources(keys)
+    assert (source.name, source.key, source.files) == ("validation", "validation_file", [validation])
+    assert validation_sources(DataKeys(train_file=str(train))) == []
+
+
+def test_no_training_data_is_an_error():
+    with pytest.raises(UserError, match="train_file: no training data"):
+        training_sources(DataKeys())
+
+
+def test_data_sets_have_settings_of_their_own(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", "1", "2", "3"), write(tmp_path / "sub" / "b.jsonl", "4", "5")
+    entries = [
+        DatasetKeys(path=str(a), max_samples=2, columns={"question": "q"}, train_on="all"),
+        DatasetKeys(path=str(b.parent), name="second", format="qa"),
+    ]
+    first, second = training_sources(DataKeys(datasets=entries, columns={"answer": "x"}))
+    assert (first.name, first.key, first.files, first.format) == ("a", "datasets.0.path", [a], "auto")
+    assert (first.columns, first.train_on) == ({"question": "q"}, "all")
+    assert [row.data["answer"] for row in first.rows() if row.data] == ["1", "2"]
+    assert (second.name, second.files, second.format) == ("second", [b], "qa")
+    assert (second.columns, second.train_on) == ({"answer": "x"}, "assistant")
+    assert len(list(second.rows())) == 2
+    (evaluated,) = validation_sources(DataKeys(eval_datasets=entries[1:]))
+    assert (evaluated.name, evaluated.key) == ("second", "eval_datasets.0.path")
+
+
+def test_rows_that_are_lost_count_as_samples(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('broken\n{"text": "a"}\n{"text": "b"}\n')
+    (source,) = training_sources(DataKeys(datasets=[DatasetKeys(path=str(path), max_samples=2)]))
+    assert [row.data for row in source.rows()] == [None, {"text": "a"}]
+
+
+def test_two_data_sets_of_one_name_are_an_error(tmp_path):
+    entries = [DatasetKeys(path=str(write(tmp_path / folder / "a.jsonl"))) for folder in "xy"]
+    with pytest.raises(UserError, match=r"datasets.1.name: two data sets are called 'a'"):
+        training_sources(DataKeys(datasets=entries))
+
+
+@pytest.mark.parametrize(
+    ("path", "is_on_the_hub"),
+    [
+        ("gsm8k", True),
+        ("openai/gsm8k", True),
+        ("teknium/OpenHermes-2.5", True),
+        ("someone/data.v1", True),
+        ("data/train.jsonl", False),
+        ("data/train.jsonl.gz", False),
+        ("./openai/gsm8k", False),
+        ("/openai/gsm8k", False),
+        ("~/openai/gsm8k", False),
+        ("data/*", False),
+    ],
+)
+def test_what_is_a_file_and_what_a_name_on_the_hub(path, is_on_the_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = DataKeys(datasets=[DatasetKeys(path=path)])
+    if is_on_the_hub:
+        (source,) = training_sources(keys)
+        assert (source.hub, source.files, source.split) == (path, [], "train")
+        return
+    with pytest.raises(UserError, match=r"datasets\.0\.path: no such file"):
+        training_sources(keys)
+
+
+def test_a_local_folder_comes_before_a_name_on_the_hub(tmp_path, monkeypatch):
+    write(tmp_path / "openai" / "gsm8k" / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    (source,) = training_sources(DataKeys(datasets=[DatasetKeys(path="openai/gsm8k")]))
+    assert (source.files, source.hub) == ([Path("openai/gsm8k/a.jsonl")], None)
+
+
+def test_a_name_on_the_hub_that_cannot_be_reached_is_an_error():
+    (source,) = training_sources(DataKeys(dataset_name="nobody/nothing", dataset_config_name="main"))
+    assert (source.name, source.hub, source.hub_config, source.split) == ("train", "nobody/nothing", "main", "train")
+    with pytest.raises(UserError, match="dataset_name: cannot load the data set 'nobody/nothing'") as caught:
+        list(source.rows())
+    assert "check the spelling" in caught.value.problems[0].hint
+
+
+# The folder of dataset_path
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "validation"),
+    [
+        (["train.jsonl", "validation.jsonl", "test.jsonl"], ["train.jsonl"], ["validation.jsonl"]),
+        (["train.jsonl", "test.jsonl"], ["train.jsonl"], ["test.jsonl"]),
+        (
+            ["train-00000-of-2.jsonl", "train-00001-of-2.jsonl"],
+            ["train-00000-of-2.jsonl", "train-00001-of-2.jsonl"],
+            [],
+        ),
+        (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"], []),
+        (["a.jsonl", "val_1.jsonl"], ["a.jsonl"], ["val_1.jsonl"]),
+        (["my_train.jsonl", "my-dev.jsonl"], ["my_train.jsonl"], ["my-dev.jsonl"]),
+        (["train/0.jsonl", "test/0.jsonl"], ["train/0.jsonl"], ["test/0.jsonl"]),
+        (
+            ["values.jsonl", "developers.jsonl", "testimony.jsonl"],
+            ["developers.jsonl", "testimony.jsonl", "values.jsonl"],
+            [],
+        ),
+        (["Train.jsonl", "VALID.jsonl"], ["Train.jsonl"], ["VALID.jsonl"]),
+    ],
+)
+def test_a_folders_files_are_named_for_their_splits(tmp_path, files, train, validation):
+    for file in files:
+        write(tmp_path / file)
+    assert names(tmp_path, "train") == train
+    assert names(tmp_path, "validation") == validation
+    assert names(tmp_path, "train", validation_split=0.5) == train
+    assert names(tmp_path, "validation", validation_split=0.5) == []
+
+
+def test_a_folder_of_validation_files_has_no_training_data(tmp_path):
+    write(tmp_path / "test.jsonl")
+    with pytest.raises(UserError, match="dataset_path: no training data in"):
+        names(tmp_path, "train")
+
+
+def test_files_beside_the_ones_named_for_training_are_said_aloud(tmp_path, caplog):
+    write(tmp_path / "train.jsonl")
+    extra = write(tmp_path / "extra.jsonl")
+    with caplog.at_level(logging.WARNING, logger="sft"):
+        assert names(tmp_path, "train") == ["train.jsonl"]
+    assert caplog.messages == [f"dataset_path: not used beside the files named for training: {extra}"]
+
+
+def test_saved_data_sets(tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list([{"question": "Hi", "answer": "Yes"}])
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data, test=data).save_to_disk(tmp_path / "two")
+    (one,) = training_sources(DataKeys(dataset_path=str(tmp_path / "one")))
+    assert [row.data for row in one.rows()] == [{"question": "Hi", "answer": "Yes"}]
+    assert validation_sources(DataKeys(dataset_path=str(tmp_path / "one"))) == []
+    (two,) = training_sources(DataKeys(dataset_path=str(tmp_path / "two")))
+    (test,) = validation_sources(DataKeys(dataset_path=str(tmp_path / "two")))
+    assert (two.split, test.split) == ("train", "test")
+    assert len(list(test.rows())) == 1
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (entry,) = training_sources(DataKeys(datasets=[DatasetKeys(path="~/two", split="test")]))
+    assert (entry.name, entry.split, entry.files) == ("two", "test", [])
+    assert len(list(entry.rows())) == 1
+    # A data set to evaluate on is not read from the training split because nobody named one.
+    (evaluated,) = validation_sources(DataKeys(eval_datasets=[DatasetKeys(path="~/two")]))
+    assert evaluated.split == "validation"
+
+
+def test_the_fingerprint_is_the_datas(tmp_path):
+    from datasets import Dataset
+
+    def fingerprint(**keys: Any) -> str:
+        (source,) = training_sources(DataKeys(**keys))
+        return source.fingerprint()
+
+    path = write(tmp_path / "a.jsonl", "Yes")
+    first = fingerprint(train_file=str(path))
+    assert fingerprint(train_file=str(path)) == first
+    path.write_text(path.read_text().replace("Yes", "No!"))
+    assert fingerprint(train_file=str(path)) != first
+    write(path, "Yes")
+    assert fingerprint(train_file=str(path)) == first
+
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    saved = fingerprint(dataset_path=str(tmp_path / "saved"))
+    Dataset.from_list([{"text": "b"}]).save_to_disk(tmp_path / "saved")
+    assert fingerprint(dataset_path=str(tmp_path / "saved")) != saved
+    assert fingerprint(dataset_name="a/b") != fingerprint(dataset_name="a/c")
+    assert fingerprint(dataset_name="a/b") != fingerprint(dataset_name="a/b", dataset_config_name="main")

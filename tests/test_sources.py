@@ -1,0 +1,443 @@
+"""Every kind of file, read row by row with its place; and every way in which a file can be damaged."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from sft.errors import UserError
+from sft.sources import Row, data_extension, find_files, read_files, read_saved
+
+ROWS = [{"question": "Hi?", "answer": "Yes"}, {"question": "é🎉", "answer": "a\nb"}, {"question": "3", "answer": "No"}]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(path: Path, content: str | bytes | None = None) -> list[Row]:
+    """The rows of one file, which is written first when `content` is given."""
+    if content is not None:
+        write(path, content)
+    return list(read_files([path]))
+
+
+def error(path: Path, content: str | bytes) -> Any:
+    """The one problem that reading a file of this content raises."""
+    with pytest.raises(UserError) as caught:
+        read(path, content)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].file == str(path)
+    return caught.value.problems[0]
+
+
+def arrow_bytes(table: pa.Table, stream: bool) -> bytes:
+    sink = pa.BufferOutputStream()
+    make: Any = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with make(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=2)
+    return sink.getvalue().to_pybytes()
+
+
+TABLE = pa.Table.from_pylist(ROWS)
+CSV = 'question,answer\nHi?,Yes\né🎉,"a\nb"\n3,No\n'
+CONTENTS: dict[str, Any] = {
+    "a.jsonl": JSONL,
+    "a.ndjson": JSONL,
+    "a.json": json.dumps(ROWS),
+    "a.csv": CSV,
+    "a.tsv": CSV.replace(",", "\t"),
+    "a.parquet": parquet_bytes(TABLE),
+    "a.arrow": arrow_bytes(TABLE, stream=False),
+    "b.arrow": arrow_bytes(TABLE, stream=True),
+}
+LINES = {"a.csv": [2, 3, 5], "a.tsv": [2, 3, 5]}
+PACK: dict[str, Any] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path, name, compression):
+    content = CONTENTS[name]
+    raw = content if isinstance(content, bytes) else content.encode()
+    path = tmp_path / (name + compression)
+    rows = read(path, PACK[compression](raw))
+    assert [row.data for row in rows] == ROWS
+    assert [row.index for row in rows] == [0, 1, 2]
+    assert [row.line for row in rows] == LINES.get(name, [1, 2, 3])
+    assert {row.file for row in rows} == {str(path)}
+    assert all(row.lost is None for row in rows)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_byte_order_marks_and_windows_line_ends_are_no_part_of_the_rows(tmp_path, name, ends, bom):
+    content = {"a.txt": "Hi?\nYes\n", "a.csv": "question\nHi?\n3\n", "a.tsv": "question\tn\nHi?\t1\n"}.get(name)
+    text = content if content is not None else str(CONTENTS[name])
+    plain = [row.data for row in read(tmp_path / f"plain_{name}", text)]
+    rows = read(tmp_path / name, bom + text.replace("\n", ends).encode())
+    assert [row.data for row in rows] == plain
+    assert [row.line for row in rows] == [row.line for row in read(tmp_path / f"plain_{name}")]
+
+
+def test_lines_of_text_keep_their_blanks_and_blank_lines_are_no_rows(tmp_path):
+    rows = read(tmp_path / "a.txt", "one\n\n  two\u2028still two\n \t\nthree")
+    assert [(row.line, row.data) for row in rows] == [
+        (1, {"text": "one"}),
+        (3, {"text": "  two\u2028still two"}),
+        (5, {"text": "three"}),
+    ]
+
+
+# JSON
+
+
+def test_json_lines_under_a_json_name(tmp_path):
+    assert [row.data for row in read(tmp_path / "a.json", JSONL)] == ROWS
+    rows = read(tmp_path / "b.json", JSONL + "{broken\n" + JSONL)
+    assert [row.line for row in rows if row.lost] == [4]
+    assert len(rows) == 7
+
+
+def test_one_object_is_one_row_and_an_object_around_a_list_is_its_rows(tmp_path):
+    assert [row.data for row in read(tmp_path / "a.json", json.dumps(ROWS[0]))] == [ROWS[0]]
+    assert [row.data for row in read(tmp_path / "b.json", json.dumps({"data": ROWS}, indent=1))] == ROWS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
+        {"text": ["a"]},
+        {"data": []},
+    ],
+)
+def test_a_single_conversation_is_a_row_and_not_a_list_of_rows(tmp_path, row):
+    assert [r.data for r in read(tmp_path / "a.json", json.dumps(row))] == [row]
+
+
+def test_a_value_that_is_no_object_is_one_lost_row(tmp_path):
+    rows = read(tmp_path / "a.json", json.dumps([ROWS[0], "text", 3, None, [ROWS[1]]]))
+    assert [row.lost and row.lost[0] for row in rows] == [None, *["bad_schema"] * 4]
+    assert rows[1].lost == ("bad_schema", "expected an object with keys, found str: 'text'")
+    assert rows[1].line == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "message"),
+    [
+        ('{"a": 1', "bad_json", "Expecting ',' delimiter at column 8"),
+        ("not json", "bad_json", "Expecting value at column 1: 'not json'"),
+        ('[{"a": 1}]', "bad_schema", "found list"),
+        ("null", "bad_schema", "found NoneType"),
+        ('{"a": "\\ud83', "bad_json", "Invalid"),
+        ('{"a": ' + "9" * 5000 + "}", "bad_json", "4300"),
+        ("[" * 100_000, "bad_json", "recursion"),
+    ],
+)
+def test_a_bad_line_is_one_lost_row_with_its_line(tmp_path, line, reason, message):
+    rows = read(tmp_path / "a.jsonl", f'{{"a": 1}}\n\n{line}\n{{"a": 2}}\n')
+    assert [row.line for row in rows] == [1, 3, 4]
+    assert [row.index for row in rows] == [0, 1, 2]
+    assert [row.data for row in rows] == [{"a": 1}, None, {"a": 2}]
+    assert rows[1].lost is not None
+    assert rows[1].lost[0] == reason
+    assert message in rows[1].lost[1]
+    assert len(rows[1].lost[1]) < 300
+
+
+def test_a_bad_byte_is_one_lost_row_with_its_line(tmp_path):
+    rows = read(tmp_path / "a.jsonl", JSONL.encode() + b'{"a": "caf\xe9"}\n' + JSONL.encode())
+    assert [(row.line, row.lost) for row in rows if row.lost] == [
+        (4, ("bad_encoding", "not UTF-8: invalid continuation byte at byte 10 of the line"))
+    ]
+    assert len(rows) == 7
+    (_, lost) = read(tmp_path / "a.txt", b"good\ncaf\xe9\n")
+    assert (lost.line, lost.lost and lost.lost[0]) == (2, "bad_encoding")
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "line"),
+    [
+        (json.dumps(ROWS, indent=1)[:-3], "not JSON: Expecting", 13),
+        ('[{"a": 1},\n{"a": 2},\n{"a": }]', "not JSON: Expecting value at column 7", 3),
+        ("[" * 100_000, "not JSON that can be read: maximum recursion", None),
+        ('[{"a": ' + "9" * 5000 + "}]", "not JSON that can be read: Exceeds the limit", None),
+        ('"text"', "expected a JSON array of rows, found str", None),
+        ('[\n{"a": "é"}]'.encode("latin-1"), "not UTF-8: ", 2),
+        ("\ufeff".encode("utf-16"), "not UTF-8: ", 1),
+    ],
+)
+def test_a_json_file_that_cannot_be_read_as_a_whole_is_an_error(tmp_path, content, message, line):
+    problem = error(tmp_path / "a.json", content)
+    assert problem.message.startswith(message)
+    assert problem.line == line
+
+
+# CSV
+
+
+def test_quoted_fields_hold_separators_quotes_and_line_feeds_and_rows_know_their_first_line(tmp_path):
+    rows = read(tmp_path / "a.csv", 'a,b\n"x,\n""y""\n",1\n\n2,3\n   \n"4\n",5\n')
+    assert [(row.line, row.data) for row in rows] == [
+        (2, {"a": 'x,\n"y"\n', "b": "1"}),
+        (6, {"a": "2", "b": "3"}),
+        (8, {"a": "4\n", "b": "5"}),
+    ]
+
+
+def test_a_header_of_several_lines_moves_the_rows(tmp_path):
+    rows = read(tmp_path / "a.csv", '\n"a\nb",c\n1,2\n')
+    assert [(row.line, row.data) for row in rows] == [(4, {"a\nb": "1", "c": "2"})]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x0c", "\x0b", "\x85", "\x1c"])
+def test_separators_that_are_no_line_ends_stay_inside_their_field(tmp_path, separator):
+    rows = read(tmp_path / "a.csv", f"a,b\none{separator}two,3\n4,5\n")
+    assert [row.data for row in rows] == [{"a": f"one{separator}two", "b": "3"}, {"a": "4", "b": "5"}]
+    assert [row.line for row in rows] == [2, 3]
+
+
+def test_a_line_with_another_number_of_fields_is_one_lost_row(tmp_path):
+    rows = read(tmp_path / "a.csv", "a,b\n1,2\n3\n4,5,6\n7,8\n,\n")
+    assert [(row.line, row.lost) for row in rows if row.lost] == [
+        (3, ("bad_schema", "1 fields, the header has 2 columns")),
+        (4, ("bad_schema", "3 fields, the header has 2 columns")),
+    ]
+    assert [row.data for row in rows if row.data] == [
+        {"a": "1", "b": "2"},
+        {"a": "7", "b": "8"},
+        {"a": "", "b": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "line"),
+    [
+        ('a,b\n1,2\n"open,3\n4,5\n', "not CSV: unexpected end of data", 3),
+        ('a,b\n1,2\n3,"4"5\n', "not CSV: ',' expected after '\"'", 3),
+        ("a,b,a\n1,2,3\n", "two columns are called 'a'", 1),
+        ("a,b\n1,2\ncafé,3\n".encode("latin-1"), "not UTF-8: ", 3),
+    ],
+)
+def test_a_csv_file_that_cannot_be_parsed_is_an_error_with_the_line(tmp_path, content, message, line):
+    problem = error(tmp_path / "a.csv", content)
+    assert problem.message.startswith(message)
+    assert problem.line == line
+
+
+def test_a_field_may_be_longer_than_pythons_limit(tmp_path):
+    (row,) = read(tmp_path / "a.csv", f"a,b\n{'x' * 200_000},1\n")
+    assert row.data is not None
+    assert len(row.data["a"]) == 200_000
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", [n for n in CONTENTS if n != "b.arrow"])
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_compressed_file_that_is_cut_short_is_an_error_and_never_fewer_rows(tmp_path, name, compression):
+    content = CONTENTS[name]
+    packed = PACK[compression](content if isinstance(content, bytes) else content.encode())
+    for cut in (len(packed) // 2, len(packed) - 1):
+        problem = error(tmp_path / (name + compression), packed[:cut])
+        assert "whole?" in problem.hint
+        assert problem.message.startswith(("cannot be read", "cannot be decompressed"))
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_large_compressed_file_that_is_cut_short_is_an_error(tmp_path, compression):
+    packed = PACK[compression]((JSONL * 20_000).encode())
+    error(tmp_path / f"a.jsonl{compression}", packed[: len(packed) // 2])
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_several_compressed_parts_in_one_file_are_read_to_the_end(tmp_path, compression):
+    part = PACK[compression](JSONL.encode())
+    assert [row.data for row in read(tmp_path / f"a.jsonl{compression}", part + part)] == ROWS * 2
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_file_that_is_not_compressed_as_its_name_says_is_an_error(tmp_path, compression):
+    error(tmp_path / f"a.jsonl{compression}", JSONL)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.parquet", "not Parquet"), ("a.arrow", "not an Arrow file"), ("b.arrow", "not an Arrow file")]
+)
+def test_broken_tables_are_errors(tmp_path, name, kind):
+    content = CONTENTS[name]
+    assert isinstance(content, bytes)
+    assert error(tmp_path / name, b"no table at all" * 9).message.startswith(kind)
+    assert error(tmp_path / name, content[: len(content) // 2]).message.startswith(kind)
+
+
+def test_a_text_in_a_table_that_is_not_utf8_is_one_lost_row(tmp_path):
+    column = pa.array([b"Hi", b"caf\xe9", b"Yes"], pa.binary()).view(pa.string())
+    rows = read(tmp_path / "a.parquet", parquet_bytes(pa.table({"text": column})))
+    assert [row.data for row in rows] == [{"text": "Hi"}, None, {"text": "Yes"}]
+    assert rows[1].lost == ("bad_encoding", "not UTF-8: unexpected end of data")
+    assert rows[1].line == 2
+
+
+def test_a_file_that_may_not_be_opened_is_an_error(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", JSONL)
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"a.jsonl: cannot be read: .*Permission denied"):
+        list(read_files([path]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\n  \n\t\n"),
+        ("a.json", "[]"),
+        ("a.csv", "question,answer\n"),
+        ("a.csv", " \n\n"),
+        ("a.txt", "\ufeff\n\n"),
+        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.parquet", parquet_bytes(TABLE.slice(0, 0))),
+    ],
+)
+def test_a_file_without_rows_is_an_error(tmp_path, name, content):
+    assert error(tmp_path / name, content).message == "holds no rows"
+
+
+def test_a_json_file_of_blanks_is_an_error(tmp_path):
+    assert error(tmp_path / "a.json", " \n").message.startswith("not JSON")
+
+
+def test_one_file_without_rows_among_others_is_said_aloud(tmp_path, caplog):
+    files = [write(tmp_path / "a.json", "[]"), write(tmp_path / "b.jsonl", JSONL)]
+    with caplog.at_level(logging.WARNING, logger="sft"):
+        assert len(list(read_files(files))) == 3
+    assert caplog.messages == [f"{files[0]} holds no rows"]
+
+
+# Names
+
+
+def test_a_list_a_glob_and_a_folder_give_each_file_once_and_in_order(tmp_path):
+    b, a, c = (write(tmp_path / "data" / name, JSONL) for name in ("b.jsonl", "a.jsonl.gz", "sub/c.json"))
+    write(tmp_path / "data" / "notes.md", "no data")
+    folder = str(tmp_path / "data")
+    assert find_files(folder, "train_file") == [a, b, c]
+    assert find_files(f"{folder}/*.jsonl*", "train_file") == [a, b]
+    assert find_files(f"{folder}/**/*.json", "train_file") == [c]
+    assert find_files([str(c), f"{folder}/*.jsonl", folder, str(b)], "train_file") == [c, b, a]
+
+
+def test_indices_count_over_all_files_and_lines_within_each(tmp_path):
+    files = [write(tmp_path / "a.jsonl", JSONL), write(tmp_path / "b.jsonl", JSONL)]
+    rows = list(read_files(files))
+    assert [(row.file, row.index, row.line) for row in rows] == [
+        (str(file), 3 * number + at, at + 1) for number, file in enumerate(files) for at in range(3)
+    ]
+
+
+def test_copies_that_editors_leave_in_a_folder_are_not_read(tmp_path):
+    kept = write(tmp_path / ".hidden_root" / "data" / "a.jsonl", JSONL)
+    write(kept.parent / ".ipynb_checkpoints" / "a-checkpoint.jsonl", JSONL)
+    write(kept.parent / "._a.jsonl", b"\x00\x05")
+    assert find_files(str(kept.parent), "train_file") == [kept]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
+    path = write(tmp_path / "a[1].jsonl", JSONL)
+    assert find_files(str(path), "train_file") == [path]
+
+
+def test_a_path_under_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "a.jsonl", JSONL)
+    assert find_files("~/a.jsonl", "train_file") == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "extension"),
+    [
+        ("a.jsonl", ".jsonl"),
+        ("a.JSONL", ".jsonl"),
+        ("a.b.csv.GZ", ".csv"),
+        ("a.parquet.zst", ".parquet"),
+        ("a.gz", ""),
+        ("README", ""),
+        ("v1.5", ".5"),
+    ],
+)
+def test_extensions(name, extension):
+    assert data_extension(Path(name)) == extension
+
+
+@pytest.mark.parametrize(
+    ("spec", "message", "hint"),
+    [
+        ("trian.jsonl", "no such file: '{root}/trian.jsonl'", "did you mean '{root}/train.jsonl'?"),
+        ("zzz", "no such file: '{root}/zzz'", "the folder '{root}' holds no such name"),
+        ("no/a.jsonl", "no such file: '{root}/no/a.jsonl'", "the folder '{root}/no' does not exist either"),
+        ("*.parquet", "no such file: '{root}/*.parquet'", "the folder '{root}' holds no such name"),
+        ("docs", "the folder '{root}/docs' holds no data file", "expected one of .jsonl, "),
+        ("docs/a.md", "cannot tell the format of '{root}/docs/a.md' by its name", "expected one of .jsonl, "),
+        ("empty.jsonl", "'{root}/empty.jsonl' is empty", "give a file with at least one row"),
+    ],
+)
+def test_a_name_that_leads_to_no_rows_is_an_error_that_helps(tmp_path, spec, message, hint):
+    write(tmp_path / "train.jsonl", JSONL)
+    write(tmp_path / "empty.jsonl", "")
+    write(tmp_path / "docs" / "a.md", "no data")
+    with pytest.raises(UserError) as caught:
+        find_files(str(tmp_path / spec), "train_file")
+    (problem,) = caught.value.problems
+    assert problem.message == message.format(root=tmp_path)
+    assert problem.hint.startswith(hint.format(root=tmp_path))
+    assert problem.key == "train_file"
+
+
+@pytest.mark.parametrize("spec", ["", "  ", [], [""]])
+def test_nothing_is_not_the_folder_that_one_stands_in(spec, tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", JSONL)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="names no file"):
+        find_files(spec, "train_file")
+
+
+# Saved data sets
+
+
+def test_a_saved_data_set_and_one_split_of_several(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "two")
+    assert [row.data for row in read_saved(tmp_path / "one", "train", "dataset_path")] == ROWS
+    (row,) = read_saved(tmp_path / "two", "test", "dataset_path")
+    assert (row.file, row.index, row.line, row.data) == (str(tmp_path / "two"), 0, 1, ROWS[1])
+    with pytest.raises(UserError, match=r"dataset_path: cannot load the saved data set .*\(dev\)"):
+        list(read_saved(tmp_path / "two", "dev", "dataset_path"))
+    with pytest.raises(UserError, match="cannot load the saved data set"):
+        list(read_saved(tmp_path / "three", "train", "dataset_path"))
