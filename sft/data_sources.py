@@ -140,7 +140,7 @@ def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
 
 
 def _split_of(file: Path) -> str:
-    """The split that a folder or the file itself is named for (`train-00001.parquet`, `test/0.jsonl`, `my_val.csv`), or nothing."""
+    """The split that a folder or the file is named for (`train-00001.parquet`, `test/0.jsonl`, `my_val.csv`)."""
     names = "|".join(name for names in _SPLIT_NAMES.values() for name in names)
     found = (re.search(rf"(?<![a-z])({names})(?![a-z])", part.lower()) for part in file.parts)
     return next((match[1] for match in found if match), "")

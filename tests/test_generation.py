@@ -72,10 +72,22 @@ def test_replies_come_in_the_order_asked_and_end_at_the_end_token(pupil: tuple[A
     assert len(done) == -(-4 // batch_size)
 
 
-def test_without_the_trained_end_token_a_reply_runs_on(pupil: tuple[Any, Any]) -> None:
-    [reply] = generate_replies(*pupil, [ask("x")], Sampling(12), stop_token_ids=[0])
-    assert reply.startswith("48")
-    assert len(reply) > len("48")
+def test_generating_ends_with_the_end_token_and_not_before(
+    pupil: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = pupil
+    made: list[int] = []
+    generate = model.generate
+
+    def counted(input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        output = generate(input_ids=input_ids, **settings)
+        made.append(output.shape[1] - input_ids.shape[1])
+        return output
+
+    monkeypatch.setattr(model, "generate", counted)
+    for stops in (None, [0]):  # the generation config's <|im_end|>, and an end token that is never produced
+        generate_replies(model, tokenizer, [ask("x")], Sampling(12), stop_token_ids=stops)
+    assert made == [len(tokenizer.encode("48")) + 1, 12]
 
 
 def test_a_training_model_is_given_back_as_it_was(pupil: tuple[Any, Any]) -> None:
