@@ -8,7 +8,6 @@ import torch
 
 from sft.losses import token_loss
 
-
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -80,7 +80,7 @@ def test_wandb_has_every_metric_of_every_log(tracked: Path) -> None:
     rows: list[dict[str, float]] = []
     project = name = ""
     for data in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         if record.HasField("run"):
             project, name = record.run.project, record.run.display_name
