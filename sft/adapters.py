@@ -175,7 +175,7 @@ def attach_adapter(
     if rows:
         kwargs["trainable_token_indices"] = rows
     if is_tied(model) and _replaced(keys) & set(_ends(model)):
-        # Left to itself peft trains two copies that drift apart, and saving keeps only one of them.
+        # Left to itself peft trains two copies that drift apart, and the merged model is no longer tied.
         kwargs["ensure_weight_tying"] = True
     try:
         with fixed_initialisation():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,10 +138,14 @@ def show_report(report: Report) -> None:
 
 
 def quiet_libraries() -> None:
-    """Turns off the libraries' own progress bars, whose place the pipeline's take."""
+    """Turns off the libraries' own progress bars, whose place the pipeline's take, and their warnings of deprecation."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
+    from sft.quantization import import_bitsandbytes
+
+    with suppress(UserError):  # a machine that it does not load on trains without quantization
+        import_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations inside the libraries
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()

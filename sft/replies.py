@@ -69,7 +69,7 @@ class ExactMatch:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids up to where the model starts to answer.
 
-    Control tokens that somebody has typed into a message are encoded as the characters they are, as in training.
+    Control tokens that somebody has typed into a message are encoded as the characters they are.
 
     Raises:
         UserError: the chat template refuses the conversation.

@@ -167,6 +167,19 @@ def test_modules_to_save_take_the_place_of_trained_rows(model_dir: Path) -> None
     assert all("modules_to_save" in name for name in whole)
 
 
+def test_tied_embeddings_that_are_trained_whole_stay_tied(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tiny_llama(len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for modules in (["embed_tokens", "lm_head"], ["lm_head"]):
+        _, model = load(ModelKeys(model_name_or_path=str(tmp_path)), lora(r=2, modules_to_save=modules))
+        base = model.get_base_model()
+        whole = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+        assert [p.shape for p in whole] == [(len(tokenizer), 64)]
+        assert base.model.embed_tokens.modules_to_save.default.weight is whole[0]
+        assert base.lm_head.modules_to_save.default.weight is whole[0]
+
+
 def test_a_missing_pad_token_changes_no_embedding(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(pad=False)
     tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
