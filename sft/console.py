@@ -91,6 +91,7 @@ def show_ledger(document: dict[str, Any]) -> None:
 
 _NOTES = {
     "answers_cut": "answers lost their end to truncation: they teach the model not to stop",
+    "control_tokens": "rows have control tokens typed in a message, which are encoded as plain text",
     "duplicates": "rows repeat an earlier one (dedupe: true leaves them out of training)",
     "in_validation": "training rows stand in validation too, whose metrics flatter (dedupe: true leaves them out)",
 }
@@ -138,7 +139,7 @@ def show_report(report: Report) -> None:
 
 
 def quiet_libraries() -> None:
-    """Turns off the libraries' own progress bars, whose place the pipeline's take, and their warnings of deprecation."""
+    """Turns off the libraries' own progress bars, whose place the pipeline's take, and their deprecations."""
     import datasets
     from transformers.utils import logging as transformers_logging
 

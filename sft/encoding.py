@@ -8,14 +8,18 @@ text is cut there and both sides are encoded apart.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sft.rendering import Rendered, Span
+from sft.control_tokens import Span
+from sft.rendering import Rendered
 
 _MOST_TAILS = 1000
 _ANCHORS = ("\n", "\x02", "=", "a")
@@ -52,7 +56,9 @@ class Encoder:
     def encode_chats(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """Conversations: control tokens are in the text already, so none is added."""
         encodings = self._chat_backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-        return [self._label(r, e) for r, e in zip(rendered, encodings, strict=True)]
+        return [
+            self._label_inert(r) if r.inert else self._label(r, e) for r, e in zip(rendered, encodings, strict=True)
+        ]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
         """Documents, trained whole: the tokenizer's own BOS (if it sets one) in front, EOS at the end."""
@@ -77,6 +83,28 @@ class Encoder:
         for start, end in token_spans:
             labels[start:end] = input_ids[start:end]
         return Encoded(input_ids, _without_first(labels), merges)
+
+    def _label_inert(self, rendered: Rendered) -> Encoded:
+        """A text in which some control tokens are mere text: cut around each of them, and at each seam."""
+        text, inert = rendered.text, set(rendered.inert)
+        borders = sorted({0, len(text), *(at for span in (*rendered.inert, *rendered.spans) for at in span)})
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for start, end in pairwise(borders):
+            backend = self._plain_backend if (start, end) in inert else self._chat_backend
+            ids = self._encode_from(text, start, end, backend).ids
+            trained = any(s <= start and end <= e for s, e in rendered.spans)
+            input_ids += ids
+            labels += ids if trained else [IGNORE_INDEX] * len(ids)
+        return Encoded(np.array(input_ids, dtype=np.int32), _without_first(np.array(labels, dtype=np.int32)))
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        """The tokenizer without its added tokens: to it `<|im_end|>` is ten characters."""
+        state = json.loads(self._chat_backend.to_str())
+        state["added_tokens"] = []
+        state["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(state))
 
     def _must_cut(self, encoding: Encoding, text: str, seam: int) -> bool:
         """Whether `text` in one pass has other tokens around `seam` than the prompt and its answer have apart."""
@@ -134,15 +162,18 @@ class Encoder:
             merges += 1
             origin = cut
 
-    def _encode_from(self, text: str, origin: int, end: int | None = None) -> Encoding:
+    def _encode_from(
+        self, text: str, origin: int, end: int | None = None, backend: Tokenizer | None = None
+    ) -> Encoding:
         """`text[origin:end]` as it stands behind other text; offsets count from `origin`."""
         piece = text[origin:end]
+        backend = backend or self._chat_backend
         if origin == 0 or not self._prefixes_blank:
-            return self._chat_backend.encode(piece, add_special_tokens=False)
+            return backend.encode(piece, add_special_tokens=False)
         # A character in front takes the blank that a SentencePiece vocabulary would put there; both are cut off. It
         # must not merge with the piece, as a line feed does with another.
         for anchor in _ANCHORS:
-            anchored = self._chat_backend.encode(anchor + piece, add_special_tokens=False)
+            anchored = backend.encode(anchor + piece, add_special_tokens=False)
             if not self._straddles(anchored, 1):
                 break
         return _Shifted(anchored)  # type: ignore[return-value]

@@ -31,6 +31,7 @@ class Ledger:
     tokens_truncated: int = 0
     answers_cut: int = 0
     seam_merges: int = 0
+    control_tokens: int = 0
     duplicates: int = 0
     in_validation: int = 0
     lengths: list[int] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Ledger:
             },
             "answers_cut": self.answers_cut,
             "seam_merges": self.seam_merges,
+            "control_tokens": self.control_tokens,
             "duplicates": self.duplicates,
             "in_validation": self.in_validation,
             "length_percentiles": self._percentiles(),

@@ -20,24 +20,33 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sft.control_tokens import ControlTokens, Span
 from sft.errors import Problem, UserError
 from sft.formats import Conversation, Message, RowLost
-
-Span = tuple[int, int]
 
 _PROBE = "\x02answer\x03"  # text that no template rewrites and no user types
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as one text, and the character spans `[start, end)` of it that are trained."""
+    """A conversation as one text, with character spans `[start, end)` of it.
+
+    Attributes:
+        spans: what is trained.
+        inert: control tokens that somebody typed, to be encoded as plain text.
+    """
 
     text: str
     spans: list[Span]
+    inert: tuple[Span, ...] = ()
 
 
 class ChatRenderer:
     """Renders conversations with one tokenizer's chat template and finds the spans to train.
+
+    Args:
+        special_tokens_in_content: control tokens typed in messages are plain `text`, what they are (`allow`), or
+            an `error`.
 
     Attributes:
         end_token: the text of the token that ends each answer, e.g. `<|im_end|>`.
@@ -47,10 +56,12 @@ class ChatRenderer:
         UserError: the template cannot render a plain question and answer, or never ends an answer with a token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens_in_content: str = "text") -> None:
         self._tokenizer = tokenizer
+        self._typed = special_tokens_in_content
         source = tokenizer.chat_template
         source = source if isinstance(source, str) else "\n".join(source.values())
+        self._control_tokens = ControlTokens(tokenizer, source)
         self.renders_tools = "tools" in source and "tool_calls" in source
         self.renders_system = self._accepts_system()
         self.end_token, self._last_tail = self._find_end_token()
@@ -65,9 +76,20 @@ class ChatRenderer:
 
         Raises:
             RowLost: `template_mismatch` when the template refuses the conversation or the prompt of an answer is
-                not how the whole begins; `no_trained_token` when nothing of it is to be trained.
+                not how the whole begins; `no_trained_token` when nothing of it is to be trained; `control_token` when
+                one is typed and that is an error.
         """
         messages, tools = self._fit_to_template(conversation)
+        typed = self._control_tokens.find(messages, tools) if self._typed != "allow" else None
+        if typed is None:
+            return self._render(messages, tools, conversation, train_on)
+        if self._typed == "error":
+            raise RowLost("control_token", f"a message holds the control token {typed!r}")
+        rendered = self._render(*self._control_tokens.hide(messages, tools), conversation, train_on)
+        text, inert = self._control_tokens.reveal(rendered.text)
+        return Rendered(text, rendered.spans, tuple(inert))
+
+    def _render(self, messages: list[Message], tools: Any, conversation: Conversation, train_on: str) -> Rendered:
         whole = self._apply(messages, tools)
         if train_on == "all":
             return Rendered(whole, [(0, len(whole))])
@@ -78,10 +100,6 @@ class ChatRenderer:
         if not turns:
             raise RowLost("no_trained_token", f"no assistant turn is to be trained (train_on: {train_on})")
         return Rendered(whole, [self._span(whole, messages, turn, tools) for turn in turns])
-
-    def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
-        """The text that a server would let the model continue after `messages`."""
-        return self._apply(messages, tools, add_generation_prompt=True)
 
     def _span(self, whole: str, messages: list[Message], turn: int, tools: list[dict[str, Any]] | None) -> Span:
         prompt = self._apply(messages[:turn], tools, add_generation_prompt=True)

@@ -78,8 +78,14 @@ class RowEncoder:
                 content = self._normalize(row, source)
                 rendered = _encodable(self._render(content, source.train_on))
             except RowLost as lost:
+                if lost.reason == "control_token":
+                    hint = "mend the row, or set special_tokens_in_content to text or allow"
+                    raise UserError(
+                        Problem(lost.message, hint, "special_tokens_in_content", row.file, row.line)
+                    ) from None
                 ledger.lose(lost.reason, lost.message, row.file, row.line)
                 continue
+            ledger.control_tokens += bool(rendered.inert)
             ledger.formats[content.format] += 1
             order.append(Sample(row, content, rendered, _NOTHING))
         chats = [s for s in order if isinstance(s.content, Conversation)]
@@ -99,7 +105,7 @@ class RowEncoder:
         if isinstance(content, Text):
             return Rendered(content.text, [(0, len(content.text))])
         if self._renderer is None:
-            self._renderer = ChatRenderer(self._tokenizer)
+            self._renderer = ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
         return self._renderer.render(content, train_on)
 
     def _keep(self, sample: Sample, target: EncodedSet, known: set[bytes] | None) -> None:

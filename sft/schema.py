@@ -119,6 +119,8 @@ class DataKeys(Keys):
     or not at all; `auto` packs where attention keeps the rows apart at no cost."""
     eval_packing: Packing | None = None
     """The same for validation; null is as `packing`."""
+    special_tokens_in_content: Literal["text", "allow", "error"] = "text"
+    """Control tokens typed inside a message, e.g. `<|im_end|>`: plain text, obeyed, or a reason to stop."""
     shuffle_seed: Int | None = None
     """Seed of the validation split and of the row order; null is `seed`."""
     preprocessing_num_workers: Positive | None = None

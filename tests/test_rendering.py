@@ -48,7 +48,10 @@ def test_the_text_in_front_of_an_answer_is_what_a_server_sends(name):
     conversation = chat("u Hi", "a Hello", "u Is it?", "a Yes")
     rendered = renderer(name).render(conversation)
     for turn, (start, _) in zip((1, 3), rendered.spans, strict=True):
-        assert rendered.text[:start] == renderer(name).prompt(conversation.messages[:turn])
+        prompt = tokenizer_of(name).apply_chat_template(
+            conversation.messages[:turn], tokenize=False, add_generation_prompt=True
+        )
+        assert rendered.text[:start] == prompt
 
 
 def test_the_whole_rendering_and_its_spans_written_out():

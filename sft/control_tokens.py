@@ -1,0 +1,113 @@
+"""Control tokens that somebody typed into a message: text to be read, not structure to be obeyed.
+
+`<|im_end|>` in a user's message would end the turn as soon as the tokenizer met it. So before a conversation is
+rendered each such text gets one of its characters replaced by a private one, which no tokenizer knows; afterwards the
+character is put back, and the encoder is told to encode those characters as plain text. Positions never move.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sft.formats import Message, RowLost
+
+Span = tuple[int, int]
+_FIRST_MARK = 0xF0000  # Unicode's second private use plane: 65,534 characters that mean nothing to anybody
+_MARKS = re.compile("[\U000f0000-\U000ffffd]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    text: str
+    at: int  # which character is replaced
+    mark: str
+
+    @property
+    def hidden(self) -> str:
+        return self.text[: self.at] + self.mark + self.text[self.at + 1 :]
+
+
+class ControlTokens:
+    """The control tokens of one tokenizer and its template.
+
+    A token is one of them when it is flagged special, or when the template writes it. In the assistant's own messages
+    the latter kind stands: models are meant to write `<think>` or `<tool_call>` themselves.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content]
+        special = {t.content for t in added if t.special}
+        written = {t.content for t in added if t.content in template and not t.content.isspace()}
+        ordered = sorted(special | written, key=lambda text: (-len(text), text))
+        self._tokens = {
+            text: _Token(text, min(1, len(text) - 1), chr(_FIRST_MARK + number)) for number, text in enumerate(ordered)
+        }
+        self._by_mark = {token.mark: token for token in self._tokens.values()}
+        self._in_all = _any_of(special | written)
+        self._in_answers = _any_of(special)
+
+    def find(self, messages: list[Message], tools: Any) -> str | None:
+        """The first control token that is typed in the conversation; None when there is none."""
+        for message in messages:
+            if match := _search(self._pattern(message), _content(message)):
+                return match
+        return _search(self._in_all, tools)
+
+    def hide(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any]:
+        """The same conversation with the typed control tokens marked; each text keeps its length.
+
+        Raises:
+            RowLost: `bad_schema` when the text has a private character of its own, which would be taken for a mark.
+        """
+        if found := _search(_MARKS, [messages, tools]):
+            raise RowLost("bad_schema", f"control tokens beside the private use character U+{ord(found):X}")
+        hidden = [{**m, **self._replace(self._pattern(m), _content(m))} for m in messages]
+        return hidden, self._replace(self._in_all, tools)
+
+    def reveal(self, text: str) -> tuple[str, list[Span]]:
+        """The rendered text with its characters put back, and the spans to be encoded as plain text."""
+        inert: list[Span] = []
+        pieces: list[str] = []
+        last = 0
+        for match in _MARKS.finditer(text):
+            token = self._by_mark[match[0]]
+            pieces += [text[last : match.start()], token.text[token.at]]
+            last = match.end()
+            start = match.start() - token.at
+            if text.startswith(token.hidden, start):  # a template that cuts a token apart leaves harmless text
+                inert.append((start, start + len(token.text)))
+        return "".join([*pieces, text[last:]]), inert
+
+    def _pattern(self, message: Message) -> re.Pattern[str]:
+        return self._in_answers if message["role"] == "assistant" else self._in_all
+
+    def _replace(self, pattern: re.Pattern[str], value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda match: self._tokens[match[0]].hidden, value)
+        if isinstance(value, dict):
+            return {key: self._replace(pattern, inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._replace(pattern, inner) for inner in value]
+        return value
+
+
+def _content(message: Message) -> dict[str, Any]:
+    """All of a message that a user writes; its role is the pipeline's."""
+    return {key: value for key, value in message.items() if key != "role"}
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _search(pattern: re.Pattern[str], value: Any) -> str | None:
+    if isinstance(value, str):
+        match = pattern.search(value)
+        return match[0] if match else None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for part in inner if (found := _search(pattern, part))), None)
