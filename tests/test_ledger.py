@@ -27,6 +27,7 @@ def test_an_empty_ledger_has_every_field():
         "tokens": {"total": 0, "trained": 0, "masked": 0, "truncated": 0},
         "answers_cut": 0,
         "seam_merges": 0,
+        "control_tokens": 0,
         "duplicates": 0,
         "in_validation": 0,
         "length_percentiles": {},
