@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ class PreparedData:
 
 
 def prepare_data(
-    keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, seed: int, pack_by_default: bool, training: bool = True
+    keys: DataKeys,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    training: bool = True,
+    on_rows: Callable[[int], None] = lambda _: None,
 ) -> PreparedData:
     """Prepares all data sets that `keys` names, or reads an earlier preparation of the same.
 
@@ -65,15 +70,13 @@ def prepare_data(
         keys: the data section of the config.
         tokenizer: with its chat template set.
         seed: what `shuffle_seed: null` stands for.
-        pack_by_default: what `packing: auto` stands for on this machine and model.
         training: False prepares the evaluation sets alone.
+        on_rows: told how many rows have been prepared since it was last told.
 
     Raises:
         UserError: data that does not exist or cannot be read.
     """
-    plan = _Plan(
-        keys, tokenizer, keys.shuffle_seed if keys.shuffle_seed is not None else seed, pack_by_default, training
-    )
+    plan = _Plan(keys, tokenizer, keys.shuffle_seed if keys.shuffle_seed is not None else seed, training, on_rows)
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
@@ -92,21 +95,22 @@ class _Plan:
     """What is to be prepared, and the preparation itself."""
 
     def __init__(
-        self, keys: DataKeys, tokenizer: PreTrainedTokenizerBase, seed: int, pack_by_default: bool, training: bool
+        self,
+        keys: DataKeys,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        training: bool,
+        on_rows: Callable[[int], None],
     ) -> None:
-        self.keys, self.tokenizer, self.seed, self.training = keys, tokenizer, seed, training
-        self.train_packing = self._packing(keys.packing, pack_by_default)
-        self.eval_packing = self._packing(
-            keys.packing if keys.eval_packing is None else keys.eval_packing, pack_by_default
-        )
+        self.keys, self.tokenizer, self.seed, self.training, self.on_rows = keys, tokenizer, seed, training, on_rows
+        self.train_packing = self._packing(keys.packing)
+        self.eval_packing = self._packing(keys.packing if keys.eval_packing is None else keys.eval_packing)
         self.train_sources = training_sources(keys) if training or keys.validation_split else []
         self.eval_sources = validation_sources(keys)
 
     @staticmethod
-    def _packing(value: str | bool, pack_by_default: bool) -> str | None:
-        if value == "auto":
-            return "bfd" if pack_by_default else None
-        return str(value) if value else None
+    def _packing(value: str | bool) -> str | None:
+        return None if value in ("auto", False) else str(value)
 
     def key(self) -> str:
         tokenizer = self.tokenizer
@@ -126,7 +130,7 @@ class _Plan:
 
     def make(self, folder: Path) -> None:
         """Prepares everything into `folder`."""
-        encoder = RowEncoder(self.tokenizer, self.keys)
+        encoder = RowEncoder(self.tokenizer, self.keys, self.on_rows)
         evals: dict[str, EncodedSet] = {}
         is_wrapped = self.eval_packing == "wrapped"
         for source in self.eval_sources:

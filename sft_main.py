@@ -125,7 +125,8 @@ def train(argv: list[str]) -> int:
         artifacts.write_results(output_dir, results)
         stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
         artifacts.write_card(output_dir, config, data.ledger, results, stop_tokens)
-        console.show_conclusion(output_dir, results, time.perf_counter() - started)
+        last = {"train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)}
+        console.show_conclusion(output_dir, last | results, time.perf_counter() - started)
     distributed.barrier()
     distributed.destroy_process_group()
     return 0
@@ -168,7 +169,7 @@ def _check_stages(config: Config, report: Report) -> None:
     if tokenizer is None:
         return
     keys = config.section(DataKeys)
-    data = report.attempt(lambda: data_handler.prepare_data(keys, tokenizer, seed=config.seed, pack_by_default=False))
+    data = report.attempt(lambda: data_handler.prepare_data(keys, tokenizer, seed=config.seed))
     if data is None:
         return
     report.data = data.ledger
@@ -321,11 +322,12 @@ def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedD
     import data_handler
     import distributed_utils as distributed
     from sft import artifacts
-    from sft.console import show_ledger, show_sample
+    from sft.console import counting, show_ledger, show_sample
     from sft.schema import DataKeys
 
     keys = config.section(DataKeys)
-    data = data_handler.prepare_data(keys, tokenizer, seed=config.seed, pack_by_default=False, training=training)
+    with counting("rows prepared:") as on_rows:
+        data = data_handler.prepare_data(keys, tokenizer, seed=config.seed, training=training, on_rows=on_rows)
     if distributed.is_main_process():
         show_ledger(data.ledger)
         if training:

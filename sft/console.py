@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -46,6 +48,15 @@ def write_log_file(file: Path) -> None:
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """A line on the terminal that counts, e.g. prepared rows; it goes away when it is done."""
+    columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done: progress.advance(task, done)
 
 
 def show_error(error: UserError) -> None:
@@ -111,15 +122,20 @@ def show_sample(sample: dict[str, Any], tokenizer: Any) -> None:
 
 
 def show_conclusion(output_dir: Path, results: dict[str, Any], seconds: float) -> None:
-    """The run's result and what to do next."""
-    shown = {k: v for k, v in results.items() if isinstance(v, int | float)}
-    if {"exact_match_before", "exact_match_after"} <= shown.keys():
-        before, after = shown["exact_match_before"], shown["exact_match_after"]
-        console.print(f"[bold]exact match: {before:.1%} before training, {after:.1%} after[/]")
+    """The run's result and what to do next.
+
+    Args:
+        results: numbers by name; what is no number is left out.
+        seconds: that the whole process took.
+    """
     table = Table(title=f"done in {seconds:.0f} s: {escape(str(output_dir))}", title_justify="left", show_header=False)
-    for name, value in shown.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    for name, value in results.items():
+        if isinstance(value, int | float):
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     console.print(table)
+    if {"exact_match_before", "exact_match_after"} <= results.keys():
+        before, after = results["exact_match_before"], results["exact_match_after"]
+        console.print(f"[bold]exact match: {before:.1%} before training, {after:.1%} after[/]")
     console.print("next:")
     commands = [f"generate --model {output_dir} --chat"]
     if (output_dir / "adapter_config.json").is_file():

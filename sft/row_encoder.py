@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -49,12 +49,18 @@ class EncodedSet:
 class RowEncoder:
     """Takes rows to samples, with one tokenizer and one set of data keys."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, keys: DataKeys) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        keys: DataKeys,
+        on_rows: Callable[[int], None] = lambda _: None,
+    ) -> None:
         if keys.preprocessing_num_workers:
             # The Rust tokenizer makes its threads when it first encodes a batch, and reads their number here.
             os.environ["RAYON_NUM_THREADS"] = str(keys.preprocessing_num_workers)
         self._tokenizer = tokenizer
         self._keys = keys
+        self._on_rows = on_rows
         self._encoder = Encoder(tokenizer)
         self._renderer: ChatRenderer | None = None  # made for the first conversation: texts need no chat template
         self.end_token_ids: list[int] = []  # of the samples that were kept, in the order of first use
@@ -67,10 +73,10 @@ class RowEncoder:
         while batch := list(islice(pending, _BATCH_ROWS)):
             for sample in self.encode(batch, source, target.ledger):
                 self._keep(sample, target, known)
+            self._on_rows(len(batch))
 
     def encode(self, rows: list[Row], source: DataSource, ledger: Ledger) -> Iterator[Sample]:
         """Normalizes, renders and tokenizes a batch; rows that are lost on the way are in the ledger."""
-        chats: list[Sample] = []
         order: list[Sample] = []
         for row in rows:
             ledger.rows_read += 1

@@ -58,10 +58,9 @@ def prepare(
     keys: DataKeys,
     tokenizer: PreTrainedTokenizerFast = TOKENIZER,
     seed: int = 1,
-    pack_by_default: bool = False,
     training: bool = True,
 ) -> PreparedData:
-    return prepare_data(keys, tokenizer, seed=seed, pack_by_default=pack_by_default, training=training)
+    return prepare_data(keys, tokenizer, seed=seed, training=training)
 
 
 def questions(data: Any) -> list[str]:
@@ -321,12 +320,12 @@ def test_at_least_one_row_is_held_out_and_never_all(number, fraction, held):
 
 
 @pytest.mark.parametrize(
-    ("packing", "pack_by_default", "packed"),
-    [("auto", True, True), ("auto", False, False), ("bfd", False, True), (False, True, False)],
+    ("packing", "packed"),
+    [("auto", False), ("bfd", True), (False, False)],
 )
-def test_packing_is_chosen(tmp_path, keys, packing, pack_by_default, packed):
+def test_packing_is_chosen(tmp_path, keys, packing, packed):
     train = write(tmp_path / "a.jsonl", *map(qa, range(9)))
-    data = prepare(keys(train_file=train, packing=packing), pack_by_default=pack_by_default)
+    data = prepare(keys(train_file=train, packing=packing))
     assert ("seq_lengths" in data.train.column_names) is packed
     assert (data.ledger["total"]["packing"]["rows"] > 0) is packed
 
