@@ -72,27 +72,25 @@ def show_error(error: UserError) -> None:
 
 
 def show_ledger(document: dict[str, Any]) -> None:
-    """The account of the data as a table, and the first lost rows with their places."""
+    """The account of the data as a table that fits 80 columns, and the first lost rows with their places."""
     table = Table(title="data", title_justify="left")
-    for name in ("set", "rows read", "trained", "lost", "tokens", "of them trained", "length p50", "max", "fill"):
-        table.add_column(name, justify="left" if name == "set" else "right")
+    for name in ("set", "rows trained", "tokens", "trained", "p50 / max length", "fill"):
+        table.add_column(name, justify="left" if name == "set" else "right", overflow="fold")
     for name, ledger in document["datasets"].items():
-        lost = ", ".join(f"{n} {reason}" for reason, n in ledger["rows_lost"].items()) or "0"
         tokens, lengths, fill = ledger["tokens"], ledger["length_percentiles"], ledger["packing"]["fill"]
-        share = tokens["trained"] / tokens["total"] if tokens["total"] else 0.0
         table.add_row(
             name,
-            f"{ledger['rows_read']:,}",
-            f"{ledger['rows_trained']:,}",
-            lost,
+            f"{ledger['rows_trained']:,} of {ledger['rows_read']:,}",
             f"{tokens['total']:,}",
-            f"{tokens['trained']:,} ({share:.0%})",
-            f"{lengths.get('p50', 0):,}",
-            f"{lengths.get('p100', 0):,}",
+            f"{tokens['trained'] / max(tokens['total'], 1):.1%}",
+            f"{lengths.get('p50', 0):,} / {lengths.get('p100', 0):,}",
             "-" if fill is None else f"{fill:.1%}",
         )
     console.print(table)
     for name, ledger in document["datasets"].items():
+        if ledger["rows_lost"]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in ledger["rows_lost"].items())
+            logger.warning("%s: rows lost: %s", name, reasons)
         for key, meaning in _NOTES.items():
             if ledger[key]:
                 logger.warning("%s: %d %s", name, ledger[key], meaning)
