@@ -1,0 +1,112 @@
+"""Raw files become Parquet that trains with no further setting, and no row goes without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import prepare_data
+from data_handler import prepare_data as prepare_for_training
+from sft.schema import DataKeys
+from tests.builders import byte_level_tokenizer
+from tests.runs import write_rows
+
+
+def pairs(count: int, start: int = 0) -> list[dict]:
+    return [{"q": f"What is {n}?", "meta": {"a": f"It is {n}."}} for n in range(start, start + count)]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "a.jsonl", pairs(40))
+    write_rows(tmp_path / "b.jsonl", pairs(10, start=40))
+    return tmp_path
+
+
+def command(raw: Path, *more: str) -> list[str]:
+    keys = ["--prompt-key", "q", "--response-key", "meta.a"]
+    return [str(raw / "*.jsonl"), "-o", str(raw / "out"), *keys, *more]
+
+
+def questions(file: Path) -> list[str]:
+    return [json.loads(row["messages"])[0]["content"] for row in pq.read_table(file).to_pylist()]
+
+
+def test_what_is_written_trains_with_no_further_setting(raw: Path) -> None:
+    assert prepare_data.main(command(raw, "--val-split", "0.2")) == 0
+    train, validation = raw / "out" / "train.parquet", raw / "out" / "validation.parquet"
+    keys = DataKeys(train_file=str(train), validation_file=str(validation), cache_dir=str(raw / "cache"))
+    data = prepare_for_training(keys, byte_level_tokenizer(), seed=0)
+    assert (len(data.train), len(data.evals["validation"])) == (40, 10)
+    assert data.ledger["total"]["rows_lost"] == {}
+    assert not set(questions(train)) & set(questions(validation))
+    assert sorted(questions(train) + questions(validation)) == sorted(row["q"] for row in pairs(50))
+
+
+def test_the_same_seed_gives_the_same_files_and_another_others(raw: Path) -> None:
+    orders = []
+    for seed in ("1", "1", "2"):
+        prepare_data.main(command(raw, "--val-split", "0.2", "--seed", seed))
+        orders.append(questions(raw / "out" / "train.parquet"))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_stratifying_takes_the_share_of_each_file(raw: Path) -> None:
+    prepare_data.main(command(raw, "--val-split", "0.2", "--stratify"))
+    held = [int(q.split()[2].rstrip("?")) for q in questions(raw / "out" / "validation.parquet")]
+    assert (len([n for n in held if n < 40]), len([n for n in held if n >= 40])) == (8, 2)
+
+
+def test_rows_that_are_left_out_are_counted(raw: Path) -> None:
+    bad = [*pairs(2), {"q": "x" * 500, "meta": {"a": "y"}}, {"q": "no answer"}, {"q": "empty", "meta": {"a": " "}}]
+    write_rows(raw / "c.jsonl", bad)
+    with (raw / "c.jsonl").open("a") as stream:
+        stream.write("{broken\n")
+    assert prepare_data.main(command(raw, "--max-chars", "200")) == 0
+    report = json.loads((raw / "out" / "data_report.json").read_text())
+    lost = {"duplicate": 2, "too_long": 1, "bad_schema": 1, "empty_answer": 1, "bad_json": 1}
+    assert report == {"rows_read": 56, "rows_written": 50, "rows_lost": lost}
+
+
+def test_chats_keep_their_tools_and_their_untrained_turns(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": 1}}, "type": "function"}
+    row = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": "Not this", "train": False},
+            {"role": "user", "content": "And?"},
+            {"role": "assistant", "content": "This"},
+        ],
+    }
+    file = write_rows(tmp_path / "chat.jsonl", [row])
+    assert prepare_data.main([str(file), "-o", str(tmp_path / "out")]) == 0
+    (written,) = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    messages = json.loads(written["messages"])
+    assert messages[1]["tool_calls"] == [call]
+    assert [m.get("train") for m in messages] == [None, None, None, False, None, None]
+    assert json.loads(written["tools"]) == row["tools"]
+
+
+def test_plain_conversion_keeps_rows_and_columns(raw: Path) -> None:
+    assert prepare_data.main([str(raw / "*.jsonl"), "-o", str(raw / "out"), "--convert-only"]) == 0
+    assert pq.read_table(raw / "out" / "train.parquet").to_pylist() == pairs(50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/*.jsonl", "-o", "out"], "no such file"),
+        (["{raw}/a.jsonl", "-o", "out", "--val-split", "1.5"], "--val-split"),
+        (["{raw}/a.jsonl", "-o", "out", "--prompt-key", "q"], "go together"),
+        (["{raw}/a.jsonl", "-o", "out", "--format", "chat"], "none of 40 rows is left"),
+    ],
+)
+def test_a_mistake_is_said(raw: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert prepare_data.main([a.format(raw=raw) for a in arguments]) == 2
+    assert message in capsys.readouterr().err
