@@ -18,11 +18,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sft.conversation import Conversation, RowLost, Text
 from sft.data_sources import DataSource, training_sources, validation_sources
 from sft.dataset_cache import Columns, cache_key, cache_root, make_once, read_columns, write_columns
 from sft.encoding import IGNORE_INDEX
 from sft.errors import Problem, UserError
-from sft.formats import Conversation, RowLost, Text, normalize
+from sft.formats import normalize
 from sft.ledger import Ledger, as_document
 from sft.packing import best_fit_decreasing, pack_rows, wrap
 from sft.row_encoder import EncodedSet, RowEncoder, Sample

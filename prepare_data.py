@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.console import console, show_error, speak
+from sft.conversation import Conversation, RowLost, Text
 from sft.errors import Problem, UserError
-from sft.formats import Conversation, RowLost, Text, normalize
+from sft.formats import normalize
 from sft.sources import Row, find_files, read_files
 
 if TYPE_CHECKING:

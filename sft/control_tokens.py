@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sft.formats import Message, RowLost
+from sft.conversation import Message, RowLost
 
 Span = tuple[int, int]
 _FIRST_MARK = 0xF0000  # Unicode's second private use plane: 65,534 characters that mean nothing to anybody

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sft.errors import Problem, UserError
+from sft.readers import EXTENSIONS, data_extension
 from sft.schema import DataKeys, DatasetKeys
-from sft.sources import EXTENSIONS, Row, data_extension, find_files, read_files, read_hub, read_saved
+from sft.sources import Row, find_files, read_files, read_hub, read_saved
 
 logger = logging.getLogger("sft")
 

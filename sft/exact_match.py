@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sft.formats import Conversation
+from sft.conversation import Conversation
 from sft.replies import exact_match
 from sft.trained_models import stop_tokens
 

@@ -6,13 +6,11 @@ fits one with a value of the wrong type, raises `RowLost` with the reason that t
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, Any]
+from sft.conversation import Conversation, Message, RowLost, Text, as_text, keys_of, kind_of, parse_json
+from sft.messages import read_messages, read_tools
 
 QUESTION_ANSWER_KEYS = (
     ("question", "answer"),
@@ -30,56 +28,6 @@ _SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     *(("qa", pair) for pair in QUESTION_ANSWER_KEYS),
     ("text", ("text",)),
 )
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "system": "system",
-    "function_call": "function_call",
-    "observation": "tool",
-    "tool": "tool",
-    "function": "tool",
-}
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_PASSED_ON = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
-
-
-class RowLost(Exception):
-    """A row that cannot be trained: `reason` is what the ledger counts, `message` says why."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        self.reason = reason
-        self.message = message
-        super().__init__(f"{reason}: {message}")
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages as a chat template takes them, and which of them may be trained.
-
-    Attributes:
-        format: the shape that was detected.
-        messages: `{"role", "content", ...}` in order.
-        trainable: for each message, whether its author lets it be trained (assistant turns only).
-        tools: JSON schemas of the tools that the model may call.
-    """
-
-    format: str
-    messages: list[Message]
-    trainable: list[bool]
-    tools: list[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A document that is trained whole."""
-
-    text: str
-    format: str = "text"
 
 
 def normalize(
@@ -123,7 +71,7 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
         value: Any = row
         for part in [theirs] if theirs in row else theirs.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                raise RowLost("bad_schema", f"columns maps {ours} to {theirs!r}, which the row lacks: {_keys(row)}")
+                raise RowLost("bad_schema", f"columns maps {ours} to {theirs!r}, which the row lacks: {keys_of(row)}")
             value = value[part]
         renamed[ours] = value
     return renamed
@@ -143,7 +91,7 @@ def detect(row: Mapping[str, Any], format: str = "auto", mapped: Collection[str]
     ]
     if not fitting:
         what = "fits no known format" if format == "auto" else f"is not of the format {format}"
-        raise RowLost("bad_schema", f"{what}: {_keys(row)}")
+        raise RowLost("bad_schema", f"{what}: {keys_of(row)}")
     return max(fitting, key=lambda fit: (sum(key in mapped for key in fit[1]), _fullness(row, fit)))
 
 
@@ -166,12 +114,12 @@ def _alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
         messages.append({"role": "system", "content": _text(row, "system")})
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise RowLost("bad_schema", f"history: expected a list of pairs, found {_kind(history)}")
+        raise RowLost("bad_schema", f"history: expected a list of pairs, found {kind_of(history)}")
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowLost("bad_schema", f"history: expected pairs of question and answer, found {str(pair)[:60]!r}")
         messages += [
-            {"role": "user", "content": _as_text(pair[0], "history")},
+            {"role": "user", "content": as_text(pair[0], "history")},
             {"role": "assistant", "content": _answer(pair[1], "history")},
         ]
     question_key, answer_key = keys
@@ -211,107 +159,23 @@ def _prompt_completion_messages(row: Mapping[str, Any], question_key: str, answe
         completion = [{"role": "assistant", "content": completion}]
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise RowLost("bad_schema", f"{question_key} and {answer_key}: expected two texts or two lists of messages")
-    before, after = _messages(prompt), _messages(completion)
+    before, after = read_messages(prompt), read_messages(completion)
     trainable = [False] * len(before.messages) + after.trainable
-    return Conversation("qa", before.messages + after.messages, trainable, _tools(row.get("tools")))
+    return Conversation("qa", before.messages + after.messages, trainable, read_tools(row.get("tools")))
 
 
 def _chat(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
     value = row[keys[0]]
     if isinstance(value, str):
-        value = _parse_json(value, keys[0])
+        value = parse_json(value, keys[0])
     if not isinstance(value, list):
-        raise RowLost("bad_schema", f"{keys[0]}: expected a list, found {_kind(value)}")
-    conversation = _messages(value)
+        raise RowLost("bad_schema", f"{keys[0]}: expected a list, found {kind_of(value)}")
+    conversation = read_messages(value)
     messages, trainable = conversation.messages, conversation.trainable
     if _has(row, "system") and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(row, "system")})
         trainable.insert(0, False)
-    return Conversation("chat", messages, trainable, _tools(row.get("tools")))
-
-
-def _messages(value: list[Any]) -> Conversation:
-    if not value:
-        raise RowLost("bad_schema", "messages: the list is empty")
-    messages: list[Message] = []
-    trainable: list[bool] = []
-    for number, item in enumerate(value):
-        if not isinstance(item, Mapping):
-            raise RowLost("bad_schema", f"message {number}: expected an object, found {_kind(item)}")
-        message = _message(item, number)
-        messages.append(message)
-        trainable.append(message["role"] == "assistant" and _wants_training(item, number))
-    return Conversation("chat", messages, trainable)
-
-
-def _message(item: Mapping[str, Any], number: int) -> Message:
-    raw_role = item.get("role", item.get("from"))
-    if "role" in item:
-        role = raw_role if raw_role in _ROLES else None
-    else:
-        role = _SHAREGPT_ROLES.get(raw_role) if isinstance(raw_role, str) else None
-    if role is None:
-        raise RowLost("bad_schema", f"message {number}: unknown role {str(raw_role)[:60]!r}")
-    content = item["content"] if "content" in item else item.get("value")
-    if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, f"message {number}: {role}")}
-    extras = {key: item[key] for key in _PASSED_ON if item.get(key)}
-    if "tool_calls" in extras:
-        extras["tool_calls"] = _tool_calls(extras["tool_calls"], f"message {number}: tool_calls")
-    if content is None and "tool_calls" in extras:
-        content = ""
-    if isinstance(content, list):  # OpenAI's content parts
-        content = "".join(_part_text(part, number) for part in content)
-    if not isinstance(content, str):
-        raise RowLost("bad_schema", f"message {number} ({role}): content is {_kind(content)}, expected text")
-    if role == "assistant" and not content.strip() and "tool_calls" not in extras:
-        raise RowLost("empty_answer", f"message {number}: the assistant says nothing")
-    return {"role": role, "content": content, **extras}
-
-
-def _part_text(part: Any, number: int) -> str:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return part["text"]
-    raise RowLost("bad_schema", f"message {number}: a content part that is not text: {str(part)[:60]!r}")
-
-
-def _wants_training(item: Mapping[str, Any], number: int) -> bool:
-    weight, train = item.get("weight"), item.get("train")
-    if weight not in (None, 0, 1) or train not in (None, True, False):
-        raise RowLost("bad_schema", f"message {number}: expected weight 0 or 1 and train true or false")
-    return weight != 0 and train != False  # noqa: E712 (a table may write it as 0)
-
-
-def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
-    """Calls in OpenAI's form or ShareGPT's (JSON text, an object, or a list of them), in OpenAI's form.
-
-    OpenAI writes a call's arguments as JSON text; templates take them as an object, as servers hand them over.
-    """
-    parsed = _parse_json(value, what) if isinstance(value, str) else value
-    calls = parsed if isinstance(parsed, list) else [parsed]
-    if not calls:
-        raise RowLost("bad_schema", f"{what}: the list is empty")
-    result = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowLost("bad_schema", f"{what}: a call without a name: {str(call)[:60]!r}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
-            arguments = _parse_json(arguments, f"{what}: arguments")
-        named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
-        result.append({**({"id": call["id"]} if call.get("id") else {}), "type": "function", "function": named})
-    return result
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    if isinstance(value, str):
-        value = _parse_json(value, "tools") if value.strip() else None
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RowLost("bad_schema", f"tools: expected a list of objects, found {_kind(value)}")
-    return [dict(t) if "function" in t else {"type": "function", "function": dict(t)} for t in value]
+    return Conversation("chat", messages, trainable, read_tools(row.get("tools")))
 
 
 def _answer(value: Any, key: str) -> str:
@@ -323,7 +187,7 @@ def _answer(value: Any, key: str) -> str:
         value = value[0] if value else ""
     if isinstance(value, Mapping) and "text" in value:
         value = value["text"]
-    text = "" if value is None else _as_text(value, key)
+    text = "" if value is None else as_text(value, key)
     if not text.strip():
         raise RowLost("empty_answer", f"{key} is empty")
     return text
@@ -331,42 +195,15 @@ def _answer(value: Any, key: str) -> str:
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     if key not in row:
-        raise RowLost("bad_schema", f"{key} is missing: {_keys(row)}")
-    text = _as_text(row[key], key)
+        raise RowLost("bad_schema", f"{key} is missing: {keys_of(row)}")
+    text = as_text(row[key], key)
     if key == "text" and not text.strip():
         raise RowLost("empty_answer", "the text is empty")
     return text
 
 
-def _as_text(value: Any, key: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and math.isfinite(value):
-        return json.dumps(value)
-    found = value if isinstance(value, float) else _kind(value)  # NaN is how tables write a value that is missing
-    raise RowLost("bad_schema", f"{key}: expected text, found {found}")
-
-
-def _parse_json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of thousands of digits
-        raise RowLost("bad_schema", f"{what}: not JSON: {error}") from None
-
-
 def _has(row: Mapping[str, Any], key: str) -> bool:
     return row.get(key) not in (None, "")
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    shown = ", ".join(str(key)[:60] for key in list(row)[:20])
-    return f"its keys are {shown or 'none'}" + (f" and {len(row) - 20} more" if len(row) > 20 else "")
 
 
 _BUILDERS = {"alpaca": _alpaca, "qa": _qa, "chat": _chat}

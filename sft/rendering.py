@@ -21,8 +21,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sft.control_tokens import ControlTokens, Span
+from sft.conversation import Conversation, Message, RowLost
 from sft.errors import Problem, UserError
-from sft.formats import Conversation, Message, RowLost
 
 _PROBE = "\x02answer\x03"  # text that no template rewrites and no user types
 

@@ -11,10 +11,11 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sft.conversation import Conversation, RowLost, Text
 from sft.data_sources import DataSource
 from sft.encoding import Encoded, Encoder
 from sft.errors import Problem, UserError
-from sft.formats import Conversation, RowLost, Text, normalize
+from sft.formats import normalize
 from sft.ledger import Ledger
 from sft.rendering import ChatRenderer, Rendered
 from sft.schema import DataKeys

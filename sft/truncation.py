@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sft.conversation import RowLost
 from sft.encoding import IGNORE_INDEX, Encoded
-from sft.formats import RowLost
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from sft.control_tokens import ControlTokens
+from sft.conversation import Conversation, Message, RowLost
 from sft.encoding import Encoder
-from sft.formats import Conversation, Message, RowLost
 from sft.rendering import ChatRenderer
 from tests.builders import CHATML, byte_level_tokenizer
 

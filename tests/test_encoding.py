@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from sft.conversation import Conversation
 from sft.encoding import IGNORE_INDEX, Encoded, Encoder
-from sft.formats import Conversation, normalize
+from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
 from tests.template_zoo import FAMILIES, tokenizer_of

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sft.formats import QUESTION_ANSWER_KEYS, Conversation, RowLost, Text, detect, normalize, rename_columns
+from sft.conversation import Conversation, RowLost, Text
+from sft.formats import QUESTION_ANSWER_KEYS, detect, normalize, rename_columns
 
 
 def user(content: str) -> dict[str, Any]:

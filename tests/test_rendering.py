@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from sft.conversation import Conversation, RowLost
 from sft.errors import UserError
-from sft.formats import Conversation, RowLost, normalize
+from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
 from tests.template_zoo import FAMILIES, tokenizer_of

@@ -14,7 +14,8 @@ import pytest
 import zstandard
 
 from sft.errors import UserError
-from sft.sources import Row, data_extension, find_files, read_files, read_saved
+from sft.readers import data_extension
+from sft.sources import Row, find_files, read_files, read_saved
 
 ROWS = [{"question": "Hi?", "answer": "Yes"}, {"question": "é🎉", "answer": "a\nb"}, {"question": "3", "answer": "No"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

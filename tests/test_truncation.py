@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft.conversation import RowLost
 from sft.encoding import IGNORE_INDEX, Encoded
-from sft.formats import RowLost
 from sft.truncation import Fitted, fit
 
 

@@ -1,0 +1,76 @@
+"""The one form that every row is brought into: a conversation, or a text. And what becomes of a row that has none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class RowLost(Exception):
+    """A row that cannot be trained: `reason` is what the ledger counts, `message` says why."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        self.message = message
+        super().__init__(f"{reason}: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as a chat template takes them, and which of them may be trained.
+
+    Attributes:
+        format: the shape that was detected.
+        messages: `{"role", "content", ...}` in order.
+        trainable: for each message, whether its author lets it be trained (assistant turns only).
+        tools: JSON schemas of the tools that the model may call.
+    """
+
+    format: str
+    messages: list[Message]
+    trainable: list[bool]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document that is trained whole."""
+
+    text: str
+    format: str = "text"
+
+
+def as_text(value: Any, key: str) -> str:
+    """The text of a value that is one, or a number. Raises `RowLost` for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return json.dumps(value)
+    found = value if isinstance(value, float) else kind_of(value)  # NaN is how tables write a value that is missing
+    raise RowLost("bad_schema", f"{key}: expected text, found {found}")
+
+
+def parse_json(text: str, what: str) -> Any:
+    """The value of JSON text. Raises `RowLost`, which names `what` it stands in."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of thousands of digits
+        raise RowLost("bad_schema", f"{what}: not JSON: {error}") from None
+
+
+def kind_of(value: Any) -> str:
+    """A value's type as a message names it."""
+    return "null" if value is None else type(value).__name__
+
+
+def keys_of(row: Mapping[str, Any]) -> str:
+    """A row's keys as a message names them."""
+    shown = ", ".join(str(key)[:60] for key in list(row)[:20])
+    return f"its keys are {shown or 'none'}" + (f" and {len(row) - 20} more" if len(row) > 20 else "")
