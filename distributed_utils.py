@@ -53,11 +53,6 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def is_local_main_process() -> bool:
-    """Whether this process does what is done once for each node, such as preparing data."""
-    return local_rank() == 0
-
-
 def claim_devices(num_gpus: int | None = None, *, use_cpu: bool = False) -> int:
     """Gives this process the GPU that is its own and returns how many GPUs the node's processes share (0: the CPU).
 
@@ -168,3 +163,27 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
         total = total.to(torch.device("cuda", local_rank()))
     dist.all_reduce(total)
     return total.to(tensor.device)
+
+
+def require_agreement(facts: dict[str, object]) -> None:
+    """Makes sure that every process is about to do the same.
+
+    Each finds checkpoints and data for itself, and on nodes without a shared disk may find others.
+
+    Raises:
+        UserError: on every process, naming what differs and the first two values.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    everybodys: list[dict[str, object]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(everybodys, facts)
+    problems = [
+        Problem(f"{name}: {everybodys[0][name]!r} on rank 0, {other[name]!r} on rank {number}", "use a shared folder")
+        for name in facts
+        for number, other in enumerate(everybodys)
+        if other[name] != everybodys[0][name]
+    ]
+    if problems:
+        raise UserError(*problems[:5])

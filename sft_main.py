@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
     from data_handler import PreparedData
     from sft.checking import Report
     from sft.schema import Config
+    from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")
+
+_LET_FIRST_RANK_SPEAK = 5.0  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return VERBS[verb](arguments)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_LET_FIRST_RANK_SPEAK)  # it mostly has the same to say, and its end ends this process too
         show_error(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -60,73 +66,35 @@ def train(argv: list[str]) -> int:
     config, _ = _config(_parser("train"), argv)
     config_manager.require_trainable(config)
     _take_machine(config)
-    from sft import artifacts, console
-    from sft.batch_plan import plan_batches
-    from sft.resume import find_checkpoint
-    from sft.schema import DataKeys, ModelKeys, TrainingKeys
+    from sft import artifacts
+    from sft.console import write_log_file
+    from sft.resume import find_checkpoint, set_aside
+    from sft.schema import ModelKeys
 
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
     if distributed.is_main_process():
-        console.write_log_file(output_dir / artifacts.LOG_FILE)
+        write_log_file(output_dir / artifacts.LOG_FILE)
         config_manager.write_config(config, output_dir / "config.yaml")
+        if checkpoint is None:
+            set_aside(output_dir)
 
-    import data_handler
     import model_manager
-    import trainer_utils
-    from sft.callbacks import ConsoleProgress, MetricsFile
 
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     data = _prepare(config, tokenizer)
-    data_handler.require_enough_rows(config.section(DataKeys), data.ledger)
-
-    keys = config.section(TrainingKeys)
-    plan = plan_batches(keys, len(data.train), data.train_tokens, distributed.world_size())
-    logger.info("Batches: %s", plan)
-
     _join(config)
-    model_keys = config.section(ModelKeys)
-    precision = model_manager.plan_precision(
-        model_keys,
-        config.lora_config,
-        config.quantization_config,
-        bf16=config.bf16 if config.is_set("bf16") else None,
-        fp16=config.fp16 if config.is_set("fp16") else None,
+    distributed.require_agreement(
+        {"checkpoint": str(checkpoint), "training rows": len(data.train), "training tokens": data.train_tokens}
     )
-    trainer_utils.set_seed(config.seed)
-    model = model_manager.load_model(
-        model_keys,
-        tokenizer,
-        precision=precision,
-        lora=config.lora_config,
-        quantization=config.quantization_config,
-        gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
-    )
-    arguments = trainer_utils.training_arguments(
-        keys.training_arguments(),
-        bf16=precision.bf16,
-        fp16=precision.fp16,
-        plan=plan,
-        logging_dir=config.logging_dir,
-        wandb_project=config.wandb_project,
-    )
-    callbacks = [MetricsFile(output_dir / "logs"), ConsoleProgress(console.console, bars=not config.disable_tqdm)]
-    trainer = trainer_utils.SFTTrainer(
-        model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks
-    )
-    results = _exact_match(config, model, tokenizer, data, "before")
+    trainer = _build_trainer(config, tokenizer, data)
+
+    results = _exact_match(config, trainer.model, tokenizer, data, "before")
     trainer.fit(checkpoint)
     results |= trainer.evaluate_all()
-    results |= _exact_match(config, model, tokenizer, data, "after")
-
+    results |= _exact_match(config, trainer.model, tokenizer, data, "after")
     if distributed.is_main_process():
-        model_manager.save_final_model(model, tokenizer, output_dir, data.end_token_ids)
-        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
-        artifacts.write_results(output_dir, results)
-        stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
-        artifacts.write_card(output_dir, config, data.ledger, results, stop_tokens)
-        last = {"train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)}
-        console.show_conclusion(output_dir, last | results, time.perf_counter() - started)
+        _save(config, trainer, tokenizer, data, results, time.perf_counter() - started)
     distributed.barrier()
     distributed.destroy_process_group()
     return 0
@@ -157,7 +125,7 @@ def _check_stages(config: Config, report: Report) -> None:
     import data_handler
     import model_manager
     from sft.batch_plan import plan_batches
-    from sft.hardware import require_gpus
+    from sft.hardware import require_gpus, visible_gpus
     from sft.resume import find_checkpoint
     from sft.schema import DataKeys, ModelKeys, TrainingKeys
 
@@ -174,7 +142,7 @@ def _check_stages(config: Config, report: Report) -> None:
         return
     report.data = data.ledger
     report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
-    processes = config.num_gpus or 1
+    processes = config.num_gpus or max(1, visible_gpus())
     plan = report.attempt(
         lambda: plan_batches(config.section(TrainingKeys), len(data.train), data.train_tokens, processes)
     )
@@ -219,7 +187,9 @@ def evaluate(argv: list[str]) -> int:
     from sft.schema import TrainingKeys
 
     folder = options.model or config.output_dir
-    model, tokenizer = model_manager.load_trained(folder, dtype=config.dtype)
+    model, tokenizer = model_manager.load_trained(
+        folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
     data = _prepare(config, tokenizer, training=False)
     _join(config)
     arguments = trainer_utils.training_arguments(
@@ -228,7 +198,7 @@ def evaluate(argv: list[str]) -> int:
     callbacks = [ConsoleProgress(console, bars=not config.disable_tqdm)]
     trainer = trainer_utils.SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
     results = trainer.evaluate_all()
-    results |= _exact_match(config, model, tokenizer, data, "now")
+    results |= _exact_match(config, model, tokenizer, data, "after")
     if options.json and distributed.is_main_process():
         print(json.dumps(results))
     distributed.destroy_process_group()
@@ -299,6 +269,33 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"sft_main.py {verb}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config_file", "--config", metavar="FILE", help="the run's YAML file")
+    return parser
+
+
+def _config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Config, Any]:
+    """The parsed options and the checked config; what is no option is an override."""
+    options, overrides = parser.parse_known_args(argv)
+    return _load(options.config_file, overrides), options
+
+
+def _load(config_file: str | None, overrides: list[str]) -> Config:
+    import config_manager
+
+    if config_file is None:
+        raise UserError(
+            Problem("no config file", "give one: --config_file sample_config.yaml", "--config_file", "command line")
+        )
+    return config_manager.load_config(config_file, overrides)
+
+
 def _take_machine(config: Config) -> None:
     """This process's device and voice, before anything asks CUDA for its devices."""
     import distributed_utils as distributed
@@ -307,6 +304,69 @@ def _take_machine(config: Config) -> None:
     speak(distributed.is_main_process())
     distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)
     quiet_libraries()
+
+
+def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTrainer:
+    """The model as the config describes it, and the Trainer that holds it."""
+    import distributed_utils as distributed
+    import model_manager
+    import trainer_utils
+    from sft.batch_plan import plan_batches
+    from sft.callbacks import ConsoleProgress, MetricsFile
+    from sft.console import console
+    from sft.schema import ModelKeys, TrainingKeys
+
+    keys = config.section(TrainingKeys)
+    plan = plan_batches(keys, len(data.train), data.train_tokens, distributed.world_size())
+    logger.info("Batches: %s", plan)
+    precision = model_manager.plan_precision(
+        config.section(ModelKeys),
+        config.lora_config,
+        config.quantization_config,
+        bf16=config.bf16 if config.is_set("bf16") else None,
+        fp16=config.fp16 if config.is_set("fp16") else None,
+    )
+    trainer_utils.set_seed(config.seed)
+    model = model_manager.load_model(
+        config.section(ModelKeys),
+        tokenizer,
+        precision=precision,
+        lora=config.lora_config,
+        quantization=config.quantization_config,
+        gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
+    )
+    arguments = trainer_utils.training_arguments(
+        keys.training_arguments(),
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        plan=plan,
+        logging_dir=config.logging_dir,
+        wandb_project=config.wandb_project,
+    )
+    callbacks = [
+        MetricsFile(Path(config.output_dir) / "logs"),
+        ConsoleProgress(console, bars=not config.disable_tqdm),
+    ]
+    return trainer_utils.SFTTrainer(model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks)
+
+
+def _save(
+    config: Config, trainer: SFTTrainer, tokenizer: Any, data: PreparedData, results: dict[str, Any], seconds: float
+) -> None:
+    """The final model at the top of the output folder, with its results and its card."""
+    import model_manager
+    from sft import artifacts
+    from sft.console import show_conclusion
+
+    output_dir = Path(config.output_dir)
+    model: Any = trainer.model
+    model_manager.save_final_model(model, tokenizer, output_dir, data.end_token_ids)
+    trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+    artifacts.write_results(output_dir, results)
+    stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
+    artifacts.write_card(output_dir, config, data.ledger, results, stop_tokens)
+    last = {"train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)}
+    show_conclusion(output_dir, last | results, seconds)
 
 
 def _join(config: Config) -> None:
@@ -334,13 +394,21 @@ def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedD
             artifacts.write_ledger(Path(config.output_dir), data.ledger)
             for sample in data_handler.preview(keys, tokenizer, 1, seed=config.seed):
                 show_sample(sample, tokenizer)
+    if training:
+        data_handler.require_enough_rows(keys, data.ledger)
+        if str(config.eval_strategy) != "no" and not data.evals:
+            hint = "give validation_file, validation_split or eval_datasets, or remove eval_strategy"
+            raise UserError(config.problem("eval_strategy", "there is no validation data", hint))
     return data
 
 
 def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData, when: str) -> dict[str, float]:
-    """The share of validation rows that the model answers exactly, said aloud; nothing when it is not asked for."""
+    """The share of validation rows that the model answers exactly, said aloud; nothing when there is none to ask."""
+    import torch
+
     import data_handler
-    from sft.exact_match import measure
+    import distributed_utils as distributed
+    from sft.exact_match import count_right
     from sft.schema import DataKeys
 
     if not config.exact_match_samples or not data.evals:
@@ -348,35 +416,14 @@ def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData,
     rows = data_handler.validation_conversations(
         config.section(DataKeys), seed=config.seed, limit=config.exact_match_samples
     )
-    share = measure(model, tokenizer, rows, data.end_token_ids, config.per_device_eval_batch_size, when)
-    return {f"exact_match_{when}": share}
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"sft_main.py {verb}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config_file", "--config", metavar="FILE", help="the run's YAML file")
-    return parser
-
-
-def _config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Config, Any]:
-    """The parsed options and the checked config; what is no option is an override."""
-    options, overrides = parser.parse_known_args(argv)
-    return _load(options.config_file, overrides), options
-
-
-def _load(config_file: str | None, overrides: list[str]) -> Config:
-    import config_manager
-
-    if config_file is None:
-        raise UserError(
-            Problem("no config file", "give one: --config_file sample_config.yaml", "--config_file", "command line")
-        )
-    return config_manager.load_config(config_file, overrides)
+    if not rows:
+        logger.warning("exact_match_samples: no validation row is a conversation that ends with an answer")
+        return {}
+    mine = rows[distributed.rank() :: distributed.world_size()]
+    right = count_right(model, tokenizer, mine, data.end_token_ids, config.per_device_eval_batch_size)
+    total = int(distributed.all_reduce_sum(torch.tensor(right)))
+    logger.info("Exact match %s training: %d of %d (%.1f %%)", when, total, len(rows), 100 * total / len(rows))
+    return {f"exact_match_{when}": total / len(rows)}
 
 
 if __name__ == "__main__":

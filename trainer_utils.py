@@ -17,12 +17,15 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from sft import run_shape
 from sft.batch_plan import BatchPlan
 from sft.callbacks import ConsoleProgress, FollowEpoch
 from sft.collation import Collator, EvenRows
+from sft.isolation import require_isolation
 from sft.losses import TokenLoss, token_loss
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
+from sft.run_shape import RunShape
 from sft.sampling import EpochSampler
 from sft.trained_models import save_companions
 
@@ -62,7 +65,7 @@ def training_arguments(
         arguments.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     if not torch.cuda.is_available():
         # Without use_cpu accelerate does not look for a process group: each rank would train alone on the same rows.
-        arguments["use_cpu"] = not torch.backends.mps.is_available()
+        arguments["use_cpu"] = True
         arguments.setdefault("dataloader_pin_memory", False)  # there is no device to copy to
     if not dist.is_initialized():
         arguments.pop("ddp_backend", None)  # for one process upstream would look for a group that nobody made
@@ -96,11 +99,16 @@ class SFTTrainer(Trainer):
         end_token_ids: Sequence[int],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        multiple = 8 if args.device.type == "cuda" else 1
+        collator = Collator(
+            int(tokenizer.pad_token_id),
+            pad_to_multiple_of=8 if args.device.type == "cuda" else 1,
+            # Flash attention takes documents for packed only in a batch of one row.
+            flatten="flash" in str(getattr(model.config, "_attn_implementation", "")),
+        )
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(int(tokenizer.pad_token_id), multiple),
+            data_collator=collator,
             processing_class=tokenizer,
             train_dataset=train_dataset,
             eval_dataset=self._as_eval_dataset(eval_datasets),
@@ -115,6 +123,9 @@ class SFTTrainer(Trainer):
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if self.accelerator.num_processes != world_size:
             raise RuntimeError(f"{world_size} processes were joined, the Trainer sees {self.accelerator.num_processes}")
+        packed = [d for d in (train_dataset, *eval_datasets.values()) if d and "position_ids" in d.column_names]
+        if packed:
+            require_isolation(model, collator)
         self._end_token_ids = end_token_ids
         self._last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self._eval_names = list(eval_datasets)
@@ -144,8 +155,6 @@ class SFTTrainer(Trainer):
         """
         outputs, result = self._forward(model, inputs)
         self._sums.add(result, inputs["lengths"].sum())
-        if num_items_in_batch is None:
-            num_items_in_batch = result.tokens
         denominator = torch.as_tensor(num_items_in_batch, device=result.objective.device).clamp(min=1)
         loss = result.objective / denominator
         if self.args.average_tokens_across_devices:
@@ -161,6 +170,8 @@ class SFTTrainer(Trainer):
 
     def fit(self, checkpoint: Path | None) -> None:
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
+        if checkpoint:
+            self._counts = run_shape.load(checkpoint, self._shape())
         self._clock = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -169,24 +180,40 @@ class SFTTrainer(Trainer):
                 if isinstance(callback, ConsoleProgress):
                     callback.close()
 
+    def _shape(self) -> RunShape:
+        rows: Any = self.train_dataset
+        return RunShape(
+            world_size=self.args.world_size,
+            per_device_train_batch_size=self.args.per_device_train_batch_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            train_rows=len(rows.rows if isinstance(rows, EvenRows) else rows),
+            seed=self._order_seed(),
+            train_sampling_strategy=self.args.train_sampling_strategy,
+        )
+
     # The order of rows
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
-        if not isinstance(self.train_dataset, EvenRows):
-            multiple = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
-            self.train_dataset: Any = EvenRows(self.train_dataset, multiple)
+        rows: Any = self.train_dataset
+        if isinstance(rows, EvenRows):  # a second attempt, with a smaller batch (auto_find_batch_size)
+            rows = rows.rows
+            self._sums.take()
+        multiple = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
+        self.train_dataset: Any = EvenRows(rows, multiple)
         return super().get_train_dataloader()
+
+    def _order_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows: EvenRows = train_dataset if train_dataset is not None else self.train_dataset
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "sequential", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = rows.row_lengths() if strategy == "group_by_length" else None
-        sampler = EpochSampler(len(rows.rows), rows.fillers, seed, strategy, lengths, per_step)
+        sampler = EpochSampler(len(rows.rows), rows.fillers, self._order_seed(), strategy, lengths, per_step)
         self.remove_callback(FollowEpoch)
         self.add_callback(FollowEpoch(sampler))
         return sampler
@@ -220,6 +247,8 @@ class SFTTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Batches of this rank, every row on exactly one rank."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        # Upstream keeps the loader with persistent workers for all sets under one name.
+        getattr(self, "_eval_dataloaders", {}).clear()
         return super().get_eval_dataloader(EvenRows(rows, self.args.eval_batch_size * self.args.world_size))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
@@ -236,6 +265,7 @@ class SFTTrainer(Trainer):
         """Adds up the sums of all batches and ranks; logits never leave their batch."""
         model: Any = self.model
         was_training = model.training
+        self.callback_handler.eval_dataloader = dataloader
         model.eval()
         sums = TokenSums(self.args.device)
         try:
@@ -305,6 +335,9 @@ class SFTTrainer(Trainer):
         started = time.perf_counter()
         self._count_tokens()  # so that num_tokens goes on from the right number after a resume
         super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            run_shape.save(folder, self._shape(), self._counts)
         self._clock += time.perf_counter() - started
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

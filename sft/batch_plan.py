@@ -21,6 +21,8 @@ class BatchPlan:
         global_batch_size: rows of one optimizer step over all processes.
         train_rows: rows of an epoch, after packing.
         tokens_per_epoch: tokens of an epoch, padding not counted.
+        steps_per_epoch: optimizer steps of an epoch.
+        total_steps: optimizer steps of the run.
     """
 
     world_size: int
@@ -63,6 +65,9 @@ def plan_batches(keys: TrainingKeys, train_rows: int, tokens_per_epoch: int, wor
     batches = math.ceil(train_rows / (per_device * world_size))
     if keys.dataloader_drop_last:
         batches = train_rows // (per_device * world_size)
+        if not batches:
+            message = f"{train_rows} rows are less than one pass of {per_device} rows × {world_size} processes"
+            raise UserError(keys.problem("dataloader_drop_last", message, "set it to false, or take smaller batches"))
     steps = max(1, math.ceil(batches / accumulation))
     total = keys.max_steps if keys.max_steps > 0 else math.ceil(keys.num_train_epochs * steps)
     return BatchPlan(

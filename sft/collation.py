@@ -24,10 +24,12 @@ class Collator:
     Attributes:
         pad_token_id: what fills short rows; it is never trained and never attended to.
         pad_to_multiple_of: row length is rounded up to this, 1 for exact; tensor cores like 8.
+        flatten: packed rows are joined to one row of B·T tokens, without padding.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int = 1
+    flatten: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `labels` (B, T), `attention_mask` or `position_ids` (B, T), `lengths` (B,).
@@ -35,6 +37,11 @@ class Collator:
         `lengths` counts the real tokens of each row; a filler row counts none.
         """
         lengths = [len(row["input_ids"]) for row in rows]
+        real = [0 if row.get(FILLER) else n for row, n in zip(rows, lengths, strict=True)]
+        if self.flatten and "position_ids" in rows[0]:
+            names = ("input_ids", "labels", "position_ids")
+            joined = {name: np.concatenate([row[name] for row in rows]).astype(np.int64)[None] for name in names}
+            return {**{n: torch.from_numpy(a) for n, a in joined.items()}, "lengths": torch.tensor(real)}
         width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
             "input_ids": self._stack([row["input_ids"] for row in rows], width, self.pad_token_id),
@@ -44,7 +51,6 @@ class Collator:
             batch["position_ids"] = self._stack([row["position_ids"] for row in rows], width, 0)
         else:
             batch["attention_mask"] = self._stack([np.ones(n, dtype=np.int64) for n in lengths], width, 0)
-        real = [0 if row.get(FILLER) else n for row, n in zip(rows, lengths, strict=True)]
         batch["lengths"] = torch.tensor(real)
         return batch
 

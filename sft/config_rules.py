@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 
@@ -63,7 +64,20 @@ def training_problems(config: Config) -> list[Problem]:
         message = "quantized weights cannot be trained without an adapter"
         hint = "Add a lora_config section (`lora_config: {}` takes every default), or remove quantization_config."
         problems.append(config.problem("quantization_config", message, hint))
-    return problems
+    return [*problems, *_not_trained_here(config)]
+
+
+def _not_trained_here(config: Config) -> Iterator[Problem]:
+    """Keys that upstream's Trainer knows and this one does not honour: better an error than a run that ignores them."""
+    for key in ("fsdp", "deepspeed", "parallelism_config"):
+        if _given(config, key):
+            yield config.problem(key, "models are not sharded yet", "Remove it: processes train whole copies (DDP).")
+    for key in ("bf16_full_eval", "fp16_full_eval"):
+        if _given(config, key):
+            yield config.problem(key, "evaluation computes as training does", "Remove it, or set `dtype`.")
+    if config.auto_find_batch_size and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        hint = "Set per_device_train_batch_size; one process that runs out of memory would leave the others waiting."
+        yield config.problem("auto_find_batch_size", "works in one process only", hint)
 
 
 def _given(config: Config, key: str) -> bool:

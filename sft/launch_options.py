@@ -37,7 +37,7 @@ Environment variables do the same, and overrides win over them:
   {table}
   NPROC_PER_NODE -> processes on this node (without GPUs: processes on the CPU)
 Without --gpus, num_gpus and NPROC_PER_NODE: one process for each visible GPU, or one on the CPU.
-Exit codes: 0 done; 2 config or data is wrong; 3 training went wrong; 143 preempted, state saved; else 1."""
+Exit codes: 0 done; 2 config or data is wrong; else 1, or what training ended with."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from sft.errors import Problem, UserError
 
@@ -39,13 +40,36 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
                 Problem(f"the checkpoint {wanted!r} is not whole: {damage}", hint, "resume_from_checkpoint")
             )
         return path
+    damaged = []
     for path in reversed(checkpoints(output_dir)):
         damage = find_damage(path)
         if damage is None:
             return path
         logger.warning("%s is not whole (%s) and is left alone", path, damage)
-    logger.info("resume_from_checkpoint: %s found no checkpoint in %s: starting from step 0", wanted, output_dir)
+        damaged.append(path.name)
+    if damaged:
+        hint = "to start from step 0 all the same, remove resume_from_checkpoint"
+        message = f"none of the checkpoints in {output_dir} can be resumed: {', '.join(damaged)}"
+        raise UserError(Problem(message, hint, "resume_from_checkpoint"))
+    logger.info("resume_from_checkpoint: no checkpoint in %s yet: starting from step 0", output_dir)
     return None
+
+
+def set_aside(output_dir: Path) -> None:
+    """Moves an earlier run's checkpoints out of a fresh run's way.
+
+    Left there, they would count for `save_total_limit`, and a later `auto` would go on from them.
+    """
+    old = checkpoints(output_dir)
+    if not old:
+        return
+    number = 1
+    while (folder := output_dir / f"earlier-checkpoints-{number}").exists():
+        number += 1
+    folder.mkdir()
+    for path in old:
+        path.rename(folder / path.name)
+    logger.warning("%d checkpoints of an earlier run are now in %s", len(old), folder)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -57,34 +81,50 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def find_damage(checkpoint: Path) -> str | None:
     """What is missing or cut short in a checkpoint; None when it is whole.
 
-    Reads file tables and sizes, not the tensors: enough to find every interrupted write, in milliseconds.
+    Weights are checked by their file's length, all else by its checksums: enough to find every interrupted write.
     """
     for name in _STATE_FILES:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except ValueError:
-        return "trainer_state.json is not JSON"
+    state = _read_json(checkpoint / "trainer_state.json")
+    if not isinstance(state, dict) or "global_step" not in state:
+        return "trainer_state.json does not tell the step"
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
         return "no weights (*.safetensors)"
-    if missing := [name for name in _indexed_shards(checkpoint) if not (checkpoint / name).is_file()]:
-        return f"{missing[0]} is missing"
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        content = _read_json(index)
+        if not isinstance(content, dict) or "weight_map" not in content:
+            return f"{index.name} does not name the shards"
+        if missing := sorted({n for n in content["weight_map"].values() if not (checkpoint / n).is_file()}):
+            return f"{missing[0]} is missing"
+    if not list(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
     for file in weights:
         if not _safetensors_is_whole(file):
             return f"{file.name} is cut short"
     for file in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("*.pth")):
-        if not zipfile.is_zipfile(file):
-            return f"{file.name} is cut short"
+        if not _zip_is_whole(file):
+            return f"{file.name} is damaged"
     return None
 
 
-def _indexed_shards(checkpoint: Path) -> list[str]:
-    index = checkpoint / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+def _read_json(file: Path) -> Any:
+    """The content, or None when it is not JSON."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        return None
+
+
+def _zip_is_whole(file: Path) -> bool:
+    """Whether a file of torch.save, which is a zip, has every part with the checksum that it was written with."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
 
 
 def _safetensors_is_whole(file: Path) -> bool:

@@ -41,7 +41,6 @@ def test_a_process_alone() -> None:
     assert not du.launched()
     assert (du.rank(), du.local_rank(), du.world_size(), du.local_world_size()) == (0, 0, 1, 1)
     assert du.is_main_process()
-    assert du.is_local_main_process()
 
 
 def test_a_process_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,9 +48,7 @@ def test_a_process_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert du.launched()
     assert (du.rank(), du.local_rank(), du.world_size(), du.local_world_size()) == (5, 1, 8, 4)
     assert not du.is_main_process()
-    assert not du.is_local_main_process()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert du.is_local_main_process()
     assert not du.is_main_process()
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sft.errors import UserError
-from sft.resume import checkpoints, find_checkpoint, find_damage
+from sft.resume import checkpoints, find_checkpoint, find_damage, set_aside
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:
@@ -36,6 +36,12 @@ def test_auto_takes_the_newest_by_number_not_by_name(tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-90", "checkpoint-100"]
 
 
+def overwrite(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[64:128] = bytes(64)
+    file.write_bytes(bytes(content))
+
+
 DAMAGE = {
     "weights cut short": lambda c: cut(c / "model.safetensors"),
     "weights gone": lambda c: (c / "model.safetensors").unlink(),
@@ -45,6 +51,10 @@ DAMAGE = {
     "state gone": lambda c: (c / "trainer_state.json").unlink(),
     "state cut short": lambda c: (c / "trainer_state.json").write_text('{"global_st'),
     "rng cut short": lambda c: cut(c / "rng_state.pth"),
+    "rng gone": lambda c: (c / "rng_state.pth").unlink(),
+    "state empty": lambda c: (c / "trainer_state.json").write_text("{}"),
+    "optimizer overwritten": lambda c: overwrite(c / "optimizer.pt"),
+    "index cut short": lambda c: (c / "model.safetensors.index.json").write_text('{"weight_m'),
     "a shard gone": lambda c: (c / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "gone.safetensors"}}'
     ),
@@ -73,3 +83,19 @@ def test_nothing_to_resume_starts_fresh(tmp_path: Path) -> None:
     assert find_checkpoint(False, tmp_path) is None
     shutil.rmtree(make_checkpoint(tmp_path, 5))
     assert find_checkpoint("auto", tmp_path) is None
+
+
+def test_auto_with_nothing_but_damaged_checkpoints_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
+    (make_checkpoint(tmp_path, 5) / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        find_checkpoint("auto", tmp_path)
+
+
+def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 8)
+    set_aside(tmp_path)
+    make_checkpoint(tmp_path, 4)
+    set_aside(tmp_path)
+    assert checkpoints(tmp_path) == []
+    assert (tmp_path / "earlier-checkpoints-1" / "checkpoint-8").is_dir()
+    assert (tmp_path / "earlier-checkpoints-2" / "checkpoint-4").is_dir()

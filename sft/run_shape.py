@@ -1,0 +1,58 @@
+"""What a checkpoint must agree on with the run that goes on from it, beside what the Trainer saves.
+
+The position in the data is derived from the step, so the steps of both runs must mean the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sft.errors import Problem, UserError
+from sft.metrics import TokenCounts
+
+logger = logging.getLogger("sft")
+
+FILE = "run_shape.json"
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What decides which rows a step trains."""
+
+    world_size: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    train_rows: int
+    seed: int
+    train_sampling_strategy: str
+
+
+def save(folder: Path, shape: RunShape, counts: TokenCounts) -> None:
+    """Writes the shape and the counts since the last log into a checkpoint."""
+    (folder / FILE).write_text(json.dumps({"shape": asdict(shape), "counts": asdict(counts)}, indent=2) + "\n")
+
+
+def load(folder: Path, shape: RunShape) -> TokenCounts:
+    """The counts since the last log, from a checkpoint of a run of the same shape.
+
+    Raises:
+        UserError: the run that goes on would train other rows than the one that was stopped.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        logger.warning("%s has no %s: whether its steps mean the same rows is not known", folder, FILE)
+        return TokenCounts.zero()
+    saved = json.loads(file.read_text())
+    differing = [
+        Problem(f"was {saved['shape'].get(name)} in {folder}, is {value} now", key=name)
+        for name, value in asdict(shape).items()
+        if saved["shape"].get(name) != value
+    ]
+    if differing:
+        hint = "resume with the same settings, or start fresh from its weights: model_name_or_path"
+        summary = "the checkpoint is of a run whose steps mean other rows"
+        raise UserError(Problem(summary, hint, "resume_from_checkpoint"), *differing)
+    return TokenCounts(**saved["counts"])
