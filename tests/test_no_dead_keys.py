@@ -61,7 +61,7 @@ def keys_read(source: str) -> set[str]:
             holder = ast.unparse(node.value)
             if holder in holders or ".section(" in holder:
                 read.add(node.attr)
-        elif isinstance(node, ast.Call) and re.match(r"getattr\((\w+), '\w+'", ast.unparse(node)):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) >= 2:
             holder, key = (ast.unparse(argument) for argument in node.args[:2])
             read |= {key.strip("'")} if holder in holders else set()
     return read
