@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -124,6 +126,7 @@ class _Plan:
                 "plan": [self.seed, self.train_packing, self.eval_packing, self.training],
                 "tokenizer": [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)],
                 "template": tokenizer.chat_template,
+                "libraries": [transformers.__version__, tokenizers.__version__],
                 "sources": [s.fingerprint() for s in [*self.train_sources, *self.eval_sources]],
             },
             _CODE,
@@ -138,18 +141,18 @@ class _Plan:
             target = evals.setdefault(source.name, EncodedSet(wrapped=is_wrapped))
             encoder.encode_into(target, source.rows(), source)
         trained: dict[str, EncodedSet] = {}
-        held_out: list[tuple[DataSource, list[Row]]] = []
+        to_train: list[tuple[DataSource, list[Row]]] = []
         for number, source in enumerate(self.train_sources):
             rows = list(source.rows())
             if self.keys.validation_split:
                 rows, held = split_rows(rows, self.keys.validation_split, self.seed + number)
                 target = evals.setdefault("validation", EncodedSet(wrapped=is_wrapped))
                 encoder.encode_into(target, held, source)
-            held_out.append((source, rows))
+            to_train.append((source, rows))
         if self.training:
             known = set().union(*(e.fingerprints for e in evals.values()))
             seen: set[bytes] = set()  # one for all training sets: a row may be a duplicate of another set's
-            for source, rows in held_out:
+            for source, rows in to_train:
                 target = EncodedSet(fingerprints=seen, wrapped=self.train_packing == "wrapped")
                 encoder.encode_into(trained.setdefault(source.name, target), rows, source, known)
         self._write(folder, trained, evals, encoder.end_token_ids)

@@ -408,6 +408,7 @@ def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData,
 
     import data_handler
     import distributed_utils as distributed
+    from sft.console import counting
     from sft.exact_match import count_right
     from sft.schema import DataKeys
 
@@ -420,7 +421,8 @@ def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData,
         logger.warning("exact_match_samples: no validation row is a conversation that ends with an answer")
         return {}
     mine = rows[distributed.rank() :: distributed.world_size()]
-    right = count_right(model, tokenizer, mine, data.end_token_ids, config.per_device_eval_batch_size)
+    with counting("questions answered:") as on_progress:
+        right = count_right(model, tokenizer, mine, data.end_token_ids, config.per_device_eval_batch_size, on_progress)
     total = int(distributed.all_reduce_sum(torch.tensor(right)))
     logger.info("Exact match %s training: %d of %d (%.1f %%)", when, total, len(rows), 100 * total / len(rows))
     return {f"exact_match_{when}": total / len(rows)}

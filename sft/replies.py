@@ -55,16 +55,6 @@ class ExactMatch:
     right: int
     examples: tuple[Example, ...]
 
-    @property
-    def total(self) -> int:
-        """How many questions were asked."""
-        return len(self.examples)
-
-    @property
-    def fraction(self) -> float:
-        """Between 0 and 1; 0 when nothing was asked."""
-        return self.right / self.total if self.total else 0.0
-
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids up to where the model starts to answer.
