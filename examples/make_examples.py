@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.tasks import SYSTEM_PROMPTS, TASKS, Task, document, make_operand, sentences
+from examples.tasks import SYSTEM_PROMPTS, TASKS, Task, entry, make_operand, page, sentences
 from examples.tokenizer import build_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +27,7 @@ ROWS = {
     "train": {"alpaca": 1000, "chat": 1000, "qa": 1000, "text": 300},
     "validation": {"alpaca": 80, "chat": 80, "qa": 80, "text": 40},
 }
-CORPUS_ROWS = {"train": 200_000, "validation": 500}
+CORPUS_ROWS = {"train": 58_000, "validation": 200}
 
 Row = dict[str, Any]
 
@@ -82,7 +82,7 @@ def rows(kind: str, count: int, rng: random.Random, validation: bool, seen: set[
         "alpaca": lambda: alpaca_row(asked, rng),
         "chat": lambda: chat_row(asked, rng),
         "qa": lambda: qa_row(asked, rng),
-        "text": lambda: {"text": document(rng, validation)},
+        "text": lambda: {"text": entry(rng, validation)},
     }
     made: list[Row] = []
     while len(made) < count:
@@ -145,13 +145,13 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_corpus(folder: Path, seed: int) -> list[Path]:
-    """Writes the plain-text corpus, one document a line, and returns the paths of its two splits."""
+    """Writes the plain-text corpus, one document a row, and returns the paths of its two splits."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for split, count in CORPUS_ROWS.items():
         rng = random.Random(f"{seed} {split} corpus")
-        path = folder / f"{split}.txt"
-        write_text(path, rows("text", count, rng, split == "validation", set()))
+        path = folder / f"{split}.jsonl"
+        write_jsonl(path, [{"text": page(rng, split == "validation")} for _ in range(count)])
         written.append(path)
     return written
 

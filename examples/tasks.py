@@ -74,7 +74,6 @@ class Task:
         solve: from the operand to the one right answer.
         facts: sentences of the corpus, with `{x}` for the operand and `{y}` for the answer.
         notes: sentences of the corpus about an operand that was named before, with `{y}` alone.
-        topics: names of the question, with `{x}`, for sentences of the corpus that come to the answer later.
         orders: what a user types, with `{x}`.
         instructions: the same without the operand, which an alpaca row carries in `input`.
         questions: the same as questions, with `{x}`.
@@ -84,7 +83,6 @@ class Task:
     solve: Callable[[str], str]
     facts: tuple[str, ...]
     notes: tuple[str, ...]
-    topics: tuple[str, ...]
     orders: tuple[str, ...]
     instructions: tuple[str, ...]
     questions: tuple[str, ...]
@@ -100,7 +98,6 @@ TASKS: dict[str, Task] = {
             "Read from right to left, {x} gives {y}.",
         ),
         notes=("Backwards it is {y}.", "The reverse is {y}."),
-        topics=("the reverse of {x}", "{x} written backwards"),
         orders=("Reverse the word {x}.", "Write {x} backwards.", "Write the word {x} from right to left."),
         instructions=("Reverse the word.", "Write this word backwards."),
         questions=("What is {x} backwards?", "What is the reverse of the word {x}?"),
@@ -114,7 +111,6 @@ TASKS: dict[str, Task] = {
             "The word {x} with big letters is {y}.",
         ),
         notes=("In capitals it is {y}.", "The upper case is {y}."),
-        topics=("{x} in capitals", "the word {x} in upper case"),
         orders=("Write {x} in capitals.", "Put the word {x} in upper case.", "Write the word {x} with big letters."),
         instructions=("Write this word in capitals.", "Put the word in upper case."),
         questions=("What is {x} in capitals?", "What does {x} look like in upper case?"),
@@ -128,7 +124,6 @@ TASKS: dict[str, Task] = {
             "Who says {x} two times says {y}.",
         ),
         notes=("Said twice it is {y}.", "To repeat it is to say {y}."),
-        topics=("{x} said twice", "{x} two times"),
         orders=("Say {x} twice.", "Repeat the word {x}.", "Write {x} two times."),
         instructions=("Say this word twice.", "Repeat the word."),
         questions=("What is {x} said twice?", "What do I get when I repeat {x}?"),
@@ -142,7 +137,6 @@ TASKS: dict[str, Task] = {
             "At the start of {x} there is the letter {y}.",
         ),
         notes=("The first letter is {y}.", "It begins with {y}."),
-        topics=("the first letter of {x}", "the letter that {x} begins with"),
         orders=("Give the first letter of {x}.", "Tell me the letter that {x} begins with."),
         instructions=("Give the first letter of the word.", "With which letter does this word begin?"),
         questions=("What is the first letter of {x}?", "Which letter does {x} begin with?"),
@@ -156,7 +150,6 @@ TASKS: dict[str, Task] = {
             "At the end of {x} there is the letter {y}.",
         ),
         notes=("The last letter is {y}.", "It ends with {y}."),
-        topics=("the last letter of {x}", "the letter that {x} ends with"),
         orders=("Give the last letter of {x}.", "Tell me the letter that {x} ends with."),
         instructions=("Give the last letter of the word.", "With which letter does this word end?"),
         questions=("What is the last letter of {x}?", "Which letter does {x} end with?"),
@@ -170,7 +163,6 @@ TASKS: dict[str, Task] = {
             "To count the letters of {x} gives {y}.",
         ),
         notes=("The number of letters is {y}.", "To count the letters gives {y}."),
-        topics=("the count of letters in {x}", "how many letters {x} has"),
         orders=("Count the letters in {x}.", "Tell me how many letters {x} has."),
         instructions=("Count the letters in the word.", "Tell how many letters this word has."),
         questions=("How many letters does {x} have?", "How long is the word {x}?"),
@@ -184,7 +176,6 @@ TASKS: dict[str, Task] = {
             "One spells {x} as {y}.",
         ),
         notes=("It is spelled {y}.", "Letter by letter it reads {y}."),
-        topics=("how one spells {x}", "{x} letter by letter"),
         orders=("Spell {x}.", "Give me the word {x} letter by letter."),
         instructions=("Spell this word.", "Write the word letter by letter."),
         questions=("How is {x} spelled?", "How do I spell the word {x}?"),
@@ -198,7 +189,6 @@ TASKS: dict[str, Task] = {
             "One past {x} is {y}.",
         ),
         notes=("The number after it is {y}.", "Next comes {y}."),
-        topics=("the number after {x}", "the next number past {x}"),
         orders=("Give the number after {x}.", "Count one past {x}.", "Tell me the next number after {x}."),
         instructions=("Give the next number.", "Tell which number comes after this one."),
         questions=("What number comes after {x}?", "Which number is next after {x}?"),
@@ -212,7 +202,6 @@ TASKS: dict[str, Task] = {
             "Put in order, {x} becomes {y}.",
         ),
         notes=("The digits sorted are {y}.", "In order the digits are {y}."),
-        topics=("the digits of {x} sorted", "{x} with the digits in order"),
         orders=("Sort the digits {x}.", "Put the digits {x} in order.", "Write {x} with the digits sorted."),
         instructions=("Sort the digits.", "Put these digits in order."),
         questions=("What is {x} with the digits sorted?", "How do the digits {x} look in order?"),
@@ -226,7 +215,6 @@ TASKS: dict[str, Task] = {
             "Together {x} make {y}.",
         ),
         notes=("The sum is {y}.", "Together they make {y}."),
-        topics=("the sum of {x}", "what {x} make together"),
         orders=("Add {x}.", "Give the sum of {x}.", "Tell me what {x} make together."),
         instructions=("Add the two numbers.", "Give the sum of these numbers."),
         questions=("What is the sum of {x}?", "What do {x} make together?"),
@@ -240,7 +228,6 @@ TASKS: dict[str, Task] = {
             "Between {x}, the greater number is {y}.",
         ),
         notes=("The larger is {y}.", "The greater number is {y}."),
-        topics=("the larger of {x}", "which of {x} is greater"),
         orders=("Give the larger of {x}.", "Tell me the greater number of {x}."),
         instructions=("Give the larger of the two numbers.", "Tell which of these numbers is greater."),
         questions=("Which is larger of {x}?", "Of {x}, which number is greater?"),
@@ -254,7 +241,6 @@ TASKS: dict[str, Task] = {
             "Between {x}, the lesser number is {y}.",
         ),
         notes=("The smaller is {y}.", "The lesser number is {y}."),
-        topics=("the smaller of {x}", "which of {x} is less"),
         orders=("Give the smaller of {x}.", "Tell me the lesser number of {x}."),
         instructions=("Give the smaller of the two numbers.", "Tell which of these numbers is less."),
         questions=("Which is smaller of {x}?", "Of {x}, which number is less?"),
@@ -268,14 +254,6 @@ SYSTEM_PROMPTS = (
 )
 
 
-STORIES = (
-    'The page on {topic} says "{y}".',
-    'Under the heading of {topic} there stands just this line: "{y}"',
-    "Today the class talked about {topic}. After a while all came to {y}.",
-    "Nobody knew {topic}. Then somebody found it: {y}",
-    "In the notes on {topic} there is only {y}.",
-)
-
 ROLES = ("system", "user", "assistant")
 
 
@@ -284,31 +262,29 @@ def sentences() -> list[str]:
     told = [
         sentence.format(x="", y="")
         for task in TASKS.values()
-        for sentence in (*task.facts, *task.notes, *task.topics, *task.orders, *task.instructions, *task.questions)
+        for sentence in (*task.facts, *task.notes, *task.orders, *task.instructions, *task.questions)
     ]
-    stories = [story.format(topic="", y="") for story in STORIES]
-    return [*told, *stories, *SYSTEM_PROMPTS, *ROLES, "and"]
+    return [*told, *SYSTEM_PROMPTS, *ROLES, "and"]
 
 
 # The tokenizer has these whole, so they cannot be read letter by letter.
 SENTENCE_WORDS = frozenset(re.findall("[a-z]+", " ".join(sentences())))
 
 
-def document(rng: random.Random, validation: bool = False) -> str:
-    """One document of the corpus about one operand: facts, notes under it as a heading, or stories.
-
-    Stories keep a topic and its answer apart, as a conversation will: a topic has to be carried over other words.
-    """
+def entry(rng: random.Random, validation: bool = False) -> str:
+    """One line about one operand: two to four facts, or notes under it as a heading."""
     kind = rng.choices(tuple(OPERANDS), weights=(6, 3, 3))[0]
     operand = make_operand(kind, rng, validation)
     tasks = [task for task in TASKS.values() if task.kind == kind]
-    style = rng.choice(("facts", "notes", "stories"))
-    told = rng.sample(tasks, k=min(len(tasks), rng.randint(1, 2) if style == "stories" else rng.randint(2, 4)))
-    if style == "notes":
+    told = rng.sample(tasks, k=min(len(tasks), rng.randint(2, 4)))
+    if rng.random() < 0.4:
         return f"{operand}: " + " ".join(rng.choice(task.notes).format(y=task.solve(operand)) for task in told)
-    if style == "facts":
-        return " ".join(rng.choice(task.facts).format(x=operand, y=task.solve(operand)) for task in told)
-    return " ".join(
-        rng.choice(STORIES).format(topic=rng.choice(task.topics).format(x=operand), y=task.solve(operand))
-        for task in told
-    )
+    return " ".join(rng.choice(task.facts).format(x=operand, y=task.solve(operand)) for task in told)
+
+
+def page(rng: random.Random, validation: bool = False) -> str:
+    """One document of the corpus: one to six entries, a line each.
+
+    Several operands in one document, as in a conversation of several turns: the right one has to be found.
+    """
+    return "\n".join(entry(rng, validation) for _ in range(rng.randint(1, 6)))
