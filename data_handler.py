@@ -271,12 +271,10 @@ def _as_preview(split: str, sample: Sample, tokenizer: PreTrainedTokenizerBase) 
 
 
 def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[Conversation]:
-    """The first `limit` validation rows that are conversations ending with an answer, for generating and comparing."""
+    """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets."""
     seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
     found: list[Conversation] = []
     for split, source, row in _rows_with_split(keys, seed, training=bool(keys.validation_split)):
-        if len(found) == limit:
-            break
         if split == "train" or row.data is None:
             continue
         try:
@@ -285,7 +283,8 @@ def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[C
             continue
         if isinstance(content, Conversation) and content.messages[-1]["role"] == "assistant":
             found.append(content)
-    return found
+    limit = min(limit, len(found))
+    return [found[number * len(found) // limit] for number in range(limit)]
 
 
 def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterator[tuple[str, DataSource, Row]]:

@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
     try:
+        if arguments and re.fullmatch(r"[a-z]+", arguments[0]):
+            raise UserError(Problem(f"no command {arguments[0]!r}", f"the commands are {', '.join(VERBS)}"))
         return VERBS[verb](arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        console.print("stopped")
+        console.print("stopped; --resume_from_checkpoint auto goes on from the last checkpoint")
         return 130
 
 
@@ -66,21 +69,18 @@ def train(argv: list[str]) -> int:
     config, _ = _config(_parser("train"), argv)
     config_manager.require_trainable(config)
     _take_machine(config)
+    import model_manager
     from sft import artifacts
-    from sft.console import write_log_file
     from sft.resume import find_checkpoint, set_aside
     from sft.schema import ModelKeys
 
     output_dir = Path(config.output_dir)
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
     if distributed.is_main_process():
-        write_log_file(output_dir / artifacts.LOG_FILE)
-        config_manager.write_config(config, output_dir / "config.yaml")
-        if checkpoint is None:
-            set_aside(output_dir)
-
-    import model_manager
-
+        artifacts.claim(output_dir)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
+    if checkpoint:
+        logger.info("Going on from %s", checkpoint)
+    model_manager.check_model(config.section(ModelKeys))
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     data = _prepare(config, tokenizer)
     _join(config)
@@ -88,11 +88,16 @@ def train(argv: list[str]) -> int:
         {"checkpoint": str(checkpoint), "training rows": len(data.train), "training tokens": data.train_tokens}
     )
     trainer = _build_trainer(config, tokenizer, data)
+    # From here on the run is on: what an earlier one left makes room.
+    if distributed.is_main_process():
+        config_manager.write_config(config, output_dir / "config.yaml")
+        if checkpoint is None:
+            set_aside(output_dir)
 
-    results = _exact_match(config, trainer.model, tokenizer, data, "before")
+    results = _exact_match(config, trainer.model, tokenizer, data, "_before")
     trainer.fit(checkpoint)
     results |= trainer.evaluate_all()
-    results |= _exact_match(config, trainer.model, tokenizer, data, "after")
+    results |= _exact_match(config, trainer.model, tokenizer, data, "_after")
     if distributed.is_main_process():
         _save(config, trainer, tokenizer, data, results, time.perf_counter() - started)
     distributed.barrier()
@@ -124,6 +129,7 @@ def _check_stages(config: Config, report: Report) -> None:
     import config_manager
     import data_handler
     import model_manager
+    from sft import artifacts
     from sft.batch_plan import plan_batches
     from sft.hardware import require_gpus, visible_gpus
     from sft.resume import find_checkpoint
@@ -131,6 +137,7 @@ def _check_stages(config: Config, report: Report) -> None:
 
     report.attempt(lambda: config_manager.require_trainable(config))
     report.attempt(lambda: require_gpus(config.num_gpus or 0))
+    report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
     report.attempt(lambda: model_manager.check_model(config.section(ModelKeys)))
     tokenizer = report.attempt(lambda: model_manager.load_tokenizer(config.section(ModelKeys)))
@@ -152,7 +159,7 @@ def _check_stages(config: Config, report: Report) -> None:
 def preview(argv: list[str]) -> int:
     """Shows the first rows as the model will see them, with the tokens that are trained."""
     parser = _parser("preview")
-    parser.add_argument("--num_samples", type=int, default=3, help="rows to show (3)")
+    parser.add_argument("--num_samples", type=_positive, default=3, help="rows to show (3)")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     config, options = _config(parser, argv)
     from sft.console import show_sample, speak
@@ -191,6 +198,9 @@ def evaluate(argv: list[str]) -> int:
         folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     data = _prepare(config, tokenizer, training=False)
+    if not data.evals:
+        hint = "give validation_file, validation_split or eval_datasets"
+        raise UserError(Problem("there is no validation data", hint, "validation_file"))
     _join(config)
     arguments = trainer_utils.training_arguments(
         config.section(TrainingKeys).training_arguments(), bf16=False, fp16=False, plan=None
@@ -198,7 +208,7 @@ def evaluate(argv: list[str]) -> int:
     callbacks = [ConsoleProgress(console, bars=not config.disable_tqdm)]
     trainer = trainer_utils.SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
     results = trainer.evaluate_all()
-    results |= _exact_match(config, model, tokenizer, data, "after")
+    results |= _exact_match(config, model, tokenizer, data, "")
     if options.json and distributed.is_main_process():
         print(json.dumps(results))
     distributed.destroy_process_group()
@@ -213,15 +223,18 @@ def generate(argv: list[str]) -> int:
     source.add_argument("--prompts", type=Path, help="a .txt (one prompt a line), .json or .jsonl file")
     source.add_argument("--chat", action="store_true", help="chat in the terminal")
     parser.add_argument("--output", type=Path, help="where to write the answers as JSONL (stdout)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer, in tokens (256)")
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered at a time (8)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (0)")
+    parser.add_argument(
+        "--max_new_tokens", type=_positive, default=256, help="length limit of an answer, in tokens (256)"
+    )
+    parser.add_argument("--batch_size", type=_positive, default=8, help="prompts answered at a time (8)")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 always takes the likeliest token (0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     options = parser.parse_args(argv)
-    from sft.console import speak
+    from sft.console import quiet_libraries, speak
 
     speak(is_main_process=True)
+    quiet_libraries()
     from sft import generation
     from sft.replies import Sampling
 
@@ -240,9 +253,10 @@ def merge(argv: list[str]) -> int:
     parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
     options = parser.parse_args(argv)
-    from sft.console import speak
+    from sft.console import quiet_libraries, speak
 
     speak(is_main_process=True)
+    quiet_libraries()
     import model_manager
 
     model_manager.merge(options.model, options.output_dir, dtype=options.dtype)
@@ -278,6 +292,20 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config_file", "--config", metavar="FILE", help="the run's YAML file")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text}")
+    return value
 
 
 def _config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Config, Any]:
@@ -347,7 +375,9 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         MetricsFile(Path(config.output_dir) / "logs"),
         ConsoleProgress(console, bars=not config.disable_tqdm),
     ]
-    return trainer_utils.SFTTrainer(model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks)
+    return trainer_utils.SFTTrainer(
+        model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks, plan.total_steps
+    )
 
 
 def _save(
@@ -424,8 +454,9 @@ def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData,
     with counting("questions answered:") as on_progress:
         right = count_right(model, tokenizer, mine, data.end_token_ids, config.per_device_eval_batch_size, on_progress)
     total = int(distributed.all_reduce_sum(torch.tensor(right)))
-    logger.info("Exact match %s training: %d of %d (%.1f %%)", when, total, len(rows), 100 * total / len(rows))
-    return {f"exact_match_{when}": total / len(rows)}
+    words = f"Exact match{when.replace('_', ' ')}"
+    logger.info("%s: %d of %d (%.1f %%)", words, total, len(rows), 100 * total / len(rows))
+    return {f"exact_match{when}": total / len(rows)}
 
 
 if __name__ == "__main__":

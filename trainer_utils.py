@@ -13,19 +13,19 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft import run_shape
 from sft.batch_plan import BatchPlan
-from sft.callbacks import ConsoleProgress, FollowEpoch
+from sft.callbacks import ConsoleProgress, FollowConfig, FollowEpoch
 from sft.collation import Collator, EvenRows
 from sft.isolation import require_isolation
 from sft.losses import TokenLoss, token_loss
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
-from sft.run_shape import RunShape
+from sft.run_shape import RunShape, describe_adapter
 from sft.sampling import EpochSampler
 from sft.trained_models import save_companions
 
@@ -87,6 +87,7 @@ class SFTTrainer(Trainer):
         eval_datasets: evaluation sets by name; a single one is reported without its name.
         end_token_ids: the tokens that end an answer, for each checkpoint's generation config.
         callbacks: besides the Trainer's own; its two printers are left out.
+        total_steps: optimizer steps of the whole run.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class SFTTrainer(Trainer):
         eval_datasets: Mapping[str, Dataset],
         end_token_ids: Sequence[int],
         callbacks: Sequence[TrainerCallback] = (),
+        total_steps: int = 0,
     ) -> None:
         collator = Collator(
             int(tokenizer.pad_token_id),
@@ -112,7 +114,7 @@ class SFTTrainer(Trainer):
             processing_class=tokenizer,
             train_dataset=train_dataset,
             eval_dataset=self._as_eval_dataset(eval_datasets),
-            callbacks=list(callbacks),
+            callbacks=[FollowConfig(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -126,6 +128,7 @@ class SFTTrainer(Trainer):
         packed = [d for d in (train_dataset, *eval_datasets.values()) if d and "position_ids" in d.column_names]
         if packed:
             require_isolation(model, collator)
+        self._total_steps = total_steps
         self._end_token_ids = end_token_ids
         self._last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self._eval_names = list(eval_datasets)
@@ -172,6 +175,12 @@ class SFTTrainer(Trainer):
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
         if checkpoint:
             self._counts = run_shape.load(checkpoint, self._shape())
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step >= self._total_steps:
+                logger.info("%s is at step %d: nothing is left to train", checkpoint, state.global_step)
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
         self._clock = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -181,13 +190,16 @@ class SFTTrainer(Trainer):
                     callback.close()
 
     def _shape(self) -> RunShape:
-        rows: Any = self.train_dataset
+        dataset: Any = self.train_dataset
+        rows = EvenRows(dataset.rows if isinstance(dataset, EvenRows) else dataset, 1)
         return RunShape(
             world_size=self.args.world_size,
             per_device_train_batch_size=self.args.per_device_train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            train_rows=len(rows.rows if isinstance(rows, EvenRows) else rows),
+            train_rows=len(rows),
+            row_lengths=rows.row_lengths_digest(),
             seed=self._order_seed(),
+            adapter=describe_adapter(self.model),
             train_sampling_strategy=self.args.train_sampling_strategy,
         )
 
@@ -199,9 +211,13 @@ class SFTTrainer(Trainer):
         if isinstance(rows, EvenRows):  # a second attempt, with a smaller batch (auto_find_batch_size)
             rows = rows.rows
             self._sums.take()
-        multiple = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
+        multiple = 1 if self.args.dataloader_drop_last else self._even(self._train_batch_size)
         self.train_dataset: Any = EvenRows(rows, multiple)
         return super().get_train_dataloader()
+
+    def _even(self, batch_size: int) -> int:
+        """What the number of rows must be a multiple of; one process can end with a smaller batch."""
+        return batch_size * self.args.world_size if self.args.world_size > 1 else 1
 
     def _order_seed(self) -> int:
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -249,7 +265,7 @@ class SFTTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         # Upstream keeps the loader with persistent workers for all sets under one name.
         getattr(self, "_eval_dataloaders", {}).clear()
-        return super().get_eval_dataloader(EvenRows(rows, self.args.eval_batch_size * self.args.world_size))
+        return super().get_eval_dataloader(EvenRows(rows, self._even(self.args.eval_batch_size)))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
         return SequentialSampler(eval_dataset)

@@ -3,15 +3,78 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from sft.console import write_log_file
+from sft.errors import Problem, UserError
 from sft.model_card import CardDataset, CardFacts, write_model_card
-from sft.schema import SECRET_KEYS, Config, TrainingKeys
+from sft.schema import Config
 
 LEDGER_FILE = Path("logs") / "data_report.json"
 RESULTS_FILE = Path("logs") / "eval_results.json"
 LOG_FILE = Path("logs") / "training_log.txt"
+
+_ON_THE_CARD = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "max_seq_length",
+    "packing",
+    "train_on",
+    "bf16",
+    "fp16",
+    "seed",
+)
+_LORA_ON_THE_CARD = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora")
+
+
+_locks: list[FileLock] = []  # held until the process ends
+
+
+def require_writable(output_dir: Path) -> None:
+    """Makes sure that files can be written to `output_dir`, and leaves nothing there. Raises `UserError`."""
+    existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(Problem(f"{str(existing)!r} is a file", "name a folder", "output_dir"))
+    if not os.access(existing, os.W_OK):
+        raise UserError(Problem(f"cannot write to {str(existing)!r}", "name another folder", "output_dir"))
+
+
+def claim(output_dir: Path) -> None:
+    """Makes the folder this run's, until the process ends or has another run, and starts its log.
+
+    Raises:
+        UserError: it cannot be written, or another run is in it.
+    """
+    require_writable(output_dir)
+    while _locks:  # of an earlier run in this process
+        _locks.pop().release()
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = f"another run is writing to {str(output_dir)!r}"
+        raise UserError(Problem(message, "wait for it, or name another folder", "output_dir")) from None
+    except OSError as error:
+        raise UserError(Problem(f"cannot write to {str(output_dir)!r}: {error.strerror}", "", "output_dir")) from None
+    _locks.append(lock)
+    write_log_file(output_dir / LOG_FILE)
 
 
 def write_ledger(output_dir: Path, document: dict[str, Any]) -> None:
@@ -32,11 +95,11 @@ def write_card(
     import torch
     import transformers
 
-    given = config.section(TrainingKeys).training_arguments() | {"max_seq_length": config.max_seq_length}
+    settings = {name: getattr(config, name) for name in _ON_THE_CARD if getattr(config, name) not in (None, False)}
     if config.lora_config is not None:
-        given["lora_config"] = config.lora_config.kwargs()
+        settings |= {f"lora_config.{name}": getattr(config.lora_config, name) for name in _LORA_ON_THE_CARD}
     if config.quantization_config is not None:
-        given["quantization_config"] = config.quantization_config.kwargs()
+        settings["quantization_config"] = config.quantization_config.kwargs()
     datasets = [
         CardDataset(name, entry["rows_read"], entry["rows_trained"], entry["tokens"]["trained"])
         for name, entry in ledger["datasets"].items()
@@ -47,7 +110,7 @@ def write_card(
         is_adapter=config.lora_config is not None,
         path=str(output_dir),
         datasets=datasets,
-        hyperparameters={k: v for k, v in given.items() if k not in (*SECRET_KEYS, "output_dir")},
+        hyperparameters=settings,
         metrics={k: v for k, v in results.items() if isinstance(v, int | float)},
         stop_tokens=stop_tokens,
         chat=any(f != "text" for entry in ledger["datasets"].values() for f in entry["formats"]),

@@ -20,6 +20,16 @@ logger = logging.getLogger("sft")
 METRICS_FILE = "metrics.jsonl"
 
 
+class FollowConfig(TrainerCallback):
+    """Keeps the intervals of logging, evaluating and saving those of the config, also where a checkpoint has others."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run's state comes from the checkpoint, with the intervals of the run that was stopped."""
+        state.compute_steps(args, state.max_steps)
+
+
 class FollowEpoch(TrainerCallback):
     """Tells the sampler its epoch, also after a resume in mid-epoch, where the loader's wrappers do not reach it."""
 
@@ -157,7 +167,10 @@ class ConsoleProgress(TrainerCallback):
                 (time.perf_counter() - self._started[0]) / done * (state.max_steps - state.global_step) if done else 0
             )
             eta = f"  eta {_clock(left)}" if "loss" in logs and left else ""
-            logger.info("step %*d/%d  %s%s", len(str(state.max_steps)), state.global_step, state.max_steps, line, eta)
+            step = (
+                f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  " if state.max_steps else ""
+            )
+            logger.info("%s%s%s", step, line, eta)
 
 
 def describe(logs: dict[str, Any]) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +36,9 @@ _MARKS = {
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(_MARKS.get(record.levelno, "") + escape(record.getMessage()), soft_wrap=True)
+        # A terminal gets lines broken between words, a file whole lines.
+        text = _MARKS.get(record.levelno, "") + escape(record.getMessage())
+        console.print(text, soft_wrap=not console.is_terminal)
 
 
 def speak(is_main_process: bool) -> None:
@@ -107,15 +113,19 @@ _NOTES = {
 
 
 def show_sample(sample: dict[str, Any], tokenizer: Any) -> None:
-    """One sample with its trained tokens in green and the rest dim; borders between tokens are marked."""
+    """One sample with its trained parts in green, or between double brackets where there is no colour."""
+    labels = sample["labels"]
+    trained = sum(label != -100 for label in labels)
+    coloured = console.is_terminal and not console.no_color
     text = Text()
-    for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-        piece = tokenizer.decode([token]).replace("\n", "⏎\n")
-        text.append(piece, style="bold green" if label != -100 else "dim")
-        text.append("|", style="bright_black")
-    trained = sum(label != -100 for label in sample["labels"])
+    pairs = zip(sample["input_ids"], labels, strict=True)
+    for is_trained, run in groupby(pairs, key=lambda pair: pair[1] != -100):
+        piece = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
+        brackets = is_trained and not coloured
+        text.append(f"[[{piece}]]" if brackets else piece, style="bold green" if is_trained else "dim")
     title = f"{sample['split']} row {sample['row']} of {sample['file']} ({sample['format']})"
-    console.print(Text(f"{title}: {trained} of {len(sample['labels'])} tokens are trained (green)", style="bold"))
+    marked = "green" if coloured else "[[in brackets]]"
+    console.print(Text(f"{title}: {trained} of {len(labels)} tokens are trained, {marked}:", style="bold"))
     console.print(text, soft_wrap=True)
 
 
@@ -127,19 +137,22 @@ def show_conclusion(output_dir: Path, results: dict[str, Any], seconds: float) -
         seconds: that the whole process took.
     """
     table = Table(title=f"done in {seconds:.0f} s: {escape(str(output_dir))}", title_justify="left", show_header=False)
-    for name, value in results.items():
-        if isinstance(value, int | float):
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    sets = results.get("datasets", {})
+    for prefix, numbers in [("", results), *(sets.items() if len(sets) > 1 else ())]:
+        for name, value in numbers.items():
+            if isinstance(value, int | float):
+                table.add_row(f"{prefix} {name}".strip(), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     console.print(table)
     if {"exact_match_before", "exact_match_after"} <= results.keys():
         before, after = results["exact_match_before"], results["exact_match_after"]
         console.print(f"[bold]exact match: {before:.1%} before training, {after:.1%} after[/]")
     console.print("next:")
-    commands = [f"generate --model {output_dir} --chat"]
+    commands = [["generate", "--model", str(output_dir), "--chat"]]
     if (output_dir / "adapter_config.json").is_file():
-        commands.append(f"merge --model {output_dir} --output_dir {output_dir}-merged")
+        commands.append(["merge", "--model", str(output_dir), "--output_dir", f"{output_dir}-merged"])
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
     for command in commands:
-        console.print(f"  .venv/bin/python sft_main.py {command}", markup=False, soft_wrap=True)
+        console.print("  " + shlex.join([python, "sft_main.py", *command]), markup=False, soft_wrap=True)
 
 
 def show_report(report: Report) -> None:

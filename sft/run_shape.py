@@ -9,6 +9,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sft.errors import Problem, UserError
 from sft.metrics import TokenCounts
@@ -20,14 +21,24 @@ FILE = "run_shape.json"
 
 @dataclass(frozen=True)
 class RunShape:
-    """What decides which rows a step trains."""
+    """What decides which rows a step trains and which weights; `row_lengths` stands for the data, as a digest."""
 
     world_size: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     train_rows: int
+    row_lengths: str
     seed: int
+    adapter: str | None
     train_sampling_strategy: str
+
+
+def describe_adapter(model: Any) -> str | None:
+    """What decides the shapes of an adapter's weights; None for a model without one."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        return None
+    return f"r={config.r}, lora_alpha={config.lora_alpha}, target_modules={sorted(config.target_modules)}"
 
 
 def save(folder: Path, shape: RunShape, counts: TokenCounts) -> None:
@@ -53,6 +64,6 @@ def load(folder: Path, shape: RunShape) -> TokenCounts:
     ]
     if differing:
         hint = "resume with the same settings, or start fresh from its weights: model_name_or_path"
-        summary = "the checkpoint is of a run whose steps mean other rows"
+        summary = "the checkpoint is of another run"
         raise UserError(Problem(summary, hint, "resume_from_checkpoint"), *differing)
     return TokenCounts(**saved["counts"])

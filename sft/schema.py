@@ -127,7 +127,7 @@ class DataKeys(Keys):
     """Threads that tokenize; null uses all cores."""
     dedupe: Bool = False
     """Leave out training rows whose text occurred before."""
-    max_lost_fraction: Share = 0.05
+    max_lost_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.05
     """Share of the rows that may be lost to mistakes in the data; above it the run stops before training."""
     cache_dir: str | None = None
     """Folder for prepared data; null is $SFT_CACHE, or sft_pipeline in the user's cache folder."""

@@ -1,15 +1,24 @@
-"""Runs that must give the same numbers, compared by their loss curves: accumulation, processes, checkpointing."""
+"""Runs that must give the same numbers: accumulation, processes, checkpointing, packing, a resume, a loop by hand.
+
+They are compared by their curves of loss and gradient norm. The losses alone would not show a gradient of the wrong
+size: Adam divides it out.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import sft_main
+from sft.sampling import EpochSampler
+from tests.by_hand import model_in, rows_of, summed_nll
 from tests.runs import arithmetic, log_history, losses, run, write_config, write_rows
 
 STEPS = 20
@@ -50,12 +59,17 @@ def trained(config_file: Path, name: str, *overrides: str) -> Path:
     return output_dir
 
 
+def grad_norms(out: Path) -> list[float]:
+    return [entry["grad_norm"] for entry in log_history(out)]
+
+
 def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """The same losses, token counts and evaluation."""
+    """The same losses, gradients, token counts and evaluation."""
     curves = losses(one), losses(other)
     assert len(curves[0]) == STEPS
     assert curves[0][-1] < 0.9 * curves[0][0], "nothing was learned, so that nothing was compared"
     assert np.abs(np.subtract(*curves)).mean() < tolerance
+    assert grad_norms(one) == pytest.approx(grad_norms(other), rel=1e-4)
     assert [e["num_tokens"] for e in log_history(one)] == [e["num_tokens"] for e in log_history(other)]
     results = [json.loads((out / "logs" / "eval_results.json").read_text()) for out in (one, other)]
     assert results[0]["eval_tokens"] == results[1]["eval_tokens"]
@@ -128,3 +142,132 @@ def test_packed_rows_give_the_loss_of_lone_rows(config_file: Path, capsys: pytes
     assert results[0]["eval_tokens"] == results[1]["eval_tokens"]
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], abs=1e-6)
     assert results[0]["eval_sequence_accuracy"] == results[1]["eval_sequence_accuracy"]
+
+
+# The size of a gradient
+
+
+SGD = ["optim=sgd", "learning_rate=0.1", "lr_scheduler_type=constant", "weight_decay=0", "max_grad_norm=0"]
+TWO_STEPS = ["max_steps=2", "gradient_accumulation_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def sgd_run(config_file: Path) -> Path:
+    """Plain gradient descent over seven rows of unequal length: a step of 4 and one of 3, in passes of 2 and of 1."""
+    rows = write_rows(config_file.parent / "seven.jsonl", arithmetic(7))
+    return trained(config_file, "sgd", f"train_file={rows}", *SGD, *TWO_STEPS, "per_device_train_batch_size=2")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def test_gradient_descent_equals_a_loop_by_hand(sgd_run: Path, model_dir: Path) -> None:
+    """w ← w − 0.1 · d/dw (summed −log p of the step's trained tokens / their number), row by row in float64."""
+    model, rows = model_in(model_dir), rows_of(sgd_run).train
+    order = EpochSampler(7, 0, seed=42).order().tolist()
+    curve = []
+    for step in (order[:4], order[4:]):
+        tokens = sum(int((rows[i]["labels"] != -100).sum()) for i in step)
+        loss = torch.stack([summed_nll(model, rows[i]) for i in step]).sum() / tokens
+        curve.append(loss.item())
+        weights = list(model.parameters())
+        gradients = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.sub_(0.1 * gradient)
+    assert losses(sgd_run) == pytest.approx(curve, abs=1e-5)
+    saved = load_file(sgd_run / "model.safetensors")
+    assert largest_difference(saved, load_file(model_dir / "model.safetensors")) > 1e-2, "nothing moved"
+    assert largest_difference(saved, model.state_dict()) < 1e-5
+
+
+@pytest.mark.slow
+def test_gradient_descent_in_two_processes_reaches_the_same_weights(config_file: Path, sgd_run: Path) -> None:
+    out = config_file.parent / "sgd_two"
+    rows = config_file.parent / "seven.jsonl"
+    settings = [f"output_dir={out}", f"train_file={rows}", *SGD, *TWO_STEPS, "per_device_train_batch_size=1"]
+    done = run("--config_file", config_file, *settings, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [load_file(folder / "model.safetensors") for folder in (sgd_run, out)]
+    assert largest_difference(*files) < 1e-6
+
+
+# A resume
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_in_mid_epoch_go_on_as_if_they_had_not_been(config_file: Path) -> None:
+    """44 rows are 6 steps an epoch. The stop at step 9 is in the middle of the second one, between the logs of steps
+    8 and 10; dropout makes each step depend on the random numbers of its process.
+    """
+    rows = write_rows(config_file.parent / "resume.jsonl", arithmetic(44))
+    settings = [
+        f"train_file={rows}",
+        "per_device_train_batch_size=2",
+        "gradient_accumulation_steps=2",
+        "lora_config.r=8",
+        "lora_config.lora_dropout=0.1",
+        "lr_scheduler_type=constant",
+        "learning_rate=1e-2",
+        "logging_steps=2",
+        "save_strategy=steps",
+        "save_steps=3",
+    ]
+    whole, parts = (config_file.parent / name for name in ("resume_whole", "resume_parts"))
+    for out, *more in (
+        (whole, "max_steps=14"),
+        (parts, "max_steps=9"),
+        (parts, "max_steps=14", "resume_from_checkpoint=auto"),
+    ):
+        done = run("--config_file", config_file, f"output_dir={out}", *settings, *more, processes=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [entry["step"] for entry in log_history(whole)] == [2, 4, 6, 8, 10, 12, 14]
+    compared = ("step", "loss", "grad_norm", "num_tokens", "token_accuracy")
+    curves = [[[entry[name] for name in compared] for entry in log_history(out)] for out in (whole, parts)]
+    assert curves[0] == curves[1]
+    first, second = (load_file(out / "adapter_model.safetensors") for out in (whole, parts))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+# Packing
+
+
+DOCUMENTS = [27, 13, 26, 14, 24, 16, 22, 18, 5]
+"""Lengths in tokens: pairs that fill rows of 40 exactly, and one document that finds no room."""
+
+
+@pytest.fixture(scope="module")
+def unpacked_run(config_file: Path) -> Path:
+    """Three steps over all documents at once, each in a row of its own."""
+    rng = random.Random(0)
+    # Characters that no merge joins, so that each is a token; the pipeline puts another at the end.
+    texts = ["".join(rng.choices("zqxj790", k=length - 1)) for length in DOCUMENTS]
+    write_rows(config_file.parent / "documents.jsonl", [{"text": text} for text in texts])
+    return train_on_documents(config_file, "unpacked", "packing=false", "per_device_train_batch_size=9")
+
+
+def train_on_documents(config_file: Path, name: str, *overrides: str) -> Path:
+    rows = config_file.parent / "documents.jsonl"
+    common = [f"train_file={rows}", "validation_file=null", "max_seq_length=40", "max_steps=3"]
+    return trained(config_file, name, *common, *overrides)
+
+
+@pytest.mark.parametrize("rows_of_a_pass", [5, 1])
+@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
+def test_packed_documents_train_as_they_do_alone(
+    config_file: Path, unpacked_run: Path, packing: str, rows_of_a_pass: int
+) -> None:
+    """Five rows side by side, of which the last is mostly padding, or one after the other."""
+    batches = [f"per_device_train_batch_size={rows_of_a_pass}", "global_batch_size=5"]
+    packed_run = train_on_documents(config_file, f"{packing}_{rows_of_a_pass}", f"packing={packing}", *batches)
+    lone, packed = rows_of(unpacked_run).train, rows_of(packed_run).train
+    assert [len(row["input_ids"]) for row in lone] == DOCUMENTS
+    assert [row["seq_lengths"].tolist() for row in packed] == [[27, 13], [26, 14], [24, 16], [22, 18], [5]]
+    assert len(losses(unpacked_run)) == 3
+    assert losses(packed_run) == pytest.approx(losses(unpacked_run), abs=1e-5)
+    assert grad_norms(packed_run) == pytest.approx(grad_norms(unpacked_run), rel=1e-5)
+    for name in ("num_tokens", "token_accuracy", "sequence_accuracy"):
+        assert [e[name] for e in log_history(packed_run)] == [e[name] for e in log_history(unpacked_run)]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors import safe_open
 
 import sft_main
@@ -38,6 +39,7 @@ def test_a_run_leaves_exactly_these_files(config_file: Path, tmp_path: Path) -> 
     assert sft_main.main(["--config_file", str(config_file), "--save_steps", "4"]) == 0
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -101,6 +103,56 @@ def test_a_resumed_run_goes_on_exactly_where_it_stopped(config_file: Path, tmp_p
     assert [e["num_tokens"] for e in log_history(parts)] == [e["num_tokens"] for e in log_history(whole)]
     steps = [json.loads(line)["step"] for line in (parts / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_a_resume_that_does_not_fit_its_checkpoint_is_refused(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--config_file", str(config_file), "--save_steps=2"]
+    sft_main.main(common)
+    resume = [*common, "--max_steps=6", "--resume_from_checkpoint=auto"]
+    other = write_rows(tmp_path / "other.jsonl", arithmetic(60, start=500))
+    for override, name in [
+        ("per_device_train_batch_size=2", "per_device_train_batch_size"),
+        ("lora_config.r=8", "adapter"),
+        (f"train_file={other}", "row_lengths"),
+    ]:
+        capsys.readouterr()
+        assert sft_main.main([*resume, override]) == 2
+        assert name in capsys.readouterr().err
+    assert sft_main.main(resume) == 0
+
+
+def test_resuming_a_finished_run_trains_no_further(config_file: Path, tmp_path: Path) -> None:
+    common = ["--config_file", str(config_file), "--save_steps=4"]
+    sft_main.main(common)
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert sft_main.main([*common, "--resume_from_checkpoint=auto"]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def test_a_resumed_run_follows_the_configs_intervals(config_file: Path, tmp_path: Path) -> None:
+    common = ["--config_file", str(config_file), "--resume_from_checkpoint=auto"]
+    sft_main.main([*common, "--save_steps=2"])
+    sft_main.main([*common, "--max_steps=8", "--save_steps=3", "--logging_steps=4"])
+    out = tmp_path / "out"
+    assert {p.name for p in out.glob("checkpoint-*")} == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+    }
+    assert [e["step"] for e in log_history(out)] == [1, 2, 3, 4, 8]
+
+
+def test_two_runs_in_one_folder_are_refused(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert sft_main.main(["--config_file", str(config_file)]) == 2
+    assert "another run" in capsys.readouterr().err
 
 
 def test_a_run_without_an_adapter_trains_every_weight(config_file: Path, tmp_path: Path) -> None:
@@ -187,6 +239,8 @@ BAD_INPUT = {
     "an unknown format": (["format=alpacca"], "alpaca"),
     "a file of an unknown kind": (["train_file={strange}"], "cannot tell the format"),
     "a resume from nowhere": (["resume_from_checkpoint=no/such/checkpoint"], "no such checkpoint"),
+    "an output folder that is a file": (["output_dir={empty}"], "is a file"),
+    "an unknown kind of row order": (["train_sampling_strategy=sideways"], "train_sampling_strategy"),
     "more GPUs than there are": (["num_gpus=64"], "64"),
     "an unknown key": (["learning_rat=1e-4"], "learning_rate"),
     "a wrong type": (["max_steps=many"], "max_steps"),
