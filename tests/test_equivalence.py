@@ -69,7 +69,7 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     assert len(curves[0]) == STEPS
     assert curves[0][-1] < 0.9 * curves[0][0], "nothing was learned, so that nothing was compared"
     assert np.abs(np.subtract(*curves)).mean() < tolerance
-    assert grad_norms(one) == pytest.approx(grad_norms(other), rel=1e-4)
+    assert np.abs(np.divide(grad_norms(one), grad_norms(other)) - 1).mean() < 1e-4
     assert [e["num_tokens"] for e in log_history(one)] == [e["num_tokens"] for e in log_history(other)]
     results = [json.loads((out / "logs" / "eval_results.json").read_text()) for out in (one, other)]
     assert results[0]["eval_tokens"] == results[1]["eval_tokens"]
