@@ -14,7 +14,6 @@ Exit codes: 0 done; 2 the config or the data is wrong; 1 anything else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.command_line import make_parser
 from sft.errors import Problem, UserError
 
 # Everything heavy (torch, transformers, the stages) is imported where it is used: --help, schema and a mistake in the
@@ -66,7 +66,7 @@ def train(argv: list[str]) -> int:
     import distributed_utils as distributed
 
     started = time.perf_counter()
-    config, _ = _config(_parser("train"), argv)
+    config, _ = _config("train", argv)
     config_manager.require_trainable(config)
     _take_machine(config)
     import model_manager
@@ -107,9 +107,7 @@ def train(argv: list[str]) -> int:
 
 def check(argv: list[str]) -> int:
     """Tells everything that can be wrong: the config, the model's files, the tokenizer, every row of the data."""
-    parser = _parser("check")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = make_parser("check", _summary(check)).parse_known_args(argv)
     from sft.checking import Report
     from sft.console import show_report, speak
 
@@ -158,10 +156,7 @@ def _check_stages(config: Config, report: Report) -> None:
 
 def preview(argv: list[str]) -> int:
     """Shows the first rows as the model will see them, with the tokens that are trained."""
-    parser = _parser("preview")
-    parser.add_argument("--num_samples", type=_positive, default=3, help="rows to show (3)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    config, options = _config(parser, argv)
+    config, options = _config("preview", argv)
     from sft.console import show_sample, speak
 
     speak(is_main_process=True)
@@ -181,10 +176,7 @@ def preview(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Measures a model on the config's validation data."""
-    parser = _parser("evaluate")
-    parser.add_argument("--model", help="a folder with a model or an adapter; default: the model in output_dir")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    config, options = _config(parser, argv)
+    config, options = _config("evaluate", argv)
     _take_machine(config)
     import distributed_utils as distributed
     import model_manager
@@ -217,20 +209,7 @@ def evaluate(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """Answers a file of prompts, or chats."""
-    parser = argparse.ArgumentParser(prog="sft_main.py generate", description=generate.__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a folder with a model or an adapter")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", type=Path, help="a .txt (one prompt a line), .json or .jsonl file")
-    source.add_argument("--chat", action="store_true", help="chat in the terminal")
-    parser.add_argument("--output", type=Path, help="where to write the answers as JSONL (stdout)")
-    parser.add_argument(
-        "--max_new_tokens", type=_positive, default=256, help="length limit of an answer, in tokens (256)"
-    )
-    parser.add_argument("--batch_size", type=_positive, default=8, help="prompts answered at a time (8)")
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 always takes the likeliest token (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    options = parser.parse_args(argv)
+    options = make_parser("generate", _summary(generate)).parse_args(argv)
     from sft.console import quiet_libraries, speak
 
     speak(is_main_process=True)
@@ -248,11 +227,7 @@ def generate(argv: list[str]) -> int:
 
 def merge(argv: list[str]) -> int:
     """Merges an adapter into its base model and verifies the result."""
-    parser = argparse.ArgumentParser(prog="sft_main.py merge", description=merge.__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="the adapter's folder")
-    parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
-    options = parser.parse_args(argv)
+    options = make_parser("merge", _summary(merge)).parse_args(argv)
     from sft.console import quiet_libraries, speak
 
     speak(is_main_process=True)
@@ -265,7 +240,7 @@ def merge(argv: list[str]) -> int:
 
 def schema(argv: list[str]) -> int:
     """Prints the JSON Schema of the config, for editors."""
-    argparse.ArgumentParser(prog="sft_main.py schema", description=schema.__doc__).parse_args(argv)
+    make_parser("schema", _summary(schema)).parse_args(argv)
     import config_manager
 
     print(json.dumps(config_manager.json_schema(), indent=2))
@@ -283,34 +258,14 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"sft_main.py {verb}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config_file", "--config", metavar="FILE", help="the run's YAML file")
-    return parser
+def _summary(verb: Callable[[list[str]], int]) -> str:
+    return verb.__doc__ or ""
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text}")
-    return value
-
-
-def _config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Config, Any]:
+def _config(verb: str, argv: list[str]) -> tuple[Config, Any]:
     """The parsed options and the checked config; what is no option is an override."""
-    options, overrides = parser.parse_known_args(argv)
+    description = __doc__ if verb == "train" else _summary(VERBS[verb])
+    options, overrides = make_parser(verb, description or "").parse_known_args(argv)
     return _load(options.config_file, overrides), options
 
 

@@ -242,7 +242,7 @@ def test_four_and_eight_bits_exclude_each_other(config_file):
     ],
 )
 def test_a_key_that_is_off_excludes_nothing(config_file, text):
-    load_config(config_file(text))
+    assert isinstance(load_config(config_file(text)), Config)
 
 
 def test_a_rule_about_a_wrong_key_waits_until_it_is_right(config_file):
