@@ -207,6 +207,13 @@ mine = torch.tensor([2**24 + 1, du.rank()])
 total = du.all_reduce_sum(mine)
 assert mine.tolist() == [2**24 + 1, du.rank()]
 du.barrier()
+du.require_agreement({"rows": 7})
+from sft.errors import UserError
+try:
+    du.require_agreement({"rows": 7, "checkpoint": ["checkpoint-5", None][du.rank()]})
+    raise SystemExit("nobody noticed")
+except UserError as error:
+    assert "checkpoint: 'checkpoint-5' on rank 0, None on rank 1" in str(error)
 from transformers import TrainingArguments
 arguments = TrainingArguments("unused", report_to="none", use_cpu=True)
 seen = [arguments.world_size, arguments.process_index, arguments.n_gpu]
