@@ -222,6 +222,17 @@ def _read_back(folder: Path, ids: torch.Tensor, trust_remote_code: bool) -> torc
     return _logits(model, ids)
 
 
+def _warn_of_little_effect(effect: float, error: float, dtype: str) -> None:
+    """Says so when the merged model is hardly another than the base."""
+    if effect == 0.0:
+        logger.warning("The adapter changes nothing (its B matrices are zero): the merged model is the base")
+    elif error > effect / 2:
+        logger.warning(
+            "Rounding to %s changes the model by %.1e, and training had changed it by %.1e: float32 keeps all of it",
+            *(dtype, error, effect),
+        )
+
+
 def merge(
     model_dir: str | Path, output_dir: str | Path, dtype: str | None = None, *, trust_remote_code: bool = False
 ) -> MergeReport:
@@ -252,8 +263,6 @@ def merge(
     expected = _logits(adapted, ids)
     with adapted.disable_adapter():
         effect = relative_difference(expected, _logits(adapted, ids))
-    if effect == 0.0:
-        logger.warning("The adapter changes nothing (its B matrices are zero): the merged model is the base")
     merged = _fold(adapted, ids, expected).to(getattr(torch, dtype))
     parameters = merged.num_parameters()
 
@@ -275,13 +284,7 @@ def merge(
         unchecked.rename(target)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
-    if error > effect / 2:
-        logger.warning(
-            "Rounding to %s changes the model by %.1e, and training had changed it by %.1e: float32 keeps all of it",
-            dtype,
-            error,
-            effect,
-        )
+    _warn_of_little_effect(effect, error, dtype)
     report = MergeReport(
         base=reference,
         adapter=str(folder),
