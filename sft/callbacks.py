@@ -21,18 +21,13 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class FollowConfig(TrainerCallback):
-    """Keeps the intervals those of the config, also where a checkpoint has others, and reports the last step too."""
+    """Keeps the intervals of logging, evaluating and saving those of the config, also where a checkpoint has others."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A resumed run's state comes from the checkpoint, with the intervals of the run that was stopped."""
         state.compute_steps(args, state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Steps behind the last full interval would go unreported."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
 
 
 class FollowEpoch(TrainerCallback):

@@ -146,11 +146,6 @@ def test_a_resumed_run_follows_the_configs_intervals(config_file: Path, tmp_path
     assert [e["step"] for e in log_history(out)] == [1, 2, 3, 4, 8]
 
 
-def test_the_last_steps_are_reported_whatever_the_interval(config_file: Path, tmp_path: Path) -> None:
-    sft_main.main(["--config_file", str(config_file), "--logging_steps=3"])
-    assert [e["step"] for e in log_history(tmp_path / "out")] == [3, 4]
-
-
 def test_two_runs_in_one_folder_are_refused(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
