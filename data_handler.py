@@ -48,6 +48,7 @@ class PreparedData:
         train_tokens: tokens of `train`.
         ledger: SPEC's LEDGER document.
         end_token_ids: the tokens that end the trained answers, in the order of first use.
+        sample: the preview of the first row that is not lost; None when only evaluation sets were prepared.
         from_cache: whether an earlier preparation was found.
     """
 
@@ -56,6 +57,7 @@ class PreparedData:
     train_tokens: int
     ledger: dict[str, Any]
     end_token_ids: tuple[int, ...]
+    sample: dict[str, Any] | None = None
     from_cache: bool = False
 
 
@@ -90,6 +92,7 @@ def prepare_data(
         train_tokens=facts["train_tokens"],
         ledger=facts["ledger"],
         end_token_ids=tuple(facts["end_token_ids"]),
+        sample=facts["sample"],
         from_cache=from_cache,
     )
 
@@ -171,6 +174,9 @@ class _Plan:
         ledgers |= {name if name not in ledgers else f"eval_{name}": s.ledger for name, s in evals.items()}
         facts: dict[str, Any] = {"ledger": as_document(ledgers), "evals": files, "end_token_ids": end_tokens}
         facts["train_tokens"] = sum(s.ledger.tokens for s in trained.values())
+        # Kept here, so that a second start shows it without reading the sources again.
+        samples = preview(self.keys, self.tokenizer, 1, seed=self.seed) if self.training else iter(())
+        facts["sample"] = next(samples, None)
         (folder / "facts.json").write_text(json.dumps(facts))
 
 

@@ -32,6 +32,7 @@ from sft.errors import Problem, UserError
 if TYPE_CHECKING:
     from data_handler import PreparedData
     from sft.checking import Report
+    from sft.conversation import Conversation
     from sft.schema import Config
     from trainer_utils import SFTTrainer
 
@@ -94,10 +95,11 @@ def train(argv: list[str]) -> int:
         if checkpoint is None:
             set_aside(output_dir)
 
-    results = _exact_match(config, trainer.model, tokenizer, data, "_before")
+    questions = _questions(config, data)
+    results = _exact_match(config, trainer.model, tokenizer, data, questions, "_before")
     trainer.fit(checkpoint)
     results |= trainer.evaluate_all()
-    results |= _exact_match(config, trainer.model, tokenizer, data, "_after")
+    results |= _exact_match(config, trainer.model, tokenizer, data, questions, "_after")
     if distributed.is_main_process():
         _save(config, trainer, tokenizer, data, results, time.perf_counter() - started)
     distributed.barrier()
@@ -200,7 +202,7 @@ def evaluate(argv: list[str]) -> int:
     callbacks = [ConsoleProgress(console, bars=not config.disable_tqdm)]
     trainer = trainer_utils.SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
     results = trainer.evaluate_all()
-    results |= _exact_match(config, model, tokenizer, data, "")
+    results |= _exact_match(config, model, tokenizer, data, _questions(config, data), "")
     if options.json and distributed.is_main_process():
         print(json.dumps(results))
     distributed.destroy_process_group()
@@ -377,8 +379,8 @@ def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedD
         show_ledger(data.ledger)
         if training:
             artifacts.write_ledger(Path(config.output_dir), data.ledger)
-            for sample in data_handler.preview(keys, tokenizer, 1, seed=config.seed):
-                show_sample(sample, tokenizer)
+        if data.sample:
+            show_sample(data.sample, tokenizer)
     if training:
         data_handler.require_enough_rows(keys, data.ledger)
         if str(config.eval_strategy) != "no" and not data.evals:
@@ -387,23 +389,32 @@ def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedD
     return data
 
 
-def _exact_match(config: Config, model: Any, tokenizer: Any, data: PreparedData, when: str) -> dict[str, float]:
-    """The share of validation rows that the model answers exactly, said aloud; nothing when there is none to ask."""
-    import torch
-
+def _questions(config: Config, data: PreparedData) -> list[Conversation]:
+    """The validation rows that `exact_match_samples` asks for; each ends with its right answer."""
     import data_handler
-    import distributed_utils as distributed
-    from sft.console import counting
-    from sft.exact_match import count_right
     from sft.schema import DataKeys
 
     if not config.exact_match_samples or not data.evals:
-        return {}
+        return []
     rows = data_handler.validation_conversations(
         config.section(DataKeys), seed=config.seed, limit=config.exact_match_samples
     )
     if not rows:
         logger.warning("exact_match_samples: no validation row is a conversation that ends with an answer")
+    return rows
+
+
+def _exact_match(
+    config: Config, model: Any, tokenizer: Any, data: PreparedData, rows: list[Conversation], when: str
+) -> dict[str, float]:
+    """The share of `rows` that the model answers exactly, said aloud; nothing when there is none to ask."""
+    import torch
+
+    import distributed_utils as distributed
+    from sft.console import counting
+    from sft.exact_match import count_right
+
+    if not rows:
         return {}
     mine = rows[distributed.rank() :: distributed.world_size()]
     with counting("questions answered:") as on_progress:

@@ -20,12 +20,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft import run_shape
 from sft.batch_plan import BatchPlan
 from sft.callbacks import ConsoleProgress, FollowConfig, FollowEpoch
-from sft.collation import Collator, EvenRows
+from sft.collation import Collator, EvenRows, row_lengths
 from sft.isolation import require_isolation
 from sft.losses import TokenLoss, token_loss
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
-from sft.run_shape import RunShape, describe_adapter
+from sft.run_shape import RunShape, describe_adapter, digest_lengths
 from sft.sampling import EpochSampler
 from sft.trained_models import save_companions
 
@@ -55,7 +55,6 @@ def training_arguments(
         wandb_project: None leaves it to the environment.
     """
     arguments = dict(given)
-    output_dir = arguments.setdefault("output_dir", "outputs")
     arguments |= {"bf16": bf16, "fp16": fp16}
     if plan is not None:
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
@@ -72,7 +71,7 @@ def training_arguments(
     # Upstream takes these two from the environment alone.
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project
-    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(output_dir) / "logs" / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(arguments["output_dir"]) / "logs" / "tensorboard")
     return TrainingArguments(**arguments)
 
 
@@ -128,6 +127,7 @@ class SFTTrainer(Trainer):
         packed = [d for d in (train_dataset, *eval_datasets.values()) if d and "position_ids" in d.column_names]
         if packed:
             require_isolation(model, collator)
+        self._train_rows: Any = train_dataset
         self._total_steps = total_steps
         self._end_token_ids = end_token_ids
         self._last_evaluation: tuple[int, dict[str, float]] = (-1, {})
@@ -190,14 +190,12 @@ class SFTTrainer(Trainer):
                     callback.close()
 
     def _shape(self) -> RunShape:
-        dataset: Any = self.train_dataset
-        rows = EvenRows(dataset.rows if isinstance(dataset, EvenRows) else dataset, 1)
         return RunShape(
             world_size=self.args.world_size,
             per_device_train_batch_size=self.args.per_device_train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            train_rows=len(rows),
-            row_lengths=rows.row_lengths_digest(),
+            train_rows=len(self._train_rows),
+            row_lengths=digest_lengths(row_lengths(self._train_rows)),
             seed=self._order_seed(),
             adapter=describe_adapter(self.model),
             train_sampling_strategy=self.args.train_sampling_strategy,
@@ -207,12 +205,10 @@ class SFTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
-        rows: Any = self.train_dataset
-        if isinstance(rows, EvenRows):  # a second attempt, with a smaller batch (auto_find_batch_size)
-            rows = rows.rows
-            self._sums.take()
+        # Called again for a smaller batch (auto_find_batch_size), after an attempt whose sums count for nothing.
+        self._sums = TokenSums(self.args.device)
         multiple = 1 if self.args.dataloader_drop_last else self._even(self._train_batch_size)
-        self.train_dataset: Any = EvenRows(rows, multiple)
+        self.train_dataset: Any = EvenRows(self._train_rows, multiple)
         return super().get_train_dataloader()
 
     def _even(self, batch_size: int) -> int:
@@ -228,7 +224,7 @@ class SFTTrainer(Trainer):
         if strategy not in ("random", "sequential", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
         per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = rows.row_lengths() if strategy == "group_by_length" else None
+        lengths = row_lengths(rows.rows) if strategy == "group_by_length" else None
         sampler = EpochSampler(len(rows.rows), rows.fillers, self._order_seed(), strategy, lengths, per_step)
         self.remove_callback(FollowEpoch)
         self.add_callback(FollowEpoch(sampler))

@@ -5,11 +5,14 @@ The position in the data is derived from the step, so the steps of both runs mus
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sft.errors import Problem, UserError
 from sft.metrics import TokenCounts
@@ -33,12 +36,19 @@ class RunShape:
     train_sampling_strategy: str
 
 
+def digest_lengths(lengths: np.ndarray) -> str:
+    """A few characters that differ when the rows' lengths (N,) do."""
+    return hashlib.blake2b(lengths.astype(np.int64).tobytes(), digest_size=8).hexdigest()
+
+
 def describe_adapter(model: Any) -> str | None:
     """What decides the shapes of an adapter's weights; None for a model without one."""
     config = getattr(model, "peft_config", {}).get("default")
     if config is None:
         return None
-    return f"r={config.r}, lora_alpha={config.lora_alpha}, target_modules={sorted(config.target_modules)}"
+    modules = config.target_modules  # names, one regular expression, or None beside target_parameters
+    named = modules if modules is None or isinstance(modules, str) else sorted(modules)
+    return f"r={config.r}, lora_alpha={config.lora_alpha}, target_modules={named}"
 
 
 def save(folder: Path, shape: RunShape, counts: TokenCounts) -> None:

@@ -388,6 +388,9 @@ def test_the_second_preparation_is_the_first_ones(tmp_path, keys):
     config = keys(train_file=write(tmp_path / "a.jsonl", *map(qa, range(20)), "{broken"), validation_split=0.2)
     first, second = prepare(config), prepare(config)
     assert (first.from_cache, second.from_cache) == (False, True)
+    assert first.sample == second.sample
+    assert first.sample is not None
+    assert (first.sample["split"], first.sample["row"]) == ("train", 0)
     assert (first.ledger, first.end_token_ids, first.train_tokens) == (
         second.ledger,
         second.end_token_ids,
