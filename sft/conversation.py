@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sft.strict_json import loads
+
 Message = dict[str, Any]
 
 
@@ -60,8 +62,8 @@ def as_text(value: Any, key: str) -> str:
 def parse_json(text: str, what: str) -> Any:
     """The value of JSON text. Raises `RowLost`, which names `what` it stands in."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of thousands of digits
+        return loads(text)
+    except (ValueError, RecursionError) as error:
         raise RowLost("bad_schema", f"{what}: not JSON: {error}") from None
 
 
@@ -70,7 +72,16 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
+def shown(value: Any) -> str:
+    """The beginning of a value as a message shows it."""
+    try:
+        return repr(str(value)[:60])
+    except (RecursionError, ValueError):  # nested too deeply to be written, a number of thousands of digits
+        return kind_of(value)
+
+
 def keys_of(row: Mapping[str, Any]) -> str:
     """A row's keys as a message names them."""
-    shown = ", ".join(str(key)[:60] for key in list(row)[:20])
-    return f"its keys are {shown or 'none'}" + (f" and {len(row) - 20} more" if len(row) > 20 else "")
+    keys = ", ".join(str(key)[:60] for key in list(row)[:20])
+    keys = keys.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair could not be printed
+    return f"its keys are {keys or 'none'}" + (f" and {len(row) - 20} more" if len(row) > 20 else "")

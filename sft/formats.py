@@ -7,9 +7,10 @@ fits one with a value of the wrong type, raises `RowLost` with the reason that t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from sft.conversation import Conversation, Message, RowLost, Text, as_text, keys_of, kind_of, parse_json
+from sft.conversation import Conversation, Message, RowLost, Text, as_text, keys_of, kind_of, parse_json, shown
 from sft.messages import read_messages, read_tools
 
 QUESTION_ANSWER_KEYS = (
@@ -41,7 +42,7 @@ def normalize(
     Args:
         row: the source's mapping.
         format: `auto`, or the one format that each row must have.
-        columns: our name → the row's name; a dotted path reaches into nested mappings.
+        columns: our name → the row's name; a dotted path reaches into nested mappings, a number into a list.
         system_prompt: put in front of a conversation that has no system message of its own.
 
     Raises:
@@ -59,7 +60,7 @@ def normalize(
             [False, *conversation.trainable],
             conversation.tools,
         )
-    if not any(m["role"] == "assistant" for m in conversation.messages):
+    if "assistant" not in [message["role"] for message in conversation.messages]:
         raise RowLost("no_trained_token", "the conversation has no assistant turn")
     return conversation
 
@@ -70,9 +71,12 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
     for ours, theirs in columns.items():
         value: Any = row
         for part in [theirs] if theirs in row else theirs.split("."):
-            if not isinstance(value, Mapping) or part not in value:
+            if isinstance(value, Mapping) and part in value:
+                value = value[part]
+            elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+                value = value[int(part)]
+            else:
                 raise RowLost("bad_schema", f"columns maps {ours} to {theirs!r}, which the row lacks: {keys_of(row)}")
-            value = value[part]
         renamed[ours] = value
     return renamed
 
@@ -86,13 +90,19 @@ def detect(row: Mapping[str, Any], format: str = "auto", mapped: Collection[str]
     Raises:
         RowLost: `bad_schema` when the row has the keys of none, or not those of `format`.
     """
-    fitting = [
-        (shape, keys) for shape, keys in _SHAPES if format in ("auto", shape) and all(key in row for key in keys)
-    ]
+    fitting = _fitting(tuple(row), format)
     if not fitting:
         what = "fits no known format" if format == "auto" else f"is not of the format {format}"
         raise RowLost("bad_schema", f"{what}: {keys_of(row)}")
+    if len(fitting) == 1:
+        return fitting[0]
     return max(fitting, key=lambda fit: (sum(key in mapped for key in fit[1]), _fullness(row, fit)))
+
+
+@lru_cache(maxsize=1024)
+def _fitting(names: tuple[str, ...], format: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The shapes whose keys are among `names`; kept, as most rows of a source have the same names."""
+    return [(shape, keys) for shape, keys in _SHAPES if format in ("auto", shape) and all(key in names for key in keys)]
 
 
 def _fullness(row: Mapping[str, Any], fit: tuple[str, tuple[str, ...]]) -> int:
@@ -117,7 +127,7 @@ def _alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
         raise RowLost("bad_schema", f"history: expected a list of pairs, found {kind_of(history)}")
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowLost("bad_schema", f"history: expected pairs of question and answer, found {str(pair)[:60]!r}")
+            raise RowLost("bad_schema", f"history: expected pairs of question and answer, found {shown(pair)}")
         messages += [
             {"role": "user", "content": as_text(pair[0], "history")},
             {"role": "assistant", "content": _answer(pair[1], "history")},
@@ -125,7 +135,7 @@ def _alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
     question_key, answer_key = keys
     question = _text(row, question_key)
     if _has(row, "input"):
-        question = f"{question}\n\n{_text(row, 'input')}" if question.strip() else _text(row, "input")
+        question = _joined(question, _text(row, "input"))
     messages += [
         {"role": "user", "content": question},
         {"role": "assistant", "content": _answer(row[answer_key], answer_key)},
@@ -138,10 +148,10 @@ def _qa(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
     if isinstance(row[question_key], list) or (isinstance(row[answer_key], list) and answer_key != "answers"):
         return _prompt_completion_messages(row, question_key, answer_key)
     question = _text(row, question_key)
-    if _has(row, "context"):
-        # SQuAD asks after the passage; Dolly gives the passage after its instruction.
-        parts = [question, _text(row, "context")]
-        question = "\n\n".join(parts if question_key == "instruction" else reversed(parts))
+    if question_key == "instruction":  # Dolly gives the passage after its instruction; so do Alpaca's descendants
+        question = _joined(question, *(_text(row, key) for key in ("context", "input") if _has(row, key)))
+    elif _has(row, "context"):  # SQuAD asks after the passage
+        question = _joined(_text(row, "context"), question)
     messages: list[Message] = []
     if _has(row, "system"):
         messages.append({"role": "system", "content": _text(row, "system")})
@@ -150,6 +160,11 @@ def _qa(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
         {"role": "assistant", "content": _answer(row[answer_key], answer_key)},
     ]
     return Conversation("qa", messages, [m["role"] == "assistant" for m in messages])
+
+
+def _joined(*parts: str) -> str:
+    """The parts that hold anything, with a blank line between them; the first one where none does."""
+    return "\n\n".join(part for part in parts if part.strip()) or parts[0]
 
 
 def _prompt_completion_messages(row: Mapping[str, Any], question_key: str, answer_key: str) -> Conversation:
@@ -180,24 +195,28 @@ def _chat(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
 
 def _answer(value: Any, key: str) -> str:
     """The answer's text; SQuAD nests it as `{"text": [...]}` or `[{"text": ...}]` and the first one counts."""
-    is_nested = isinstance(value, Mapping) and "text" in value
+    text = value if isinstance(value, str) else _nested_answer(value, key)
+    if not text or text.isspace():
+        raise RowLost("empty_answer", f"{key} is empty")
+    return text
+
+
+def _nested_answer(value: Any, key: str) -> str:
+    is_nested = isinstance(value, dict) and "text" in value
     if is_nested:
         value = value["text"]
     if isinstance(value, list) and (is_nested or key == "answers"):
         value = value[0] if value else ""
-    if isinstance(value, Mapping) and "text" in value:
+    if isinstance(value, dict) and "text" in value:
         value = value["text"]
-    text = "" if value is None else as_text(value, key)
-    if not text.strip():
-        raise RowLost("empty_answer", f"{key} is empty")
-    return text
+    return "" if value is None else as_text(value, key)
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     if key not in row:
         raise RowLost("bad_schema", f"{key} is missing: {keys_of(row)}")
     text = as_text(row[key], key)
-    if key == "text" and not text.strip():
+    if key == "text" and (not text or text.isspace()):
         raise RowLost("empty_answer", "the text is empty")
     return text
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from sft.conversation import Conversation, Message, RowLost, kind_of, parse_json
+from sft.conversation import Conversation, Message, RowLost, as_text, kind_of, parse_json, shown
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -21,8 +20,8 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_PASSED_ON = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
+_EXTRAS = ("tool_call_id", "name", "reasoning_content", "thinking")
 
 
 def read_messages(value: list[Any]) -> Conversation:
@@ -32,46 +31,67 @@ def read_messages(value: list[Any]) -> Conversation:
     messages: list[Message] = []
     trainable: list[bool] = []
     for number, item in enumerate(value):
-        if not isinstance(item, Mapping):
+        if not isinstance(item, dict):
             raise RowLost("bad_schema", f"message {number}: expected an object, found {kind_of(item)}")
         message = _message(item, number)
         messages.append(message)
-        trainable.append(message["role"] == "assistant" and _wants_training(item, number))
+        # Most messages have a role and a content, and nothing else to look at.
+        wanted = len(item) == 2 or _wants_training(item, number)
+        trainable.append(wanted and message["role"] == "assistant")
     return Conversation("chat", messages, trainable)
 
 
-def _message(item: Mapping[str, Any], number: int) -> Message:
-    raw_role = item.get("role", item.get("from"))
-    if "role" in item:
-        role = raw_role if raw_role in _ROLES else None
-    else:
-        role = _SHAREGPT_ROLES.get(raw_role) if isinstance(raw_role, str) else None
-    if role is None:
-        raise RowLost("bad_schema", f"message {number}: unknown role {str(raw_role)[:60]!r}")
-    content = item["content"] if "content" in item else item.get("value")
+def _message(item: dict[str, Any], number: int) -> Message:
+    role = _role(item, number)
+    content = item.get("content")
+    if content is None:
+        content = item.get("value")
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, f"message {number}: {role}")}
-    extras = {key: item[key] for key in _PASSED_ON if item.get(key)}
-    if "tool_calls" in extras:
-        extras["tool_calls"] = _tool_calls(extras["tool_calls"], f"message {number}: tool_calls")
+    extras = _extras(item, number) if len(item) > 2 else {}
     if content is None and "tool_calls" in extras:
         content = ""
     if isinstance(content, list):  # OpenAI's content parts
         content = "".join(_part_text(part, number) for part in content)
     if not isinstance(content, str):
         raise RowLost("bad_schema", f"message {number} ({role}): content is {kind_of(content)}, expected text")
-    if role == "assistant" and not content.strip() and "tool_calls" not in extras:
+    if role == "assistant" and "tool_calls" not in extras and (not content or content.isspace()):
         raise RowLost("empty_answer", f"message {number}: the assistant says nothing")
     return {"role": role, "content": content, **extras}
 
 
+def _role(item: dict[str, Any], number: int) -> str:
+    """The role as templates know it; a table of both habits leaves the name of the other empty."""
+    name = item.get("role")
+    roles = _ROLES
+    if name is None:
+        name, roles = item.get("from"), _SHAREGPT_ROLES
+    role = roles.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise RowLost("bad_schema", f"message {number}: unknown role {shown(name)}")
+    return role
+
+
+def _extras(item: dict[str, Any], number: int) -> dict[str, Any]:
+    """What a message has besides its content that templates know."""
+    extras: dict[str, Any] = {}
+    if item.get("tool_calls"):
+        extras["tool_calls"] = _tool_calls(item["tool_calls"], f"message {number}: tool_calls")
+    for key in _EXTRAS:
+        if item.get(key) not in (None, ""):
+            extras[key] = as_text(item[key], f"message {number}: {key}")
+    return extras
+
+
 def _part_text(part: Any, number: int) -> str:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
         return part["text"]
-    raise RowLost("bad_schema", f"message {number}: a content part that is not text: {str(part)[:60]!r}")
+    raise RowLost("bad_schema", f"message {number}: a content part that is not text: {shown(part)}")
 
 
-def _wants_training(item: Mapping[str, Any], number: int) -> bool:
+def _wants_training(item: dict[str, Any], number: int) -> bool:
     weight, train = item.get("weight"), item.get("train")
     if weight not in (None, 0, 1) or train not in (None, True, False):
         raise RowLost("bad_schema", f"message {number}: expected weight 0 or 1 and train true or false")
@@ -89,9 +109,9 @@ def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
         raise RowLost("bad_schema", f"{what}: the list is empty")
     result = []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowLost("bad_schema", f"{what}: a call without a name: {str(call)[:60]!r}")
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowLost("bad_schema", f"{what}: a call without a name: {shown(call)}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
             arguments = parse_json(arguments, f"{what}: arguments")
@@ -106,6 +126,6 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         value = parse_json(value, "tools") if value.strip() else None
     if not value:
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowLost("bad_schema", f"tools: expected a list of objects, found {kind_of(value)}")
     return [dict(t) if "function" in t else {"type": "function", "function": dict(t)} for t in value]

@@ -1,27 +1,28 @@
-"""One reader for each kind of file: parsed rows with their lines, in the order of the file.
+"""One reader for each kind of file: rows with their places, in the order of the file.
 
 A row that cannot be read comes with a reason and costs only itself; a file that cannot be read as a whole is a
-`UserError` that names it.
+`UserError` that names it. Rows that are not wanted are counted, and neither parsed nor made.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sft.conversation import kind_of, shown
 from sft.errors import Problem, UserError
+from sft.file_streams import COMPRESSIONS, decoded, not_utf8, open_stream
+from sft.json_array import array_values
+from sft.rows import Parsed, Row, Rows, Wanted, require_distinct
+from sft.strict_json import DuplicateKey, loads
+from sft.table_readers import read_arrow, read_parquet
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".zst")
 _CSV_FIELD_LIMIT = 1 << 30  # bytes; Python's default of 128 KiB cuts long documents short with an error
-
-Parsed = tuple[int, dict[str, Any] | None, tuple[str, str] | None]
-"""A row's line (from 1), its mapping or None, and `(reason, message)` where it is None."""
+_HEAD = 1 << 20  # bytes of a .json file that show which kind it is
 
 
 def data_extension(path: Path) -> str:
@@ -32,213 +33,160 @@ def data_extension(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_file(file: Path) -> Iterator[Parsed]:
-    """The rows of one file, by its extension.
+def read_file(file: Path, first: int = 0, wanted: Wanted = None) -> Rows:
+    """The wanted rows of one file, read by its extension; their indices count from `first`.
 
     Raises:
-        UserError: the file cannot be opened, or not parsed as a whole (a JSON array cut short, a broken Parquet).
+        UserError: the file cannot be opened, or not parsed as a whole (a JSON array cut short, a broken Parquet);
+            rows that stand in front of the damage have been handed out by then.
     """
-    return _READERS[data_extension(file)](file)
+    return _READERS[data_extension(file)](file, first, wanted)
 
 
-def _read_bytes(file: Path) -> bytes:
-    try:
-        raw = file.read_bytes()
-        if file.suffix.lower() == ".gz":
-            raw = gzip.decompress(raw)
-        elif file.suffix.lower() == ".zst":
-            raw = _decompress_zstd(raw)
-    except (OSError, EOFError) as error:
-        raise UserError(Problem(f"cannot be read: {error}", "is the file whole?", file=str(file))) from None
-    except Exception as error:  # zlib.error, zstandard.ZstdError: a damaged stream has a class per library
-        raise UserError(Problem(f"cannot be decompressed: {error}", "is it whole?", file=str(file))) from None
-    return raw.removeprefix(b"\xef\xbb\xbf")
-
-
-def _decompress_zstd(raw: bytes) -> bytes:
-    """All frames of `raw`. Raises `EOFError` when the last is cut short, which zstandard's own reader passes over."""
-    import zstandard
-
-    parts = []
-    while raw:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(raw))
-        if not frame.eof:
-            raise EOFError("the compressed stream ends too early")
-        raw = frame.unused_data
-    return b"".join(parts)
-
-
-def _decoded_lines(file: Path) -> Iterator[tuple[int, str | None, tuple[str, str] | None]]:
+def _read_lines(file: Path, first: int, wanted: Wanted, parse: Callable[[str], Parsed]) -> Rows:
     """Lines that are not blank, decoded one by one, so that one bad byte costs one row."""
-    for number, raw in enumerate(_read_bytes(file).split(b"\n"), start=1):
-        raw = raw.removesuffix(b"\r")
-        if not raw.strip():
-            continue
-        try:
-            yield number, raw.decode("utf-8"), None
-        except UnicodeDecodeError as error:
-            yield (
-                number,
-                None,
-                ("bad_encoding", f"not UTF-8: {error.reason} at byte {error.start} of the line"),
-            )
+    name, index = str(file), first
+    with open_stream(file) as stream:
+        for number, raw in enumerate(stream, start=1):
+            if raw.isspace():
+                continue
+            if wanted is None or wanted(index):
+                try:
+                    data, lost = parse(raw.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    data = None
+                    lost = ("bad_encoding", f"not UTF-8: {error.reason} at byte {error.start} of the line")
+                yield Row(name, index, number, data, lost)
+            index += 1
+    return index - first
 
 
-def _read_jsonl(file: Path) -> Iterator[Parsed]:
-    for number, text, lost in _decoded_lines(file):
-        if text is None:
-            yield number, None, lost
-            continue
-        try:
-            yield number, *_as_row(json.loads(text))
-        except json.JSONDecodeError as error:
-            yield number, None, ("bad_json", f"{error.msg} at column {error.colno}: {text[:80]!r}")
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-            yield number, None, ("bad_json", str(error))
+def _read_jsonl(file: Path, first: int, wanted: Wanted) -> Rows:
+    return _read_lines(file, first, wanted, _parse_json)
 
 
-def _read_json(file: Path) -> Iterator[Parsed]:
-    """A JSON array of rows; a `.json` file that holds one object a line is read as JSON Lines."""
-    text = _decode_whole(file)
+def _parse_json(line: str) -> Parsed:
+    line = _without_end(line)
     try:
-        content = json.loads(text)
+        return _as_row(loads(line))
     except json.JSONDecodeError as error:
-        if text.lstrip().startswith("{") and error.msg == "Extra data":
-            yield from _read_jsonl(file)
-            return
-        raise UserError(
-            Problem(f"not JSON: {error.msg} at column {error.colno}", file=str(file), line=error.lineno)
-        ) from None
+        return None, ("bad_json", f"{error.msg} at column {error.colno}: {line[:80]!r}")
+    except (ValueError, RecursionError) as error:  # a key twice; a number of thousands of digits; as many brackets
+        return None, ("bad_json", str(error))
+
+
+def _as_row(value: Any) -> Parsed:
+    if isinstance(value, dict):
+        return value, None
+    return None, ("bad_schema", f"expected an object with keys, found {kind_of(value)}: {shown(value)}")
+
+
+def _read_txt(file: Path, first: int, wanted: Wanted) -> Rows:
+    return _read_lines(file, first, wanted, lambda line: ({"text": _without_end(line)}, None))
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _read_json(file: Path, first: int, wanted: Wanted) -> Rows:
+    """A JSON array of rows, or one object; a `.json` file that holds one object a line is read as JSON Lines."""
+    with open_stream(file) as stream:
+        head = stream.read(_HEAD).lstrip()
+    line, _, more = head.partition(b"\n")
+    if more.strip() and _is_object(line):
+        return (yield from _read_jsonl(file, first, wanted))
+    index = first
+    try:
+        with open_stream(file) as stream:
+            text = decoded(stream)
+            for value, twice in array_values(text) if head.startswith(b"[") else _one_value(text.read(), file):
+                if wanted is None or wanted(index):
+                    data, lost = (None, ("bad_json", str(twice))) if twice else _as_row(value)
+                    yield Row(str(file), index, index - first + 1, data, lost)
+                index += 1
+    except UnicodeDecodeError:
+        raise not_utf8(file) from None
+    except json.JSONDecodeError as error:
+        if head.startswith(b"{") and error.msg == "Extra data":  # lines, of which the first is very long
+            return (yield from _read_jsonl(file, first, wanted))
+        message = f"not JSON: {error.msg} at column {error.colno}"
+        raise UserError(Problem(message, file=str(file), line=error.lineno)) from None
     except (ValueError, RecursionError) as error:
         raise UserError(Problem(f"not JSON that can be read: {error}", file=str(file))) from None
-    if isinstance(content, dict):
-        content = _unwrap(content)
-    if not isinstance(content, list):
-        raise UserError(Problem(f"expected a JSON array of rows, found {type(content).__name__}", file=str(file)))
-    for number, value in enumerate(content, start=1):
-        yield number, *_as_row(value)
+    return index - first
 
 
-def _unwrap(content: dict[str, Any]) -> list[Any]:
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(loads(line.decode("utf-8")), dict)
+    except DuplicateKey:
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def _one_value(text: str, file: Path) -> Iterator[tuple[Any, None]]:
     """The rows of `{"data": [rows]}`; any other object is one row, a conversation's `{"messages": [...]}` too."""
+    content = loads(text)
+    if not isinstance(content, dict):
+        raise UserError(Problem(f"expected a JSON array of rows, found {kind_of(content)}", file=str(file)))
     values = list(content.values())
     rows = values[0] if len(values) == 1 and isinstance(values[0], list) else []
     are_rows = bool(rows) and all(isinstance(r, dict) and "role" not in r and "from" not in r for r in rows)
-    return rows if are_rows else [content]
+    return ((row, None) for row in (rows if are_rows else [content]))
 
 
-def _as_row(value: Any) -> tuple[dict[str, Any] | None, tuple[str, str] | None]:
-    if isinstance(value, dict):
-        return value, None
-    return None, (
-        "bad_schema",
-        f"expected an object with keys, found {type(value).__name__}: {str(value)[:60]!r}",
-    )
-
-
-def _decode_whole(file: Path) -> str:
-    raw = _read_bytes(file)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        hint = f"convert it: iconv -f latin1 -t utf-8 {file.name}"
-        raise UserError(Problem(f"not UTF-8: {error.reason}", hint, file=str(file), line=line)) from None
-
-
-def _read_separated(file: Path, delimiter: str) -> Iterator[Parsed]:
-    """Rows under a header; each is named by the line it starts on, for quoted fields may hold line feeds."""
+def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not blank, each with the line it starts on: quoted fields may hold line feeds."""
     csv.field_size_limit(_CSV_FIELD_LIMIT)
-    # Lines end as the file's do: str.splitlines would also cut at U+2028 and form feeds, which texts hold.
-    reader = csv.reader(io.StringIO(_decode_whole(file), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        start = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(Problem(f"not CSV: {error}", file=str(file), line=start)) from None
-        if len(fields) < 2 and not "".join(fields).strip():
-            continue  # a blank line
-        if not header:
-            header = fields
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise UserError(Problem(f"two columns are called {twice[0]!r}", file=str(file), line=start))
-        elif len(fields) != len(header):
-            yield start, None, ("bad_schema", f"{len(fields)} fields, the header has {len(header)} columns")
-        else:
-            yield start, dict(zip(header, fields, strict=True)), None
-
-
-def _read_txt(file: Path) -> Iterator[Parsed]:
-    for number, text, lost in _decoded_lines(file):
-        yield number, None if text is None else {"text": text}, lost
-
-
-def _read_parquet(file: Path) -> Iterator[Parsed]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    start = 1
     try:
-        yield from _arrow_rows(pq.ParquetFile(_arrow_input(file)).iter_batches(batch_size=4096))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(Problem(f"not Parquet: {error}", file=str(file))) from None
+        with open_stream(file) as stream:
+            # Lines end as the file's do: str.splitlines would also cut at U+2028 and form feeds, which texts hold.
+            reader = csv.reader(decoded(stream), delimiter=delimiter, strict=True)
+            for fields in reader:
+                if len(fields) > 1 or "".join(fields).strip():
+                    yield start, fields
+                start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(Problem(f"not CSV: {error}", file=str(file), line=start)) from None
+    except UnicodeDecodeError:
+        raise not_utf8(file) from None
 
 
-def _read_arrow(file: Path) -> Iterator[Parsed]:
-    import pyarrow as pa
-
-    try:
-        source = _arrow_input(file)
-        try:
-            reader: Any = pa.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid:
-            source.seek(0)
-            batches = iter(pa.ipc.open_stream(source))
-        yield from _arrow_rows(batches)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(Problem(f"not an Arrow file: {error}", file=str(file))) from None
-
-
-def _arrow_input(file: Path) -> Any:
-    import pyarrow as pa
-
-    is_compressed = file.suffix.lower() in COMPRESSIONS
-    return pa.BufferReader(_read_bytes(file)) if is_compressed else pa.memory_map(str(file))
+def _read_separated(file: Path, first: int, wanted: Wanted, delimiter: str) -> Rows:
+    """Rows under a header."""
+    records = _records(file, delimiter)
+    start, header = next(records, (1, []))
+    require_distinct(header, file, start)
+    name, index = str(file), first
+    for start, fields in records:
+        if wanted is None or wanted(index):
+            if len(fields) == len(header):
+                yield Row(name, index, start, dict(zip(header, fields, strict=True)))
+            else:
+                message = f"{len(fields)} fields, the header has {len(header)} columns"
+                yield Row(name, index, start, None, ("bad_schema", message))
+        index += 1
+    return index - first
 
 
-def _arrow_rows(batches: Iterator[Any]) -> Iterator[Parsed]:
-    number = 0
-    for batch in batches:
-        try:
-            rows = batch.to_pylist()
-        except UnicodeDecodeError:  # Arrow does not check its texts: find the rows that are none, one by one
-            rows = [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
-        for row in rows:
-            number += 1
-            is_lost = isinstance(row, UnicodeDecodeError)
-            yield number, None if is_lost else row, ("bad_encoding", f"not UTF-8: {row.reason}") if is_lost else None
+def _read_csv(file: Path, first: int, wanted: Wanted) -> Rows:
+    return _read_separated(file, first, wanted, ",")
 
 
-def _arrow_row(one: Any) -> dict[str, Any] | UnicodeDecodeError:
-    try:
-        return one.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return error
+def _read_tsv(file: Path, first: int, wanted: Wanted) -> Rows:
+    return _read_separated(file, first, wanted, "\t")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Parsed]]] = {
+_READERS: dict[str, Callable[[Path, int, Wanted], Rows]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".csv": lambda file: _read_separated(file, ","),
-    ".tsv": lambda file: _read_separated(file, "\t"),
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".txt": _read_txt,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }

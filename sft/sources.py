@@ -8,34 +8,18 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sft.errors import Problem, UserError
 from sft.readers import EXTENSIONS, data_extension, read_file
+from sft.rows import Row, Wanted
 
 logger = logging.getLogger("sft")
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a source.
-
-    Attributes:
-        file: the path (or hub name) as the user would recognise it.
-        index: position in the source, counted from 0 over all of its files.
-        line: line in the file counted from 1; for formats without lines (a JSON array, Parquet) the row, from 1.
-        data: the row's mapping, or None when it could not be read.
-        lost: `(reason, message)` when it could not be read.
-    """
-
-    file: str
-    index: int
-    line: int
-    data: dict[str, Any] | None
-    lost: tuple[str, str] | None = None
+_BATCH_ROWS = 1000  # rows of a data set of `datasets` that are decoded at a time
 
 
 def find_files(spec: str | list[str], key: str) -> list[Path]:
@@ -49,37 +33,72 @@ def find_files(spec: str | list[str], key: str) -> list[Path]:
     entries = [spec] if isinstance(spec, str) else spec
     if not any(entry.strip() for entry in entries):
         raise UserError(Problem("names no file", f"give a file, glob or folder, not {spec!r}", key))
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by absolute path, as two entries may name one file in two ways
     for entry in entries:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if _is_data_file(p, path))
-            if not files:
-                raise UserError(Problem(f"the folder {entry!r} holds no data file", f"expected one of {_known()}", key))
-        elif path.is_file():
-            files = [path]
-        else:
-            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            if not files:
-                raise UserError(Problem(f"no such file: {entry!r}", _nearest_file(path), key))
-        found.update(dict.fromkeys(files))
-    for file in found:
+        try:
+            for file in _files_of(entry, key):
+                found.setdefault(os.path.abspath(file), file)
+        except OSError as error:
+            raise UserError(Problem(f"cannot be searched: {error}", "are you allowed to read it?", key)) from None
+    for file in found.values():
         if data_extension(file) not in EXTENSIONS:
             raise UserError(
                 Problem(f"cannot tell the format of {str(file)!r} by its name", f"expected one of {_known()}", key)
             )
         if file.stat().st_size == 0:
             raise UserError(Problem(f"{str(file)!r} is empty", "give a file with at least one row", key))
-    return list(found)
+    return list(found.values())
 
 
-def _is_data_file(file: Path, folder: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not is_hidden and data_extension(file) in EXTENSIONS and file.is_file()
+def _files_of(entry: str, key: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        files = sorted(_data_files(path))
+        if not files:
+            raise UserError(Problem(f"the folder {entry!r} holds no data file", f"expected one of {_known()}", key))
+        return files
+    if path.is_file():
+        return [path]
+    if path.is_symlink():
+        raise UserError(Problem(f"{entry!r} is a link that leads to no file", f"it names {os.readlink(path)!r}", key))
+    if path.exists():
+        raise UserError(Problem(f"{entry!r} is a pipe or a device", "write what it gives to a file first", key))
+    files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not files:
+        raise UserError(Problem(f"no such file: {entry!r}", _nearest_file(path), key))
+    return files
 
 
-def read_files(files: list[Path]) -> Iterator[Row]:
+def _data_files(root: Path) -> Iterator[Path]:
+    """The data files in a folder and its subfolders, linked ones too; a link back to a folder above is no new folder.
+
+    Raises:
+        OSError: a folder that may not be read, whose files would be missing otherwise.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in names:
+            file = Path(folder, name)
+            if not name.startswith(".") and data_extension(file) in EXTENSIONS and file.is_file():
+                yield file
+
+
+def read_files(files: list[Path], wanted: Wanted = None) -> Iterator[Row]:
     """All rows of `files`, in order; `index` counts over the files.
+
+    Args:
+        files: as `find_files` gives them.
+        wanted: tells by its index whether a row is wanted; the others are counted, neither parsed nor handed out.
 
     Raises:
         UserError: a file that cannot be opened or parsed as a whole (a JSON array cut short, a broken Parquet);
@@ -87,35 +106,40 @@ def read_files(files: list[Path]) -> Iterator[Row]:
     """
     index = 0
     for file in files:
-        first = index
-        for line, data, lost in read_file(file):
-            yield Row(str(file), index, line, data, lost)
-            index += 1
-        if index == first:
+        count = yield from read_file(file, index, wanted)
+        if not count:
             logger.warning("%s holds no rows", file)
+        index += count
     if index == 0:
         names = ", ".join(str(f) for f in files[:5])
         raise UserError(Problem("holds no rows", "give a file with at least one row", file=names))
 
 
-def read_hub(name: str, config_name: str | None, split: str, key: str) -> Iterator[Row]:
-    """Rows of a data set on the Hugging Face hub.
+def read_hub(
+    name: str, config_name: str | None, split: str, key: str, wanted: Wanted = None, streaming: bool = False
+) -> Iterator[Row]:
+    """Rows of a data set on the Hugging Face hub; `streaming` fetches them as they are read, and keeps none.
 
     Raises:
         UserError: the name, configuration or split does not exist, or the hub cannot be reached.
     """
     import datasets
 
+    def dataset_rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        dataset = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        if not streaming:
+            return _picked(dataset, wanted)
+        return ((index, row) for index, row in enumerate(dataset) if wanted is None or wanted(index))
+
     try:
-        dataset = datasets.load_dataset(name, config_name, split=split)
+        for index, row in dataset_rows():
+            yield Row(f"{name}/{split}", index, index + 1, row)
     except Exception as error:  # the hub's client raises a class per cause, some of them bare OSErrors
         hint = "a local file or folder that does not exist is looked up on the Hugging Face hub: check the spelling"
         raise UserError(Problem(f"cannot load the data set {name!r} ({split}): {error}", hint, key)) from None
-    for index, row in enumerate(dataset):
-        yield Row(f"{name}/{split}", index, index + 1, row)
 
 
-def read_saved(folder: Path, split: str, key: str) -> Iterator[Row]:
+def read_saved(folder: Path, split: str, key: str, wanted: Wanted = None) -> Iterator[Row]:
     """Rows of a data set that `datasets` saved with `save_to_disk`. Raises `UserError` when it cannot be read."""
     import datasets
 
@@ -126,8 +150,19 @@ def read_saved(folder: Path, split: str, key: str) -> Iterator[Row]:
         raise UserError(
             Problem(f"cannot load the saved data set {str(folder)!r} ({split}): {error}", "", key)
         ) from None
-    for index, row in enumerate(dataset):
+    for index, row in _picked(dataset, wanted):
         yield Row(str(folder), index, index + 1, row)
+
+
+def _picked(dataset: Any, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The wanted rows of a `datasets.Dataset` with their indices; the others are not decoded."""
+    for start in range(0, len(dataset), _BATCH_ROWS):
+        batch = range(start, min(start + _BATCH_ROWS, len(dataset)))
+        indices = [index for index in batch if wanted(index)] if wanted is not None else batch
+        if indices:
+            columns = dataset[indices]
+            rows = zip(*columns.values(), strict=True)
+            yield from zip(indices, (dict(zip(columns, row, strict=True)) for row in rows), strict=True)
 
 
 def _known() -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sft.conversation import Conversation, RowLost, Text
 from sft.formats import QUESTION_ANSWER_KEYS, detect, normalize, rename_columns
+from sft.sources import read_files
 
 
 def user(content: str) -> dict[str, Any]:
@@ -117,6 +118,8 @@ def test_every_pair_of_question_and_answer(question, answer):
     [
         ({"instruction": "Who?", "context": "A text.", "response": "Me"}, [user("Who?\n\nA text."), assistant("Me")]),
         ({"instruction": "Who?", "context": "", "response": "Me"}, [user("Who?"), assistant("Me")]),
+        ({"instruction": "Add", "input": "2 3", "response": "5"}, [user("Add\n\n2 3"), assistant("5")]),
+        ({"instruction": "", "context": "Add 2 3", "response": "5"}, [user("Add 2 3"), assistant("5")]),
         ({"question": "Who?", "context": "A text.", "answer": "Me"}, [user("A text.\n\nWho?"), assistant("Me")]),
         (
             {"question": "Who?", "answer": "Me", "system": "Be brief"},
@@ -274,6 +277,54 @@ def test_weights_and_train_flags(flags, trained):
     content = conversation({"messages": [user("Hi"), assistant("Yes", **flags)]})
     assert content.trainable == [False, trained]
     assert content.messages[1] == assistant("Yes")
+
+
+def test_a_table_of_both_habits_leaves_the_keys_of_the_other_empty():
+    nothing = dict.fromkeys(("role", "content", "from", "value", "tool_calls", "name", "weight", "train"))
+    openai = [nothing | user("Hi"), nothing | assistant("Yes")]
+    sharegpt = [nothing | {"from": "human", "value": "Hi"}, nothing | {"from": "gpt", "value": "Yes"}]
+    for messages in (openai, sharegpt):
+        content = conversation({"messages": messages})
+        assert content.messages == [user("Hi"), assistant("Yes")]
+        assert content.trainable == [False, True]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "name", "tool_call_id"])
+def test_what_templates_know_besides_the_content_is_handed_on_as_text(key):
+    for value, expected in (("a b", {key: "a b"}), (7, {key: "7"}), (None, {}), ("", {})):
+        messages = [user("Hi"), assistant("Yes", **{key: value})]
+        assert conversation({"messages": messages}).messages[1] == assistant("Yes", **expected)
+    found = lost({"messages": [user("Hi"), assistant("Yes", **{key: ["a"]})]})
+    assert found == ("bad_schema", f"message 1: {key}: expected text, found list")
+
+
+def test_a_reply_that_is_a_call_alone_has_no_content():
+    calls = [{"function": {"name": "look", "arguments": "{}"}}]
+    for content in (None, "", " "):
+        item = {"role": "assistant", "content": content, "tool_calls": calls}
+        (_, reply) = conversation({"messages": [user("Hi"), item]}).messages
+        assert (reply["content"], len(reply["tool_calls"])) == (content or "", 1)
+    assert lost({"messages": [user("Hi"), {**item, "tool_calls": []}]})[0] == "empty_answer"
+
+
+def test_a_flag_that_is_none_is_found_in_whosever_message_it_stands():
+    found = lost({"messages": [{**user("Hi"), "weight": 2}, assistant("Yes")]})
+    assert found == ("bad_schema", "message 0: expected weight 0 or 1 and train true or false")
+
+
+def test_content_in_parts_that_are_texts():
+    assert conversation({"messages": [{"role": "user", "content": ["a", {"text": "b"}]}, assistant("Yes")]}).messages[
+        0
+    ] == user("ab")
+
+
+@pytest.mark.parametrize("depth", range(850, 1000, 7))
+def test_values_nested_as_deeply_as_json_reads_them_are_lost_with_a_reason(depth):
+    nested = "[" * depth + "]" * depth
+    for row in ({"messages": f"[{nested}]"}, {"messages": [{"from": "function_call", "value": nested}]}):
+        reason, message = lost(row)
+        assert reason == "bad_schema"
+        assert len(message) < 200
 
 
 def test_content_in_parts_and_conversations_written_as_json_text():
@@ -438,6 +489,14 @@ def test_the_shape_that_columns_name_comes_before_any_other(columns, messages):
     assert normalize(row, columns={"text": "q"}) == Text("Q")
 
 
+def test_a_number_in_a_path_reaches_into_a_list():
+    row = {"q": ["a", {"text": "Hi"}], "answers": {"text": ["Yes", "No"]}}
+    columns = {"question": "q.1.text", "answer": "answers.text.0"}
+    assert conversation(row, columns=columns).messages == [user("Hi"), assistant("Yes")]
+    for theirs in ("q.2.text", "q.-1.text", "q.x"):
+        assert lost(row, columns={"question": theirs, "answer": "answers.text.0"})[0] == "bad_schema"
+
+
 @pytest.mark.parametrize("theirs", ["nowhere", "data.nowhere", "data.q.deeper", "text.x"])
 def test_a_column_that_the_row_lacks_is_named(theirs):
     row = {"data": {"q": "Hi"}, "text": "x"}
@@ -558,3 +617,41 @@ def test_a_row_of_a_detected_format_is_the_same_row_when_that_format_is_asked_fo
         return
     assert normalize(row, shape) == content
     assert content.format == shape
+
+
+# Real rows
+
+
+def test_real_files_load_with_nothing_but_their_path(shared_data):
+    expected = {
+        "formats/alpaca_en_demo.json": ("alpaca", 999),
+        "formats/identity.json": ("alpaca", 91),
+        "formats/glaive_toolcall_en_demo.json": ("chat", 300),
+        "formats/dolly.json": ("qa", 12),
+        "formats/c4_demo.jsonl": ("text", 300),
+        "formats/wiki_demo.txt": ("text", 30),
+        "gsm8k/train.jsonl": ("qa", 7473),
+        "gsm8k/test.jsonl": ("qa", 1319),
+    }
+    for name, (format, count) in expected.items():
+        contents = [normalize(row.data or {}) for row in read_files([shared_data / name])]
+        assert {content.format for content in contents} == {format}, name
+        assert len(contents) == count, name
+
+
+def test_real_tool_calls_come_out_as_objects(shared_data):
+    calls = tools = 0
+    for row in read_files([shared_data / "formats/glaive_toolcall_en_demo.json"]):
+        assert row.data is not None
+        content = conversation(row.data)
+        tools += len(content.tools or [])
+        assert len(content.tools or []) == len(json.loads(row.data["tools"] or "[]"))
+        for turn, given_turn in zip(content.messages, row.data["conversations"], strict=True):
+            if given_turn["from"] == "function_call":
+                said = json.loads(given_turn["value"])
+                (call,) = turn["tool_calls"]
+                assert call["function"] == {"name": said["name"], "arguments": said["arguments"]}
+                calls += 1
+            else:
+                assert turn["content"] == given_turn["value"]
+    assert (calls > 100, tools > 100) == (True, True)

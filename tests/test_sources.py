@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import zstandard
 
 from sft.errors import UserError
 from sft.readers import data_extension
-from sft.sources import Row, find_files, read_files, read_saved
+from sft.rows import Row
+from sft.sources import find_files, read_files, read_hub, read_saved
 
 ROWS = [{"question": "Hi?", "answer": "Yes"}, {"question": "é🎉", "answer": "a\nb"}, {"question": "3", "answer": "No"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -99,6 +102,67 @@ def test_byte_order_marks_and_windows_line_ends_are_no_part_of_the_rows(tmp_path
     assert [row.line for row in rows] == [row.line for row in read(tmp_path / f"plain_{name}")]
 
 
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("picked", [[0], [1, 4], [2, 3], [5], [], [0, 1, 2, 3, 4, 5]])
+def test_rows_that_are_not_wanted_are_counted_and_no_more(tmp_path, name, compression, picked):
+    content = CONTENTS[name]
+    raw = PACK[compression](content if isinstance(content, bytes) else content.encode())
+    files = [write(tmp_path / "one" / (name + compression), raw), write(tmp_path / "two" / (name + compression), raw)]
+    asked: set[int] = set()
+
+    def wanted(index: int) -> bool:
+        asked.add(index)
+        return index in picked
+
+    every = list(read_files(files))
+    assert list(read_files(files, wanted)) == [row for row in every if row.index in picked]
+    assert asked == set(range(6))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_line_that_is_not_wanted_is_not_even_decoded(tmp_path, name):
+    path = write(tmp_path / name, b'{broken \xe9\n{"a": 1}\n\n{"a": 2}\n')
+    (row,) = read_files([path], lambda index: index == 2)
+    assert (row.index, row.line, row.lost) == (2, 4, None)
+    with pytest.raises(StopIteration):
+        next(iter(read_files([path], lambda _: False)))
+
+
+def test_row_groups_without_a_wanted_row_are_not_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", CONTENTS["a.parquet"])  # groups of two rows and one
+    groups: list[int] = []
+    read_batches = pq.ParquetFile.iter_batches
+
+    def note(self: Any, size: int, row_groups: list[int]) -> Any:
+        groups.extend(row_groups)
+        return read_batches(self, size, row_groups)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", note)
+    assert [row.data for row in read_files([path], lambda index: index == 2)] == [ROWS[2]]
+    assert groups == [1]
+
+
+def test_a_file_is_not_held_in_memory(tmp_path):
+    """A file of 8 MB of each kind is read within 5 MB of Python's memory."""
+    row = {"question": "Hi?", "answer": "x" * 2000}
+    contents = {
+        "a.jsonl": (json.dumps(row) + "\n") * 4000,
+        "a.txt": ("x" * 2000 + "\n") * 4000,
+        "a.csv": "question,answer\n" + ("Hi?," + "x" * 2000 + "\n") * 4000,
+        "a.json": "[" + ",".join([json.dumps(row)] * 4000) + "]",
+        "b.json": (json.dumps(row) + "\n") * 4000,
+    }
+    packed: dict[str, bytes] = {f"{name}{c}": PACK[c](text.encode()) for name, text in contents.items() for c in PACK}
+    for name, content in packed.items():
+        path = write(tmp_path / name, content)
+        tracemalloc.start()
+        count = sum(1 for _ in read_files([path]))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (count, peak < 5_000_000) == (4000, True), f"{name}: {peak:,} bytes"
+
+
 def test_lines_of_text_keep_their_blanks_and_blank_lines_are_no_rows(tmp_path):
     rows = read(tmp_path / "a.txt", "one\n\n  two\u2028still two\n \t\nthree")
     assert [(row.line, row.data) for row in rows] == [
@@ -149,7 +213,7 @@ def test_a_value_that_is_no_object_is_one_lost_row(tmp_path):
         ('{"a": 1', "bad_json", "Expecting ',' delimiter at column 8"),
         ("not json", "bad_json", "Expecting value at column 1: 'not json'"),
         ('[{"a": 1}]', "bad_schema", "found list"),
-        ("null", "bad_schema", "found NoneType"),
+        ("null", "bad_schema", "found null"),
         ('{"a": "\\ud83', "bad_json", "Invalid"),
         ('{"a": ' + "9" * 5000 + "}", "bad_json", "4300"),
         ("[" * 100_000, "bad_json", "recursion"),
@@ -192,6 +256,38 @@ def test_a_json_file_that_cannot_be_read_as_a_whole_is_an_error(tmp_path, conten
     problem = error(tmp_path / "a.json", content)
     assert problem.message.startswith(message)
     assert problem.line == line
+
+
+def test_a_key_that_stands_twice_loses_its_row_alone(tmp_path):
+    bad = '{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}'
+    expected = [(None, None), (None, ("bad_json", "the key 'c' stands twice in one object")), (None, None)]
+    for name, content in {
+        "a.jsonl": f'{{"a": 1}}\n{bad}\n{{"a": 2}}\n',
+        "a.json": f'[{{"a": 1}}, {bad}, {{"a": 2}}]',
+        "b.json": f'{{"a": 1}}\n{bad}\n{{"a": 2}}\n',
+    }.items():
+        rows = read(tmp_path / name, content)
+        assert [(None, row.lost) for row in rows] == expected
+        assert [row.data for row in rows] == [{"a": 1}, None, {"a": 2}]
+        assert [row.line for row in rows] == [1, 2, 3]
+    first = read(tmp_path / "c.json", f'{bad}\n{{"a": 2}}\n')
+    assert [row.lost and row.lost[0] for row in first] == ["bad_json", None]
+    problem = error(tmp_path / "d.json", bad)
+    assert problem.message == "not JSON that can be read: the key 'c' stands twice in one object"
+
+
+def test_json_lines_under_a_json_name_whose_first_row_is_longer_than_what_shows_the_kind(tmp_path):
+    long = {"a": "x" * 2_000_000}
+    rows = read(tmp_path / "a.json", json.dumps(long) + '\n{"a": 1}\n')
+    assert [row.data for row in rows] == [long, {"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_said_by_its_name(tmp_path, name, encoding):
+    problem = error(tmp_path / name, ("\ufeff" + JSONL).encode(encoding))
+    assert (problem.message, problem.line) == ("not UTF-8: it begins with the mark of UTF-16", 1)
+    assert problem.hint == f"convert it: iconv -f utf-16 -t utf-8 {name}"
 
 
 # CSV
@@ -304,10 +400,10 @@ def test_a_text_in_a_table_that_is_not_utf8_is_one_lost_row(tmp_path):
 def test_a_file_that_may_not_be_opened_is_an_error(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", JSONL)
 
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=r"a.jsonl: cannot be read: .*Permission denied"):
         list(read_files([path]))
 
@@ -426,6 +522,54 @@ def test_nothing_is_not_the_folder_that_one_stands_in(spec, tmp_path, monkeypatc
         find_files(spec, "train_file")
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.symlink_to(path), "is a link that leads to no file"),
+        (lambda path: path.symlink_to(path.parent / "gone.jsonl"), "is a link that leads to no file"),
+        (lambda path: os.mkfifo(path), "is a pipe or a device"),
+    ],
+)
+def test_what_is_no_file_is_called_what_it_is(tmp_path, make, message):
+    path = tmp_path / "a.jsonl"
+    make(path)
+    with pytest.raises(UserError, match=f"train_file: '.*a.jsonl' {message}"):
+        find_files(str(path), "train_file")
+    kept = write(tmp_path / "b.jsonl", JSONL)
+    assert find_files(str(tmp_path), "train_file") == [kept]
+
+
+def test_linked_folders_are_read_and_links_back_are_not_followed(tmp_path):
+    outside = write(tmp_path / "disk" / "b.jsonl", JSONL)
+    data = tmp_path / "data"
+    kept = write(data / "a.jsonl", JSONL)
+    (data / "linked").symlink_to(outside.parent)
+    (data / "back").symlink_to(data)
+    (outside.parent / "round").symlink_to(data)
+    assert find_files(str(data), "train_file") == [kept, data / "linked" / "b.jsonl"]
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_an_empty_one(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", JSONL)
+    write(tmp_path / "sub" / "b.jsonl", JSONL)
+    look = os.scandir
+
+    def refuse(folder: Any) -> Any:
+        if str(folder).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return look(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"train_file: cannot be searched: .*Permission denied: '.*sub'"):
+        find_files(str(tmp_path), "train_file")
+
+
+def test_one_file_under_two_names_is_read_once(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", JSONL)
+    monkeypatch.chdir(tmp_path)
+    assert find_files(["a.jsonl", str(tmp_path / "a.jsonl"), "./a.jsonl"], "k") == [Path("a.jsonl")]
+
+
 # Saved data sets
 
 
@@ -442,3 +586,33 @@ def test_a_saved_data_set_and_one_split_of_several(tmp_path):
         list(read_saved(tmp_path / "two", "dev", "dataset_path"))
     with pytest.raises(UserError, match="cannot load the saved data set"):
         list(read_saved(tmp_path / "three", "train", "dataset_path"))
+
+
+@pytest.mark.parametrize("picked", [None, [0], [1, 1500], [2400], []])
+def test_the_wanted_rows_of_a_saved_data_set(tmp_path, picked):
+    from datasets import Dataset
+
+    rows = [{"question": str(number), "meta": {"n": [number]}} for number in range(2500)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    found = list(read_saved(tmp_path / "one", "train", "k", None if picked is None else lambda i: i in picked))
+    indices = range(2500) if picked is None else picked
+    assert [(row.index, row.line, row.data) for row in found] == [(i, i + 1, rows[i]) for i in indices]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_of_the_hub_is_read_whole_or_as_a_stream(tmp_path, monkeypatch, streaming):
+    """A folder stands for the hub: `datasets` loads both by the same call."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "data" / "train.jsonl", JSONL)
+    name = str(tmp_path / "data")
+    rows = list(read_hub(name, None, "train", "dataset_name", streaming=streaming))
+    assert [(row.file, row.index, row.line, row.data) for row in rows] == [
+        (f"{name}/train", at, at + 1, row) for at, row in enumerate(ROWS)
+    ]
+    picked = list(read_hub(name, None, "train", "dataset_name", lambda index: index == 1, streaming))
+    assert picked == [rows[1]]
+    assert list((tmp_path / "cache").rglob("*.arrow")) == [] or not streaming
+    with pytest.raises(UserError, match="dataset_name: cannot load the data set"):
+        list(read_hub(name, None, "nowhere", "dataset_name", streaming=streaming))

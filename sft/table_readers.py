@@ -1,0 +1,96 @@
+"""Rows of Parquet and Arrow files, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft.errors import Problem, UserError
+from sft.file_streams import COMPRESSIONS, open_stream
+from sft.rows import Parsed, Row, Rows, Wanted, require_distinct
+
+_BATCH_ROWS = 4096  # rows of a Parquet file that are read at a time
+
+Batch = tuple[int, Any]
+"""The number of rows, and the record batch that holds them or None where none of them is wanted."""
+
+
+def read_parquet(file: Path, first: int, wanted: Wanted) -> Rows:
+    """As `sft.readers.read_file`; row groups without a wanted row are not read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(_input(file))
+        require_distinct(table.schema_arrow.names, file)
+        return (yield from _rows(file, _parquet_batches(table, first, wanted), first, wanted))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(Problem(f"not Parquet: {error}", file=str(file))) from None
+
+
+def read_arrow(file: Path, first: int, wanted: Wanted) -> Rows:
+    """As `sft.readers.read_file`, for both of Arrow's formats."""
+    import pyarrow as pa
+
+    try:
+        source = _input(file)
+        try:
+            reader: Any = pa.ipc.open_file(source)
+            batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            reader = batches = pa.ipc.open_stream(source)
+        require_distinct(reader.schema.names, file)
+        return (yield from _rows(file, ((batch.num_rows, batch) for batch in batches), first, wanted))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(Problem(f"not an Arrow file: {error}", file=str(file))) from None
+
+
+def _input(file: Path) -> Any:
+    import pyarrow as pa
+
+    if file.suffix.lower() not in COMPRESSIONS:
+        return pa.memory_map(str(file))
+    with open_stream(file) as stream:
+        return pa.BufferReader(stream.read())
+
+
+def _parquet_batches(table: Any, first: int, wanted: Wanted) -> Iterator[Batch]:
+    for group in range(table.num_row_groups):
+        count = table.metadata.row_group(group).num_rows
+        if wanted is None or any(wanted(index) for index in range(first, first + count)):
+            for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group]):
+                yield batch.num_rows, batch
+        else:
+            yield count, None
+        first += count
+
+
+def _rows(file: Path, batches: Iterator[Batch], first: int, wanted: Wanted) -> Rows:
+    name, start = str(file), first
+    for count, batch in batches:
+        held = range(count if batch is not None else 0)
+        picked = held if wanted is None else [at for at in held if wanted(start + at)]
+        if picked:
+            chosen = batch if len(picked) == count else batch.take(picked)
+            for at, (data, lost) in zip(picked, _parsed(chosen), strict=True):
+                yield Row(name, start + at, start + at - first + 1, data, lost)
+        start += count
+    return start - first
+
+
+def _parsed(batch: Any) -> list[Parsed]:
+    try:
+        return [(data, None) for data in batch.to_pylist()]
+    except (ValueError, OverflowError):  # Arrow does not check its texts and times: find those rows, one by one
+        return [_parsed_row(batch.slice(at, 1)) for at in range(batch.num_rows)]
+
+
+def _parsed_row(one: Any) -> Parsed:
+    try:
+        return one.to_pylist()[0], None
+    except UnicodeDecodeError as error:
+        return None, ("bad_encoding", f"not UTF-8: {error.reason}")
+    except (ValueError, OverflowError) as error:
+        return None, ("bad_schema", f"a value that cannot be read: {error}")
