@@ -1,0 +1,201 @@
+"""What the data benchmark measures. Each runs alone in a process: `python -m benchmarks._contestants NAME ARGUMENTS`.
+
+A contestant imports and loads what it needs first; its clock runs over the work alone. It reports
+
+    seconds        of the work
+    cpu_s          processor time of the work, in all processes that have ended: far below seconds x cores used means
+                   that something else ran on the machine, or that the work waited
+    tokens         real tokens that came out of it: no padding
+    packed_rows    rows of at most `MAX_LENGTH` tokens that hold them
+    ready_s        from the start of the process to the start of the work
+    ready_mib      memory at the start of the work
+    own_peak_mib   the most memory that this process ever had
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks._inputs import build_tokenizer, log_normal_lengths, read_questions, write_chats, write_rendered
+from benchmarks._measure import age_of_this_process, peak_of_this_process
+
+MAX_LENGTH = 2048
+MEAN_LENGTH = 196
+BATCH = 1000  # texts handed to the bare tokenizer at a time, and rows that TRL packs at a time
+
+
+class Clock:
+    """Times `with` blocks, all of them together; what stands before the first is getting ready."""
+
+    def __init__(self) -> None:
+        self.report: dict[str, float] = {"seconds": 0.0, "cpu_s": 0.0}
+
+    def __enter__(self) -> Clock:
+        self.report.setdefault("ready_mib", peak_of_this_process())
+        self.report.setdefault("ready_s", age_of_this_process())
+        self._started, self._cpu_started = time.perf_counter(), _cpu_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.report["seconds"] += time.perf_counter() - self._started
+        self.report["cpu_s"] += _cpu_seconds() - self._cpu_started
+        self.report["done_s"] = age_of_this_process()
+
+
+def _cpu_seconds() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def _rows_and_tokens(dataset: Any) -> dict[str, Any]:
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(dataset.data["input_ids"])  # reads where each row begins, and no token
+    return {"packed_rows": len(dataset), "tokens": pc.sum(lengths).as_py()}
+
+
+def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Makes the tokenizer (unless there is one), and files of chats for each number of rows asked for."""
+    work = Path(arguments["work"])
+    source = Path(arguments["source"])
+    questions = read_questions(source)
+    tokenizer = arguments["tokenizer"]
+    if tokenizer is None:
+        tokenizer = str(work / "tokenizer")
+        names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
+        others = [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
+        build_tokenizer(Path(tokenizer), others, questions)
+    for rows in arguments["files"]:
+        write_chats(work / f"{rows}.jsonl", questions, rows)
+    if rows := arguments["compared"]:
+        from transformers import AutoTokenizer
+
+        write_rendered(work / "rendered.jsonl", work / f"{rows}.jsonl", AutoTokenizer.from_pretrained(tokenizer))
+        write_chats(work / "distinct.jsonl", questions, rows, distinct=True)
+    return {"tokenizer": tokenizer, "data": source.parent.name if source.is_file() else "generated text"}
+
+
+def ours(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`data_handler.prepare_data`, from the file to packed rows mapped from disk."""
+    from transformers import AutoTokenizer
+
+    import data_handler
+    from sft.schema import DataKeys
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments["tokenizer"])
+    cache = arguments.get("cache") or f"{arguments['scratch']}/cache"
+    keys = DataKeys(train_file=arguments["file"], packing="bfd", max_seq_length=MAX_LENGTH, cache_dir=cache)
+    with Clock() as clock:
+        prepared = data_handler.prepare_data(keys, tokenizer, seed=0)
+    found = _rows_and_tokens(prepared.train)
+    total = prepared.ledger["total"]
+    if total["tokens"]["total"] != found["tokens"]:
+        raise RuntimeError(f"the ledger counts {total['tokens']['total']} tokens, the rows hold {found['tokens']}")
+    return {**clock.report, **found, "from_cache": prepared.from_cache, "rows_lost": sum(total["rows_lost"].values())}
+
+
+def trl(arguments: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer with its defaults: reading the file, and `_prepare_dataset` as its constructor calls it."""
+    import datasets
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments["tokenizer"])
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=MAX_LENGTH, **size))
+    clock = Clock()
+
+    class Timed(SFTTrainer):
+        def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+            with clock:
+                return super()._prepare_dataset(*args, **kwargs)
+
+    settings = SFTConfig(
+        output_dir=f"{arguments['scratch']}/output",
+        packing=True,
+        packing_strategy="bfd",
+        max_length=MAX_LENGTH,
+        dataset_num_proc=arguments["processes"],
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    with clock:
+        dataset = datasets.load_dataset(
+            "json", data_files=arguments["file"], split="train", cache_dir=f"{arguments['scratch']}/loaded"
+        )
+    trainer = Timed(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
+    return {**clock.report, **_rows_and_tokens(trainer.train_dataset)}
+
+
+def bare(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The Rust tokenizer alone on texts that are rendered already; its encodings are dropped, batch by batch."""
+    from transformers import AutoTokenizer
+
+    backend = AutoTokenizer.from_pretrained(arguments["tokenizer"]).backend_tokenizer
+    with open(arguments["rendered"], encoding="utf-8") as lines:
+        texts = [json.loads(line) for line in lines]
+    tokens = 0
+    with Clock() as clock:
+        for batch in (texts[at : at + BATCH] for at in range(0, len(texts), BATCH)):
+            tokens += sum(map(len, backend.encode_batch_fast(batch, add_special_tokens=False)))
+    return {**clock.report, "tokens": tokens}
+
+
+def our_packing(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Which documents share a row, from their lengths."""
+    import numpy as np
+
+    from sft.packing import best_fit_decreasing
+
+    lengths = log_normal_lengths(arguments["lengths"], MEAN_LENGTH, MAX_LENGTH)
+    with Clock() as clock:
+        bins = best_fit_decreasing(lengths, MAX_LENGTH)
+    members = np.concatenate(bins)
+    held = np.add.reduceat(lengths[members], np.cumsum([0, *map(len, bins[:-1])]))
+    if not np.array_equal(np.sort(members), np.arange(len(lengths))) or held.max() > MAX_LENGTH:
+        raise RuntimeError("a document was lost, packed twice, or put into a row without room for it")
+    return {**clock.report, "packed_rows": len(bins), "tokens": int(held.sum())}
+
+
+def trl_packing(arguments: dict[str, Any]) -> dict[str, Any]:
+    """TRL's `pack_dataset`, on documents of the same lengths whose tokens are a byte each."""
+    import datasets
+    import numpy as np
+    import pyarrow as pa
+    from trl import pack_dataset
+
+    lengths = log_normal_lengths(arguments["lengths"], MEAN_LENGTH, MAX_LENGTH)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]))
+    documents = pa.LargeListArray.from_arrays(offsets, pa.array(np.zeros(lengths.sum(), dtype=np.int8)))
+    dataset = datasets.Dataset(pa.table({"input_ids": documents}))
+    with Clock() as clock:
+        packed = pack_dataset(dataset, MAX_LENGTH, "bfd")
+    return {**clock.report, **_rows_and_tokens(packed)}
+
+
+WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    worker.__name__: worker for worker in (inputs, ours, trl, bare, our_packing, trl_packing)
+}
+
+
+def main() -> None:
+    name, arguments, result, scratch = sys.argv[1:]
+    report = WORKERS[name]({**json.loads(arguments), "scratch": scratch})
+    report["own_peak_mib"] = peak_of_this_process()
+    Path(result).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What the data benchmark reads: chat rows, a tokenizer of realistic size, and the rows' rendered texts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 32_000
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# How GPT-4's and Llama 3's tokenizers cut text into words: contractions, letters, up to three digits, signs, blanks.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS = 20_000  # in the generated language, used in Zipf's proportions
+
+
+def build_tokenizer(folder: Path, texts: list[Path], rows: list[dict[str, str]]) -> None:
+    """Trains a byte-level BPE of 32,000 entries with ChatML's control tokens, and saves it with its template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [text for row in rows for text in row.values()] + [file.read_text(encoding="utf-8") for file in texts]
+    backend.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+def read_questions(file: Path | None) -> list[dict[str, str]]:
+    """Rows of `question` and `answer`: those of `file`, or 7,473 generated ones with lengths like gsm8k's."""
+    if file is not None and file.is_file():
+        with file.open(encoding="utf-8") as lines:
+            return [{key: row[key] for key in ("question", "answer")} for row in map(json.loads, lines)]
+    return list(islice(_generated_questions(), 7473))
+
+
+def _generated_questions() -> Iterator[dict[str, str]]:
+    rng = random.Random(0)
+    letters = "etaoinshrdlucmfwygpbvk"
+    words = ["".join(rng.choices(letters, range(22, 0, -1), k=rng.randint(2, 9))) for _ in range(_WORDS)]
+    running, total = [], 0.0
+    for rank in range(1, _WORDS + 1):
+        total += 1 / rank
+        running.append(total)
+    while True:
+        row = {}
+        for key, mean in (("question", 45), ("answer", 52)):  # gsm8k's mean numbers of words
+            count = max(5, round(rng.lognormvariate(0, 0.4) * mean))
+            text = rng.choices(words, cum_weights=running, k=count)
+            row[key] = " ".join(str(rng.randint(1, 500)) if rng.random() < 0.12 else word for word in text) + "."
+        yield row
+
+
+def write_chats(file: Path, questions: list[dict[str, str]], rows: int, distinct: bool = False) -> None:
+    """Writes `rows` chats of one question and one answer, going through `questions` again and again.
+
+    Args:
+        distinct: each repeat gets other digits and a number in front, so that no row stands in the file twice.
+    """
+    with file.open("w", encoding="utf-8") as stream:
+        for at in range(rows):
+            row = questions[at % len(questions)]
+            question, answer = row["question"], row["answer"]
+            repeat = at // len(questions)
+            if distinct and repeat:
+                other = str.maketrans("0123456789", "".join(str((digit + repeat) % 10) for digit in range(10)))
+                question, answer = f"{repeat}. {question.translate(other)}", answer.translate(other)
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            stream.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def write_rendered(file: Path, chats: Path, tokenizer: Any) -> None:
+    """Writes what the chat template makes of each row of `chats`, a JSON string a line."""
+    with chats.open(encoding="utf-8") as lines, file.open("w", encoding="utf-8") as stream:
+        for line in lines:
+            text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+            stream.write(json.dumps(text, ensure_ascii=False) + "\n")
+
+
+def log_normal_lengths(count: int, mean: float, limit: int) -> np.ndarray:
+    """Lengths of documents as chat data has them: (count,) int64 in 1..limit, log-normal with sigma 0.7."""
+    sigma = 0.7
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+    return np.clip(np.rint(drawn), 1, limit).astype(np.int64)

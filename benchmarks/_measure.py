@@ -1,0 +1,153 @@
+"""One measurement in one fresh process: its result, its time, and the memory of the whole process tree."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+_MIB = 1024 * 1024
+_STARTED = "BENCHMARK_STARTED"  # environment variable that tells a worker when it was started
+_EVERY = 0.2  # seconds between two looks at the memory
+
+
+def peak_of_this_process() -> float:
+    """The most MiB that this process has held in memory since it started its program.
+
+    Linux' `ru_maxrss` is handed on to a new program by the process that starts it; `VmHWM` begins anew.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most / (_MIB if sys.platform == "darwin" else 1024)
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+def age_of_this_process() -> float:
+    """Seconds since `run_worker` started this process: the interpreter's start and all imports are in it."""
+    return time.monotonic() - float(os.environ[_STARTED])  # one clock for all processes of a machine
+
+
+def run_worker(module: str, name: str, arguments: dict[str, Any], scratch_root: Path) -> dict[str, Any]:
+    """Runs `python -m module name` with `arguments` in a process of its own, with caches of its own.
+
+    Args:
+        scratch_root: where the worker's folder for caches and results is made; it is removed at the end.
+
+    Returns:
+        What the worker reports, with `wall_s` (its start to its end), and `peak_mib`: the larger of what the kernel
+        noted as the process's own peak and the largest sum over the process tree that was seen (a page that several
+        processes share is shared out among them); `private_mib` is the part of that sum that is no file's.
+
+    Raises:
+        RuntimeError: it failed; the message is the end of what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench_", dir=scratch_root) as scratch:
+        result = Path(scratch) / "result.json"
+        environment = {k: v for k, v in os.environ.items() if k not in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{scratch}/hf", "HF_DATASETS_CACHE": f"{scratch}/datasets"}
+        command = [sys.executable, "-m", module, name, json.dumps(arguments), str(result), scratch]
+        started = time.monotonic()
+        environment[_STARTED] = str(started)
+        with open(f"{scratch}/said.txt", "w+") as said:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+            tree = _TreeMemory(process.pid)
+            code = process.wait()
+            wall = time.monotonic() - started
+            seen, private = tree.stop()
+            said.seek(0)
+            if code or not result.exists():
+                raise RuntimeError(f"{name} ended with exit code {code}:\n{said.read()[-3000:]}")
+        report = json.loads(result.read_text())
+    peak = max(seen, report["own_peak_mib"])
+    return {**report, "wall_s": wall, "peak_mib": peak, "private_mib": private}
+
+
+class _TreeMemory:
+    """Looks at a process and all its children from time to time, in a thread."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._most = self._most_private = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> tuple[float, float]:
+        """The largest sums seen, in MiB: all memory, and that which is no file's."""
+        self._done.set()
+        self._thread.join()
+        return self._most, self._most_private
+
+    def _watch(self) -> None:
+        while not self._done.wait(_EVERY):
+            try:
+                tree = [self._process, *self._process.children(recursive=True)]
+            except psutil.Error:
+                continue
+            sums = [_shares(process.pid) for process in tree]
+            self._most = max(self._most, sum(all_of_it for all_of_it, _ in sums))
+            self._most_private = max(self._most_private, sum(private for _, private in sums))
+
+
+def _shares(pid: int) -> tuple[float, float]:
+    """A process's proportional share of memory in MiB, and the part of it that is no file's; 0 where it is unknown."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:  # it has just ended, or this is not Linux
+        return 0.0, 0.0
+    found = {key: int(kib) / 1024 for key, kib in re.findall(r"^(Pss|Pss_Anon):\s+(\d+)", text, re.MULTILINE)}
+    return found.get("Pss", 0.0), found.get("Pss_Anon", 0.0)
+
+
+def median(reports: list[dict[str, Any]], key: str) -> float:
+    """Median of one figure over the rounds."""
+    return statistics.median(report[key] for report in reports)
+
+
+def speed(reports: list[dict[str, Any]]) -> float:
+    """Median tokens per second."""
+    return statistics.median(report["tokens"] / report["seconds"] for report in reports)
+
+
+def added_memory(reports: list[dict[str, Any]]) -> float:
+    """Median MiB of the peak that were not there when the work began: without libraries and tokenizer."""
+    return statistics.median(report["peak_mib"] - report["ready_mib"] for report in reports)
+
+
+def machine(packages: Sequence[str]) -> dict[str, Any]:
+    """What the figures depend on: processor, cores, memory, and versions (of the packages that are installed)."""
+    try:
+        named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": named[1].strip() if named else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 1024**3, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+    }

@@ -1,0 +1,302 @@
+"""How fast, how small and how full the data stage is, beside TRL's SFTTrainer and the bare tokenizer.
+
+    python benchmarks/data.py                          # everything, about ten minutes on two cores
+    python benchmarks/data.py --rows 20000 --rounds 1 --parts compare
+
+What is measured and how: benchmarks/README.md. The figures go to the terminal, to RESULTS.md and data.svg in `--out`,
+and with `--json FILE` to a file. TRL takes part when it is installed (requirements-bench.txt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/data.py`
+
+from benchmarks._measure import ROOT, added_memory, machine, median, run_worker, speed
+from benchmarks._report import Figures, plot_scaling, write_section
+
+PARTS = ("compare", "packing", "scale")
+CONTESTANTS = "benchmarks._contestants"
+CAPACITY = 2048
+PACKAGES = ("trl", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "torch")
+OURS, DISTINCT, TRL, TRL_2, BARE = "ours", "ours, no row twice", "TRL", "TRL, 2 processes", "encode_batch_fast"
+Reports = dict[str, list[dict[str, Any]]]
+
+
+class Benchmark:
+    """The measurements, one after another, each in a process of its own.
+
+    Args:
+        work: a folder for the inputs and for what is prepared.
+    """
+
+    def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
+        self._options, self._work, self._console = options, work, console
+        self._with_trl = not options.without_trl and importlib.util.find_spec("trl") is not None
+        if not self._with_trl and not options.without_trl:
+            console.print("TRL is not installed: its figures are left out (pip install -r requirements-bench.txt)")
+        files = set(options.scale if "scale" in options.parts else [])
+        compared = options.rows if "compare" in options.parts else None
+        arguments = {
+            "work": str(work),
+            "source": str(options.data.resolve()),
+            "tokenizer": str(options.tokenizer.resolve()) if options.tokenizer else None,
+            "files": sorted(files | {compared} if compared else files),
+            "compared": compared,
+        }
+        self._console.print("making the inputs ...")
+        made = run_worker(CONTESTANTS, "inputs", arguments, work)
+        self._tokenizer, self.data = made["tokenizer"], made["data"]
+
+    def _run(self, label: str, worker: str, **arguments: Any) -> dict[str, Any]:
+        report = run_worker(CONTESTANTS, worker, {"tokenizer": self._tokenizer, **arguments}, self._work)
+        self._console.print(f"{label}: {report['seconds']:.2f} s, {report['peak_mib']:.0f} MiB", highlight=False)
+        return report
+
+    def _file(self, name: int | str) -> str:
+        return str(self._work / f"{name}.jsonl")
+
+    def _take_turn(self, found: Reports, label: str, worker: str, **arguments: Any) -> None:
+        """Adds a measurement to `found`; TRL drops out when it fails, for it is not ours to mend."""
+        try:
+            found.setdefault(label, []).append(self._run(label, worker, **arguments))
+        except RuntimeError as error:
+            if not worker.startswith("trl"):
+                raise
+            del found[label]
+            self._with_trl = False
+            self._console.print(f"TRL takes no further part: {error}", markup=False, highlight=False)
+
+    def compare(self) -> Reports:
+        """The contestants take turns, so that a slow minute of the machine hits them all."""
+        file, found = self._file(self._options.rows), Reports()
+        for round_number in range(self._options.rounds):
+            self._take_turn(found, OURS, "ours", file=file)
+            for label, processes in ((TRL, None), (TRL_2, 2)):
+                if self._with_trl:
+                    self._take_turn(found, label, "trl", file=file, processes=processes)
+            self._take_turn(found, BARE, "bare", rendered=self._file("rendered"))
+            if round_number == 0:
+                self._take_turn(found, DISTINCT, "ours", file=self._file("distinct"))
+        return found
+
+    def packing(self) -> Reports:
+        """Which documents share a row; TRL's one turn also moves their tokens, of a byte each."""
+        found = Reports()
+        for _ in range(self._options.rounds):
+            self._take_turn(found, OURS, "our_packing", lengths=self._options.lengths)
+        if self._with_trl:
+            self._take_turn(found, TRL, "trl_packing", lengths=self._options.lengths)
+        return found
+
+    def scale(self) -> dict[str, Any]:
+        """Tokens per second by rows; the largest set is started again from its cache."""
+        by_rows: dict[str, dict[int, dict[str, Any]]] = {OURS: {}, TRL: {}}
+        cache = str(self._work / "kept")
+        largest = max(self._options.scale)
+        for rows in self._options.scale:
+            found = Reports()
+            kept = {"cache": cache} if rows == largest else {}
+            self._take_turn(found, OURS, "ours", file=self._file(rows), **kept)
+            if self._with_trl and rows <= self._options.scale_trl:
+                self._take_turn(found, TRL, "trl", file=self._file(rows), processes=None)
+            for name, reports in found.items():
+                by_rows[name][rows] = reports[0]
+        second = Reports()
+        for _ in range(self._options.rounds):
+            self._take_turn(second, "second start", "ours", file=self._file(largest), cache=cache)
+        if not all(report["from_cache"] for report in second["second start"]):
+            raise RuntimeError("the second start did not find what the first had prepared")
+        return {"by_rows": by_rows, "second_start": second["second start"]}
+
+
+def fill(report: dict[str, Any]) -> float:
+    return report["tokens"] / (report["packed_rows"] * CAPACITY)
+
+
+def compared_figures(found: Reports, rows: int) -> Figures:
+    head = (
+        "",
+        "s",
+        "CPU s",
+        "tokens",
+        "tokens/s",
+        "slowest–fastest",
+        "peak MiB",
+        "at start",
+        "private",
+        "packed rows",
+        "fill",
+    )
+    lines = []
+    for name, reports in found.items():
+        speeds = sorted(report["tokens"] / report["seconds"] for report in reports)
+        one = reports[0]
+        lines.append(
+            (
+                name,
+                f"{median(reports, 'seconds'):.2f}",
+                f"{median(reports, 'cpu_s'):.1f}",
+                f"{one['tokens']:,}",
+                f"{speed(reports):,.0f}",
+                f"{speeds[0]:,.0f}–{speeds[-1]:,.0f}",
+                *(f"{median(reports, key):,.0f}" for key in ("peak_mib", "ready_mib", "private_mib")),
+                f"{one['packed_rows']:,}" if "packed_rows" in one else "",
+                f"{fill(one):.2%}" if "packed_rows" in one else "",
+            )
+        )
+    count = len(found[OURS])
+    return Figures(f"{rows:,} rows, medians of {count} round{'s' * (count > 1)}", head, lines)
+
+
+def packing_figures(found: Reports, lengths: int) -> Figures:
+    lines = [
+        (name, f"{median(reports, 'seconds'):.2f}", f"{reports[0]['packed_rows']:,}", f"{fill(reports[0]):.3%}")
+        for name, reports in found.items()
+    ]
+    title = f"Packing {lengths:,} documents, log-normal lengths with a mean of 196, at 2,048"
+    return Figures(title, ("", "seconds", "rows", "fill"), lines)
+
+
+def scale_figures(found: dict[str, Any]) -> list[Figures]:
+    lines = [
+        (
+            name,
+            f"{rows:,}",
+            f"{one['seconds']:.1f}",
+            f"{one['tokens'] / one['seconds']:,.0f}",
+            f"{one['peak_mib']:,.0f}",
+        )
+        for name, by_rows in found["by_rows"].items()
+        for rows, one in by_rows.items()
+    ]
+    second = found["second_start"]
+    rows = max(found["by_rows"][OURS])
+    imports, done = median(second, "ready_s"), median(second, "done_s")
+    head = ("", "data stage, s", "imports and tokenizer before it, s", "both, s", "peak MiB")
+    values = [f"{median(second, 'seconds'):.2f}", f"{imports:.2f}", f"{done:.2f}", f"{median(second, 'peak_mib'):,.0f}"]
+    return [
+        Figures("Tokens per second by rows", ("", "rows", "seconds", "tokens/s", "peak MiB"), lines),
+        Figures(f"A second start of {rows:,} rows, from the cache", head, [("ours", *values)]),
+    ]
+
+
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was promised beside what was reached; only what was measured. A figure without a target is for the eye."""
+    found: list[tuple[str, float, str, float]] = []
+    if compared := results.get("compare"):
+        rivals = [name for name in (TRL, TRL_2) if name in compared]
+        ours = compared[OURS]
+        found += [(f"tokens/s, times those of {r}", speed(ours) / speed(compared[r]), ">=", 3) for r in rivals]
+        found.append((f"tokens/s, share of {BARE}", speed(ours) / speed(compared[BARE]), ">=", 0.8))
+        for rival in rivals:
+            share = median(ours, "peak_mib") / median(compared[rival], "peak_mib")
+            found.append((f"peak memory, share of that of {rival}", share, "<=", 0.5))
+            share = added_memory(ours) / added_memory(compared[rival])
+            found.append((f"memory that the work adds, share of that of {rival}", share, "", 0))
+    if packed := results.get("packing"):
+        found.append(("fill of log-normal lengths", fill(packed[OURS][0]), ">=", 0.998))
+        found.append(("seconds to pack them", median(packed[OURS], "seconds"), "<=", 2))
+    if scaled := results.get("scale"):
+        found.append(("seconds of a second start", median(scaled["second_start"], "seconds"), "<=", 1))
+        speeds = [one["tokens"] / one["seconds"] for one in scaled["by_rows"][OURS].values()]
+        found.append(("slowest by fastest tokens/s over the numbers of rows", min(speeds) / max(speeds), "", 0))
+    met = {">=": lambda reached, limit: reached >= limit, "<=": lambda reached, limit: reached <= limit}
+    return [
+        {"what": what, "reached": reached}
+        | ({"target": f"{sign} {limit}", "met": met[sign](reached, limit)} if sign else {})
+        for what, reached, sign, limit in found
+    ]
+
+
+def target_figures(found: list[dict[str, Any]]) -> Figures:
+    verdicts = {True: "yes", False: "no", None: ""}
+    lines = [(t["what"], f"{t['reached']:.4g}", t.get("target", ""), verdicts[t.get("met")]) for t in found]
+    return Figures("Targets", ("", "reached", "target", "met"), lines)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=75_000, help="rows that the contestants prepare")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each contestant takes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--lengths", type=int, default=1_000_000, help="documents to pack, for `packing`")
+    parser.add_argument("--scale", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="rows, for `scale`")
+    parser.add_argument("--scale-trl", type=int, default=10_000, help="most rows that TRL prepares for `scale`")
+    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer's folder; default: one trained on the data")
+    parser.add_argument("--without-trl", action="store_true")
+    parser.add_argument("--work", type=Path, help="folder for temporary files; some 4 GB for a million rows")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md and data.svg")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = read_options()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    results: dict[str, Any] = {"machine": machine(PACKAGES), "options": {k: str(v) for k, v in vars(options).items()}}
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=options.work) as work:
+        benchmark = Benchmark(options, Path(work), console)
+        results["data"] = benchmark.data
+        for part in options.parts:
+            try:
+                results[part] = getattr(benchmark, part)()
+            except RuntimeError as error:  # the other parts' figures are not lost for it
+                console.print(f"{part}: {error}", markup=False, highlight=False)
+                failed += 1
+    results["targets"] = targets(results)
+    tables = all_figures(results, options)
+    for table in tables:
+        table.show(console)
+    write_report(options.out, results, tables)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    return min(failed, 1)
+
+
+def all_figures(results: dict[str, Any], options: argparse.Namespace) -> list[Figures]:
+    tables = [target_figures(results["targets"])]
+    if "compare" in results:
+        tables.append(compared_figures(results["compare"], options.rows))
+    if "packing" in results:
+        tables.append(packing_figures(results["packing"], options.lengths))
+    if "scale" in results:
+        tables += scale_figures(results["scale"])
+    return tables
+
+
+def write_report(folder: Path, results: dict[str, Any], tables: list[Figures]) -> None:
+    """The section `## Data` of RESULTS.md, and the plot beside it."""
+    at = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    machine_line = f"{at['cpu']}, {at['cores']} cores, {at['memory_gib']} GiB, {at['system']}; {versions}."
+    text = [machine_line, f"Rows: {results['data']}.", *(table.markdown() for table in tables)]
+    if "scale" in results:
+        speeds = {
+            name: {rows: one["tokens"] / one["seconds"] for rows, one in by_rows.items()}
+            for name, by_rows in results["scale"]["by_rows"].items()
+        }
+        if TRL in results.get("compare", {}):
+            speeds[TRL][int(results["options"]["rows"])] = speed(results["compare"][TRL])
+        if plot_scaling(folder / "data.svg", speeds):
+            text.append("![tokens per second by rows](data.svg)")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_section(folder / "RESULTS.md", "Data", "\n\n".join(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
