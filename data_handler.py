@@ -1,6 +1,6 @@
 """The data stage: from files to token data sets, with an account of every row.
 
-    files → rows → conversations → text with trained spans → input_ids and labels → fitted → packed → cached
+    files → rows → conversations → text with trained spans → input_ids and labels → fitted → mixed → packed → cached
 
 `prepare_data` runs it all (once per machine, see `sft.dataset_cache`); `preview` shows what it does to the first rows.
 """
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,37 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sft.conversation import Conversation, RowLost, Text
 from sft.data_sources import DataSource, training_sources, validation_sources
-from sft.dataset_cache import Columns, cache_key, cache_root, make_once, read_columns, write_columns
-from sft.encoding import IGNORE_INDEX
-from sft.errors import Problem, UserError
-from sft.formats import normalize
-from sft.ledger import Ledger, as_document
-from sft.packing import best_fit_decreasing, pack_rows, wrap
-from sft.row_encoder import EncodedSet, RowEncoder, Sample
+from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
+from sft.documents import IGNORE_INDEX, Documents, DocumentStore
+from sft.ledger import Ledger, as_document, as_state, from_state, total
+from sft.lost_rows import require_enough_rows
+from sft.mixing import draw
+from sft.packing import lay_out
+from sft.previews import preview, serving_contract, validation_conversations
+from sft.row_encoder import RowEncoder, Seen
 from sft.schema import DataKeys
-from sft.sources import Row
+from sft.sources import Wanted
+from sft.splits import count_rows, held_out
+from sft.streaming import StreamPlan, TrainingStream
 
 logger = logging.getLogger("sft")
 
+__all__ = [
+    "PreparedData",
+    "prepare_data",
+    "preview",
+    "require_enough_rows",
+    "serving_contract",
+    "stream_data",
+    "validation_conversations",
+]
+
+Part = tuple[DataSource, Wanted]  # rows of a source, all or some
+
 _CODE = [Path(__file__), *sorted((Path(__file__).parent / "sft").glob("*.py"))]
-_NOT_IN_KEY = {"cache_dir", "preprocessing_num_workers"}  # keys that change where or how fast, not what
+# Keys that change where or how fast, not what.
+_NOT_IN_KEY = {"cache_dir", "preprocessing_num_workers", "streaming", "streaming_window"}
 
 
 @dataclass(frozen=True)
@@ -43,22 +59,37 @@ class PreparedData:
     """What the trainer needs of the data.
 
     Attributes:
-        train: rows of `input_ids` and `labels`; packed rows also have `position_ids` and `seq_lengths`.
+        train: rows of `input_ids` and `labels`; packed rows also have `seq_lengths`. Or a stream of them.
         evals: evaluation sets by name, in the same form.
-        train_tokens: tokens of `train`.
-        ledger: SPEC's LEDGER document.
+        train_tokens: tokens of `train`; None of a stream.
+        ledger: SPEC's LEDGER document; of a stream, that of its first rows.
         end_token_ids: the tokens that end the trained answers, in the order of first use.
         sample: the preview of the first row that is not lost; None when only evaluation sets were prepared.
         from_cache: whether an earlier preparation was found.
+        eval_ledgers: of the evaluation sets.
+        known: fingerprints of the evaluation sets' rows, in hexadecimal.
     """
 
-    train: Dataset
+    train: Any  # Dataset | TrainingStream
     evals: dict[str, Dataset]
-    train_tokens: int
+    train_tokens: int | None
     ledger: dict[str, Any]
     end_token_ids: tuple[int, ...]
     sample: dict[str, Any] | None = None
     from_cache: bool = False
+    eval_ledgers: dict[str, Ledger] = field(default_factory=dict)
+    known: Sequence[str] = ()
+
+    @property
+    def train_rows(self) -> int | None:
+        """Rows of an epoch; None of a stream."""
+        return None if isinstance(self.train, TrainingStream) else len(self.train)
+
+    def identity(self) -> dict[str, Any]:
+        """What all processes must find alike."""
+        if isinstance(self.train, TrainingStream):
+            return self.train.identity()
+        return {"training rows": len(self.train), "training tokens": self.train_tokens}
 
 
 def prepare_data(
@@ -85,16 +116,36 @@ def prepare_data(
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
-    evals = {name: read_columns(folder / file) for name, file in facts["evals"].items()}
+    evals = {name: read_rows(folder / file) for name, file in facts["evals"].items()}
     return PreparedData(
-        train=read_columns(folder / "train.arrow"),
+        train=read_rows(folder / "train.arrow"),
         evals=evals,
         train_tokens=facts["train_tokens"],
         ledger=facts["ledger"],
         end_token_ids=tuple(facts["end_token_ids"]),
         sample=facts["sample"],
         from_cache=from_cache,
+        eval_ledgers={name: from_state(state) for name, state in facts["eval_ledgers"].items()},
+        known=facts["known"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """The documents of some sources, one source after another, before they are laid out in rows.
+
+    Attributes:
+        sizes: documents of each source.
+        ledgers: of each source.
+    """
+
+    documents: Documents
+    sizes: list[int]
+    ledgers: list[Ledger]
+
+    @classmethod
+    def nothing(cls) -> _Encoded:
+        return cls(Documents.empty(), [], [])
 
 
 class _Plan:
@@ -108,15 +159,12 @@ class _Plan:
         training: bool,
         on_rows: Callable[[int], None],
     ) -> None:
-        self.keys, self.tokenizer, self.seed, self.training, self.on_rows = keys, tokenizer, seed, training, on_rows
-        self.train_packing = self._packing(keys.packing)
-        self.eval_packing = self._packing(keys.packing if keys.eval_packing is None else keys.eval_packing)
+        self.keys = keys
+        self.tokenizer, self.seed, self.training, self.on_rows = tokenizer, seed, training, on_rows
+        self.train_packing = _packing(keys.packing)
+        self.eval_packing = _packing(keys.packing if keys.eval_packing is None else keys.eval_packing)
         self.train_sources = training_sources(keys) if training or keys.validation_split else []
         self.eval_sources = validation_sources(keys)
-
-    @staticmethod
-    def _packing(value: str | bool) -> str | None:
-        return None if value in ("auto", False) else str(value)
 
     def key(self) -> str:
         tokenizer = self.tokenizer
@@ -137,172 +185,176 @@ class _Plan:
 
     def make(self, folder: Path) -> None:
         """Prepares everything into `folder`."""
-        encoder = RowEncoder(self.tokenizer, self.keys, self.on_rows)
-        evals: dict[str, EncodedSet] = {}
-        is_wrapped = self.eval_packing == "wrapped"
-        for source in self.eval_sources:
-            target = evals.setdefault(source.name, EncodedSet(wrapped=is_wrapped))
-            encoder.encode_into(target, source.rows(), source)
-        trained: dict[str, EncodedSet] = {}
-        to_train: list[tuple[DataSource, list[Row]]] = []
-        for number, source in enumerate(self.train_sources):
-            rows = list(source.rows())
-            if self.keys.validation_split:
-                rows, held = split_rows(rows, self.keys.validation_split, self.seed + number)
-                target = evals.setdefault("validation", EncodedSet(wrapped=is_wrapped))
-                encoder.encode_into(target, held, source)
-            to_train.append((source, rows))
-        if self.training:
-            known = set().union(*(e.fingerprints for e in evals.values()))
-            seen: set[bytes] = set()  # one for all training sets: a row may be a duplicate of another set's
-            for source, rows in to_train:
-                target = EncodedSet(fingerprints=seen, wrapped=self.train_packing == "wrapped")
-                encoder.encode_into(trained.setdefault(source.name, target), rows, source, known)
-        self._write(folder, trained, evals, encoder.end_token_ids)
-
-    def _write(
-        self, folder: Path, trained: dict[str, EncodedSet], evals: dict[str, EncodedSet], end_tokens: list[int]
-    ) -> None:
-        limit = self.keys.max_seq_length
-        columns = _arrange(list(trained.values()), self.train_packing, limit)
-        write_columns(columns, folder / "train.arrow")
-        files = {}
-        for number, (name, encoded) in enumerate(evals.items()):
+        self.folder, self.encoder = folder, RowEncoder(self.tokenizer, self.keys, self.on_rows)
+        held = [self._held_out(number) for number in range(len(self.train_sources))]
+        known: set[bytes] = set()
+        ledgers: dict[str, Ledger] = {}
+        files: dict[str, str] = {}
+        for number, (name, parts) in enumerate(self._eval_parts(held).items()):
+            seen = Seen(set())
+            encoded = self._encode(parts, seen, self.eval_packing)
+            known |= seen.earlier
             files[name] = f"eval_{number}.arrow"
-            write_columns(_arrange([encoded], self.eval_packing, limit), folder / files[name])
-        ledgers = {name: s.ledger for name, s in trained.items()}
-        ledgers |= {name if name not in ledgers else f"eval_{name}": s.ledger for name, s in evals.items()}
-        facts: dict[str, Any] = {"ledger": as_document(ledgers), "evals": files, "end_token_ids": end_tokens}
-        facts["train_tokens"] = sum(s.ledger.tokens for s in trained.values())
-        # Kept here, so that a second start shows it without reading the sources again.
-        samples = preview(self.keys, self.tokenizer, 1, seed=self.seed) if self.training else iter(())
-        facts["sample"] = next(samples, None)
+            self._write(encoded, files[name], self.eval_packing)
+            ledgers[name] = total(encoded.ledgers)
+        encoded = _Encoded.nothing()
+        if self.training:
+            # One memory for all training sets: a row may be a duplicate of another set's.
+            parts = [(s, _others(h)) for s, h in zip(self.train_sources, held, strict=True)]
+            encoded = self._encode(parts, Seen(set(), known), self.train_packing)
+        self._write(encoded, "train.arrow", self.train_packing, self._mixture(encoded))
+        names = [s.name for s in self.train_sources]
+        trained = dict(zip(names, encoded.ledgers, strict=False))
+        facts = {
+            "ledger": as_document(trained | {n if n not in trained else f"eval_{n}": e for n, e in ledgers.items()}),
+            "evals": files,
+            # To be counted among the rows of a stream, which are read after this.
+            "known": [] if self.training else sorted(mark.hex() for mark in known),
+            "eval_ledgers": {name: as_state(ledger) for name, ledger in ledgers.items()},
+            "end_token_ids": self.encoder.end_token_ids,
+            "train_tokens": sum(ledger.tokens for ledger in encoded.ledgers),
+            # Kept here, so that a second start shows it without reading the sources again.
+            "sample": next(preview(self.keys, self.tokenizer, 1, seed=self.seed), None) if self.training else None,
+        }
         (folder / "facts.json").write_text(json.dumps(facts))
 
+    def _held_out(self, number: int) -> frozenset[int]:
+        """The rows of a training source that are kept for validation."""
+        if not self.keys.validation_split:
+            return frozenset()
+        count = count_rows(self.train_sources[number])
+        return held_out(count, self.keys.validation_split, self.seed + number)
 
-def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Draws `fraction` of the rows (at least one, never all) for validation; both parts keep the source's order."""
-    if len(rows) < 2:
-        return rows, []
-    held = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held].tolist())
-    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+    def _eval_parts(self, held: list[frozenset[int]]) -> dict[str, list[Part]]:
+        parts: dict[str, list[Part]] = {}
+        for source in self.eval_sources:
+            parts.setdefault(source.name, []).append((source, None))
+        if self.keys.validation_split:
+            parts.setdefault("validation", []).extend(
+                (source, rows.__contains__) for source, rows in zip(self.train_sources, held, strict=True)
+            )
+        return parts
+
+    def _encode(self, parts: list[Part], seen: Seen, packing: str | None) -> _Encoded:
+        """The documents of all parts, on disk until they are laid out."""
+        store = DocumentStore(self.folder / "documents")
+        sizes, ledgers = [], []
+        for source, wanted in parts:
+            ledger, before = Ledger(), store.count
+            rows = source.rows(wanted)
+            for documents in self.encoder.encode(rows, source, ledger, seen, wrapped=packing == "wrapped"):
+                store.add(documents)
+            sizes.append(store.count - before)
+            ledgers.append(ledger)
+        return _Encoded(store.read(), sizes, ledgers)
+
+    def _mixture(self, encoded: _Encoded) -> np.ndarray | None:
+        """The documents that the sources' weights ask for; None takes each once."""
+        weights = [source.weight for source in self.train_sources]
+        if not encoded.ledgers or None in weights:
+            return None
+        documents = encoded.documents
+        starts = np.cumsum(encoded.sizes) - encoded.sizes
+        lengths = np.split(documents.lengths, starts[1:])
+        trained = documents.trained()
+        mixture = draw(lengths, weights, self.keys.mix_by, self.seed)  # type: ignore[arg-type]
+        order = [chosen + start for chosen, start in zip(mixture, starts.tolist(), strict=True)]
+        for ledger, chosen, size in zip(encoded.ledgers, order, encoded.sizes, strict=True):
+            ledger.draw(
+                rows=len(np.unique(documents.rows[chosen])),
+                lengths=documents.lengths[chosen],
+                tokens_trained=int(trained[chosen].sum()),
+                passes=len(chosen) / max(size, 1),
+            )
+        return np.concatenate(order)
+
+    def _write(self, encoded: _Encoded, file: str, packing: str | None, order: np.ndarray | None = None) -> None:
+        documents, limit = encoded.documents, self.keys.max_seq_length
+        if order is not None and packing == "wrapped":  # a stream is cut as it stands
+            documents, order = documents.take(order), None
+        layout = lay_out(documents.lengths, packing, limit, order)
+        write_rows(documents, layout, self.folder / file, packed=packing is not None)
+        if packing and len(documents):
+            # The row count belongs to the set as a whole: it stands in the first ledger and so, once, in the total.
+            encoded.ledgers[0].pack(len(layout.counts), limit)
+        if packing == "wrapped":
+            _note_cuts(encoded, documents, limit)
+        shutil.rmtree(self.folder / "documents", ignore_errors=True)
 
 
-def _arrange(sets: list[EncodedSet], packing: str | None, limit: int) -> Columns:
-    """The columns of one prepared data set, packed or not."""
-    input_ids = [ids for s in sets for ids in s.input_ids]
-    labels = [row for s in sets for row in s.labels]
-    if not packing or not input_ids:
-        return {"input_ids": input_ids, "labels": labels}
-    if packing == "wrapped":
-        rows = wrap(input_ids, labels, limit)
-        _note_cuts(sets, limit)
-    else:
-        lengths = np.array([len(ids) for ids in input_ids])
-        rows = pack_rows(input_ids, labels, best_fit_decreasing(lengths, limit))
-    # The row count belongs to the data set as a whole: it stands in the first ledger and so, once, in the total.
-    sets[0].ledger.pack(len(rows), limit)
-    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "position_ids", "seq_lengths")}
+def _packing(value: str | bool) -> str | None:
+    return None if value in ("auto", False) else str(value)
 
 
-def _note_cuts(sets: list[EncodedSet], limit: int) -> None:
+def _others(held: frozenset[int]) -> Wanted:
+    return (lambda index: index not in held) if held else None
+
+
+def _note_cuts(encoded: _Encoded, documents: Documents, limit: int) -> None:
     """Takes out of the ledgers the tokens that are not trained because the stream was cut in front of them."""
-    at = 0
-    for one in (s for s in sets if s.labels):
-        labels = np.concatenate(one.labels)
-        one.ledger.tokens_trained -= int((labels[-at % limit :: limit] != IGNORE_INDEX).sum())
-        at += len(labels)
+    ends = np.cumsum([ledger.tokens for ledger in encoded.ledgers])
+    cuts = np.arange(limit, len(documents.labels), limit)
+    lost = cuts[documents.labels[cuts] != IGNORE_INDEX]
+    counts = np.bincount(np.searchsorted(ends, lost, side="right"), minlength=len(ends))
+    for ledger, count in zip(encoded.ledgers, counts.tolist(), strict=True):
+        ledger.tokens_trained -= count
 
 
-def require_enough_rows(keys: DataKeys, document: dict[str, Any]) -> None:
-    """Raises `UserError` when nothing is left to train, or too much was lost on the way."""
-    for name, ledger in document["datasets"].items():
-        if not ledger["rows_read"]:
-            hint = "validation_split holds rows out of a data set of two rows and more"
-            raise UserError(Problem(f"{name!r} has no rows", hint, "validation_split"))
-        asked_for = ledger["rows_lost"].get("duplicate", 0) + ledger["rows_lost"].get("in_validation", 0)
-        lost = sum(ledger["rows_lost"].values()) - asked_for
-        fraction = lost / ledger["rows_read"]
-        if ledger["rows_trained"] and fraction <= keys.max_lost_fraction:
-            continue
-        reasons = ", ".join(f"{n} {reason}" for reason, n in ledger["rows_lost"].items())
-        summary = f"{lost} of {ledger['rows_read']} rows of {name!r} are lost ({reasons})"
-        if ledger["rows_trained"]:
-            summary += f": {fraction:.1%}, max_lost_fraction is {keys.max_lost_fraction:.1%}"
-        examples = [
-            Problem(f"{e['reason']}: {e['message']}", file=e["file"], line=e["line"])
-            for e in ledger["lost_examples"][:5]
-        ]
-        hint = "mend the rows below; or raise max_lost_fraction if you can do without them"
-        raise UserError(Problem(summary, hint, "max_lost_fraction"), *examples)
+_HEAD = 1000  # rows of a stream that are looked at before training
 
 
-def preview(
-    keys: DataKeys, tokenizer: PreTrainedTokenizerBase, num_samples: int, *, seed: int
-) -> Iterator[dict[str, Any]]:
-    """SPEC's preview: the first rows in source order (training sources first), before fitting and packing.
+def stream_data(
+    keys: DataKeys,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 1,
+    shuffle: bool = True,
+    whole_window: bool = False,
+    on_rows: Callable[[int], None] = lambda _: None,
+) -> PreparedData:
+    """The training data as a stream, and the evaluation sets prepared as always.
 
-    Rows that are lost are said aloud and stepped over.
+    Args:
+        keys, tokenizer, seed, on_rows: as for `prepare_data`.
+        rank, world_size: which process this is, of how many that train together.
+        workers: processes that each of them has for its data; at least 1, for itself.
+        shuffle: whether the rows of a window are shuffled.
+        whole_window: whether the ledger is of the first window's rows, not of the first thousand.
+
+    Raises:
+        UserError: data that does not exist or cannot be read.
     """
-    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
-    encoder = RowEncoder(tokenizer, keys)
-    shown = 0
-    for split, source, row in _rows_with_split(keys, seed):
-        if shown == num_samples:
-            return
-        ledger = Ledger()
-        for sample in encoder.encode([row], source, ledger):
-            shown += 1
-            yield _as_preview(split, sample, tokenizer)
-        for lost in ledger.lost_examples:
-            logger.warning("%s:%s: lost: %s: %s", lost["file"], lost["line"], lost["reason"], lost["message"])
-
-
-def _as_preview(split: str, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    content, encoded = sample.content, sample.encoded
-    what = {"text": content.text} if isinstance(content, Text) else {"messages": content.messages}
-    trained = encoded.labels[encoded.labels != IGNORE_INDEX]
-    return {
-        "split": split,
-        "file": sample.row.file,
-        "row": sample.row.index,
-        "format": content.format,
-        **what,
-        "rendered": sample.rendered.text,
-        "input_ids": encoded.input_ids.tolist(),
-        "labels": encoded.labels.tolist(),
-        "trained_text": tokenizer.decode(trained.tolist(), clean_up_tokenization_spaces=False),
+    prepared = prepare_data(keys, tokenizer, seed=seed, training=False, on_rows=on_rows)
+    sources = training_sources(keys)
+    weights = tuple(source.weight for source in sources if source.weight is not None)
+    plan = StreamPlan(
+        sources=tuple(sources),
+        weights=weights if len(weights) == len(sources) else None,
+        packing=_packing(keys.packing),
+        seed=keys.shuffle_seed if keys.shuffle_seed is not None else seed,
+        shuffle=shuffle,
+        known=set(map(bytes.fromhex, prepared.known)),
+        world_size=world_size,
+        workers=workers,
+    )
+    stream = TrainingStream(tokenizer, keys, plan, rank)
+    account = stream.head(max(_HEAD, keys.streaming_window) if whole_window else _HEAD, on_rows)
+    if not account.ends_epoch:
+        read = sum(ledger.rows_read for ledger in account.ledgers.values())
+        logger.warning(
+            "streaming: the data has been looked at up to row %s; the rest is read while training", f"{read:,}"
+        )
+    ledgers = account.ledgers | {
+        n if n not in account.ledgers else f"eval_{n}": e for n, e in prepared.eval_ledgers.items()
     }
-
-
-def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[Conversation]:
-    """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets."""
-    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
-    found: list[Conversation] = []
-    for split, source, row in _rows_with_split(keys, seed, training=bool(keys.validation_split)):
-        if split == "train" or row.data is None:
-            continue
-        try:
-            content = normalize(row.data, source.format, source.columns, keys.system_prompt)
-        except RowLost:
-            continue
-        if isinstance(content, Conversation) and content.messages[-1]["role"] == "assistant":
-            found.append(content)
-    limit = min(limit, len(found))
-    return [found[number * len(found) // limit] for number in range(limit)]
-
-
-def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterator[tuple[str, DataSource, Row]]:
-    """Every row in source order with the split it falls in, by the same draw as the preparation's."""
-    for number, source in enumerate(training_sources(keys) if training else []):
-        if not keys.validation_split:
-            yield from (("train", source, row) for row in source.rows())
-            continue
-        rows = list(source.rows())
-        _, held = split_rows(rows, keys.validation_split, seed + number)
-        held_indices = {row.index for row in held}
-        for row in rows:
-            yield ("validation" if row.index in held_indices else "train"), source, row
-    for source in validation_sources(keys):
-        yield from ((source.name, source, row) for row in source.rows())
+    return replace(
+        prepared,
+        train=stream,
+        train_tokens=None,
+        ledger=as_document(ledgers),
+        end_token_ids=tuple(dict.fromkeys([*account.end_token_ids, *prepared.end_token_ids])),
+        sample=next(preview(keys, tokenizer, 1, seed=seed), None),
+    )

@@ -84,10 +84,9 @@ def train(argv: list[str]) -> int:
     model_manager.check_model(config.section(ModelKeys))
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     data = _prepare(config, tokenizer)
+    _require_served(config, tokenizer)
     _join(config)
-    distributed.require_agreement(
-        {"checkpoint": str(checkpoint), "training rows": len(data.train), "training tokens": data.train_tokens}
-    )
+    distributed.require_agreement({"checkpoint": str(checkpoint), **data.identity()})
     trainer = _build_trainer(config, tokenizer, data)
     # From here on the run is on: what an earlier one left makes room.
     if distributed.is_main_process():
@@ -98,6 +97,8 @@ def train(argv: list[str]) -> int:
     questions = _questions(config, data)
     results = _exact_match(config, trainer.model, tokenizer, data, questions, "_before")
     trainer.fit(checkpoint)
+    if config.streaming:
+        data = _account(config, trainer, data)
     results |= trainer.evaluate_all()
     results |= _exact_match(config, trainer.model, tokenizer, data, questions, "_after")
     if distributed.is_main_process():
@@ -144,14 +145,17 @@ def _check_stages(config: Config, report: Report) -> None:
     if tokenizer is None:
         return
     keys = config.section(DataKeys)
-    data = report.attempt(lambda: data_handler.prepare_data(keys, tokenizer, seed=config.seed))
+    data = report.attempt(lambda: _data(config, tokenizer, whole_window=True))
     if data is None:
         return
     report.data = data.ledger
+    report.serving = report.attempt(lambda: data_handler.serving_contract(keys, tokenizer))
+    if report.serving:
+        report.errors += report.serving.problems
     report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
     processes = config.num_gpus or max(1, visible_gpus())
     plan = report.attempt(
-        lambda: plan_batches(config.section(TrainingKeys), len(data.train), data.train_tokens, processes)
+        lambda: plan_batches(config.section(TrainingKeys), data.train_rows, data.train_tokens, processes)
     )
     report.estimate = plan.as_json() if plan else None
 
@@ -300,9 +304,10 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
     from sft.callbacks import ConsoleProgress, MetricsFile
     from sft.console import console
     from sft.schema import ModelKeys, TrainingKeys
+    from sft.stream_state import StreamProgress
 
     keys = config.section(TrainingKeys)
-    plan = plan_batches(keys, len(data.train), data.train_tokens, distributed.world_size())
+    plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
     logger.info("Batches: %s", plan)
     precision = model_manager.plan_precision(
         config.section(ModelKeys),
@@ -332,8 +337,9 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         MetricsFile(Path(config.output_dir) / "logs"),
         ConsoleProgress(console, bars=not config.disable_tqdm),
     ]
+    progress = StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None
     return trainer_utils.SFTTrainer(
-        model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks, plan.total_steps
+        model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks, plan.total_steps, progress
     )
 
 
@@ -356,6 +362,17 @@ def _save(
     show_conclusion(output_dir, last | results, seconds)
 
 
+def _require_served(config: Config, tokenizer: Any) -> None:
+    """Stops the run where the model would be asked behind other tokens than it was trained behind."""
+    import data_handler
+    from sft.schema import DataKeys
+
+    contract = data_handler.serving_contract(config.section(DataKeys), tokenizer)
+    if not contract.ok:
+        raise UserError(*contract.problems)
+    logger.info("Serving: %s", contract.message)
+
+
 def _join(config: Config) -> None:
     """Joins the process group, once everything is done that takes each process a different time."""
     import distributed_utils as distributed
@@ -374,7 +391,7 @@ def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedD
 
     keys = config.section(DataKeys)
     with counting("rows prepared:") as on_rows:
-        data = data_handler.prepare_data(keys, tokenizer, seed=config.seed, training=training, on_rows=on_rows)
+        data = _data(config, tokenizer, training=training, on_rows=on_rows)
     if distributed.is_main_process():
         show_ledger(data.ledger)
         if training:
@@ -387,6 +404,43 @@ def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedD
             hint = "give validation_file, validation_split or eval_datasets, or remove eval_strategy"
             raise UserError(config.problem("eval_strategy", "there is no validation data", hint))
     return data
+
+
+def _data(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
+    """The data of all sets; where training rows are streamed, what is known of their beginning."""
+    import data_handler
+    import distributed_utils as distributed
+    from sft.schema import DataKeys
+
+    keys = config.section(DataKeys)
+    if not (training and keys.streaming):
+        options.pop("whole_window", None)
+        return data_handler.prepare_data(keys, tokenizer, seed=config.seed, training=training, **options)
+    return data_handler.stream_data(
+        keys,
+        tokenizer,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=max(1, config.dataloader_num_workers),
+        shuffle=config.train_sampling_strategy == "random",
+        **options,
+    )
+
+
+def _account(config: Config, trainer: SFTTrainer, data: PreparedData) -> PreparedData:
+    """The data with the account of all rows that were streamed, which the first rank shows and saves."""
+    import dataclasses
+
+    import distributed_utils as distributed
+    from sft import artifacts
+    from sft.console import show_ledger
+
+    ledger, end_token_ids = trainer.stream_account()
+    if distributed.is_main_process():
+        show_ledger(ledger)
+        artifacts.write_ledger(Path(config.output_dir), ledger)
+    return dataclasses.replace(data, ledger=ledger, end_token_ids=end_token_ids)
 
 
 def _questions(config: Config, data: PreparedData) -> list[Conversation]:

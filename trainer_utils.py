@@ -17,21 +17,24 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft import run_shape
+from sft import artifacts, run_shape, stream_state
 from sft.batch_plan import BatchPlan
 from sft.callbacks import ConsoleProgress, FollowConfig, FollowEpoch
-from sft.collation import Collator, EvenRows, row_lengths
+from sft.collation import PACKED, Collator, EvenRows, row_lengths
 from sft.isolation import require_isolation
 from sft.losses import TokenLoss, token_loss
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
 from sft.run_shape import RunShape, describe_adapter, digest_lengths
 from sft.sampling import EpochSampler
+from sft.stream_loader import StreamLoader
+from sft.stream_state import StreamProgress
+from sft.streaming import STEP, TrainingStream
 from sft.trained_models import save_companions
 
 logger = logging.getLogger("sft")
 
-_NOT_FOR_THE_MODEL = ("labels", "lengths")
+_NOT_FOR_THE_MODEL = ("labels", "lengths", PACKED)
 
 __all__ = ["SFTTrainer", "set_seed", "training_arguments"]
 
@@ -58,6 +61,8 @@ def training_arguments(
     arguments |= {"bf16": bf16, "fp16": fp16}
     if plan is not None:
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
+        if plan.train_rows is None:  # a stream begins behind the rows that were trained
+            arguments["ignore_data_skip"] = True
     # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
     arguments.setdefault("ddp_find_unused_parameters", False)
     if arguments.get("activation_checkpointing"):
@@ -82,11 +87,12 @@ class SFTTrainer(Trainer):
         model: a causal LM, wrapped with an adapter or not.
         args: the training arguments.
         tokenizer: saved with each checkpoint.
-        train_dataset: rows of `input_ids` and `labels` (see `data_handler.PreparedData`).
+        train_dataset: rows of `input_ids` and `labels` (see `data_handler.PreparedData`), or a `TrainingStream`.
         eval_datasets: evaluation sets by name; a single one is reported without its name.
         end_token_ids: the tokens that end an answer, for each checkpoint's generation config.
         callbacks: besides the Trainer's own; its two printers are left out.
         total_steps: optimizer steps of the whole run.
+        progress: of the stream, where `train_dataset` is one.
     """
 
     def __init__(
@@ -94,11 +100,12 @@ class SFTTrainer(Trainer):
         model: torch.nn.Module,
         args: TrainingArguments,
         tokenizer: PreTrainedTokenizerBase,
-        train_dataset: Dataset | None,
+        train_dataset: Dataset | TrainingStream | None,
         eval_datasets: Mapping[str, Dataset],
         end_token_ids: Sequence[int],
         callbacks: Sequence[TrainerCallback] = (),
         total_steps: int = 0,
+        progress: StreamProgress | None = None,
     ) -> None:
         collator = Collator(
             int(tokenizer.pad_token_id),
@@ -113,7 +120,7 @@ class SFTTrainer(Trainer):
             processing_class=tokenizer,
             train_dataset=train_dataset,
             eval_dataset=self._as_eval_dataset(eval_datasets),
-            callbacks=[FollowConfig(), *callbacks],
+            callbacks=[FollowConfig(), *([progress] if progress else []), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -124,10 +131,11 @@ class SFTTrainer(Trainer):
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if self.accelerator.num_processes != world_size:
             raise RuntimeError(f"{world_size} processes were joined, the Trainer sees {self.accelerator.num_processes}")
-        packed = [d for d in (train_dataset, *eval_datasets.values()) if d and "position_ids" in d.column_names]
-        if packed:
+        datasets = [d for d in (train_dataset, *eval_datasets.values()) if d is not None]
+        if any(d.is_packed if isinstance(d, TrainingStream) else PACKED in d.column_names for d in datasets):
             require_isolation(model, collator)
         self._train_rows: Any = train_dataset
+        self._progress = progress
         self._total_steps = total_steps
         self._end_token_ids = end_token_ids
         self._last_evaluation: tuple[int, dict[str, float]] = (-1, {})
@@ -164,6 +172,17 @@ class SFTTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Notes where a stream stands behind the batch, then trains on it."""
+        if self._progress:
+            self._progress.consume(inputs.pop(STEP))
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, TokenLoss]:
         kept = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
         # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
@@ -175,6 +194,8 @@ class SFTTrainer(Trainer):
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
         if checkpoint:
             self._counts = run_shape.load(checkpoint, self._shape())
+            if self._progress:
+                self._progress.load(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if state.global_step >= self._total_steps:
                 logger.info("%s is at step %d: nothing is left to train", checkpoint, state.global_step)
@@ -190,15 +211,19 @@ class SFTTrainer(Trainer):
                     callback.close()
 
     def _shape(self) -> RunShape:
+        data: dict[str, Any] = {"train_rows": 0, "row_lengths": ""}
+        if self._progress:
+            data |= self._progress.stream.identity()
+        else:
+            data = {"train_rows": len(self._train_rows), "row_lengths": digest_lengths(row_lengths(self._train_rows))}
         return RunShape(
             world_size=self.args.world_size,
             per_device_train_batch_size=self.args.per_device_train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            train_rows=len(self._train_rows),
-            row_lengths=digest_lengths(row_lengths(self._train_rows)),
             seed=self._order_seed(),
             adapter=describe_adapter(self.model),
             train_sampling_strategy=self.args.train_sampling_strategy,
+            **data,
         )
 
     # The order of rows
@@ -207,9 +232,25 @@ class SFTTrainer(Trainer):
         """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
         # Called again for a smaller batch (auto_find_batch_size), after an attempt whose sums count for nothing.
         self._sums = TokenSums(self.args.device)
+        if self._progress:
+            return self._stream_loader(self._progress)
         multiple = 1 if self.args.dataloader_drop_last else self._even(self._train_batch_size)
         self.train_dataset: Any = EvenRows(self._train_rows, multiple)
         return super().get_train_dataloader()
+
+    def _stream_loader(self, progress: StreamProgress) -> DataLoader:
+        """Not through accelerate, which would share the stream's rows out among the ranks once more."""
+        progress.rewind()
+        args = self.args
+        return StreamLoader(
+            progress.stream,
+            self.data_collator,
+            self._train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def _even(self, batch_size: int) -> int:
         """What the number of rows must be a multiple of; one process can end with a smaller batch."""
@@ -346,11 +387,25 @@ class SFTTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         started = time.perf_counter()
         self._count_tokens()  # so that num_tokens goes on from the right number after a resume
+        streamed = self._progress.gather() if self._progress else None
+        if streamed:
+            self._end_token_ids = streamed["end_token_ids"]
         super()._save_checkpoint(model, trial)
         if self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             run_shape.save(folder, self._shape(), self._counts)
+            if self._progress and streamed:
+                stream_state.save(folder, streamed)
+                artifacts.write_ledger(Path(str(self.args.output_dir)), self._progress.document(streamed))
+        if self._progress and streamed:
+            self._progress.judge(stream_state.account_in(streamed))
         self._clock += time.perf_counter() - started
+
+    def stream_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """SPEC's LEDGER of the rows that were streamed to all ranks, which all must call it; and their end tokens."""
+        assert self._progress is not None
+        streamed = self._progress.gather()
+        return self._progress.document(streamed), tuple(streamed["end_token_ids"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

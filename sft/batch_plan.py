@@ -19,9 +19,9 @@ class BatchPlan:
         per_device_train_batch_size: rows of one pass on one process.
         gradient_accumulation_steps: passes of one optimizer step.
         global_batch_size: rows of one optimizer step over all processes.
-        train_rows: rows of an epoch, after packing.
-        tokens_per_epoch: tokens of an epoch, padding not counted.
-        steps_per_epoch: optimizer steps of an epoch.
+        train_rows: rows of an epoch, after packing; None when they are streamed and not known.
+        tokens_per_epoch: tokens of an epoch, padding not counted; None when they are streamed.
+        steps_per_epoch: optimizer steps of an epoch; None when they are streamed.
         total_steps: optimizer steps of the run.
     """
 
@@ -29,9 +29,9 @@ class BatchPlan:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
-    train_rows: int
-    tokens_per_epoch: int
-    steps_per_epoch: int
+    train_rows: int | None
+    tokens_per_epoch: int | None
+    steps_per_epoch: int | None
     total_steps: int
 
     def as_json(self) -> dict[str, Any]:
@@ -39,16 +39,26 @@ class BatchPlan:
         return asdict(self)
 
     def __str__(self) -> str:
+        epoch = "rows are streamed"
+        if self.train_rows is not None:
+            epoch = (
+                f"{self.train_rows:,} rows ({self.tokens_per_epoch:,} tokens) = {self.steps_per_epoch:,} steps an epoch"
+            )
         return (
             f"{self.per_device_train_batch_size} rows a pass × {self.gradient_accumulation_steps} passes × "
-            f"{self.world_size} processes = {self.global_batch_size} rows a step; {self.train_rows:,} rows "
-            f"({self.tokens_per_epoch:,} tokens) = {self.steps_per_epoch:,} steps an epoch; "
+            f"{self.world_size} processes = {self.global_batch_size} rows a step; {epoch}; "
             f"{self.total_steps:,} steps in all"
         )
 
 
-def plan_batches(keys: TrainingKeys, train_rows: int, tokens_per_epoch: int, world_size: int) -> BatchPlan:
+def plan_batches(
+    keys: TrainingKeys, train_rows: int | None, tokens_per_epoch: int | None, world_size: int
+) -> BatchPlan:
     """The run's arithmetic.
+
+    Args:
+        train_rows, tokens_per_epoch: of an epoch; None when they are streamed, and `max_steps` is given.
+        world_size: processes that train together.
 
     Raises:
         UserError: `global_batch_size` is no multiple of the rows of one pass over all processes.
@@ -62,14 +72,8 @@ def plan_batches(keys: TrainingKeys, train_rows: int, tokens_per_epoch: int, wor
             message = f"{keys.global_batch_size} is no multiple of {rows} ({per_device} rows × {world_size} processes)"
             hint = f"take a multiple of {rows}, or another per_device_train_batch_size"
             raise UserError(keys.problem("global_batch_size", message, hint))
-    batches = math.ceil(train_rows / (per_device * world_size))
-    if keys.dataloader_drop_last:
-        batches = train_rows // (per_device * world_size)
-        if not batches:
-            message = f"{train_rows} rows are less than one pass of {per_device} rows × {world_size} processes"
-            raise UserError(keys.problem("dataloader_drop_last", message, "set it to false, or take smaller batches"))
-    steps = max(1, math.ceil(batches / accumulation))
-    total = keys.max_steps if keys.max_steps > 0 else math.ceil(keys.num_train_epochs * steps)
+    steps = None if train_rows is None else _steps_per_epoch(keys, train_rows, world_size, accumulation)
+    total = keys.max_steps if steps is None or keys.max_steps > 0 else math.ceil(keys.num_train_epochs * steps)
     return BatchPlan(
         world_size=world_size,
         per_device_train_batch_size=per_device,
@@ -80,3 +84,14 @@ def plan_batches(keys: TrainingKeys, train_rows: int, tokens_per_epoch: int, wor
         steps_per_epoch=steps,
         total_steps=total,
     )
+
+
+def _steps_per_epoch(keys: TrainingKeys, train_rows: int, world_size: int, accumulation: int) -> int:
+    per_device = keys.per_device_train_batch_size
+    batches = math.ceil(train_rows / (per_device * world_size))
+    if keys.dataloader_drop_last:
+        batches = train_rows // (per_device * world_size)
+        if not batches:
+            message = f"{train_rows} rows are less than one pass of {per_device} rows × {world_size} processes"
+            raise UserError(keys.problem("dataloader_drop_last", message, "set it to false, or take smaller batches"))
+    return max(1, math.ceil(batches / accumulation))

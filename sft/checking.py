@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sft.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from sft.serving_contract import ServingContract
 
 logger = logging.getLogger("sft")
 Result = TypeVar("Result")
@@ -18,6 +21,7 @@ class Report(logging.Handler):
     Attributes:
         data: the ledger, once the data was prepared.
         estimate: the run's arithmetic.
+        serving: whether what is trained is what is served.
     """
 
     def __init__(self) -> None:
@@ -26,6 +30,7 @@ class Report(logging.Handler):
         self.warnings: list[str] = []
         self.data: dict[str, Any] | None = None
         self.estimate: dict[str, Any] | None = None
+        self.serving: ServingContract | None = None
 
     def __enter__(self) -> Report:
         logger.addHandler(self)
@@ -54,4 +59,5 @@ class Report(logging.Handler):
             "warnings": self.warnings,
             "data": self.data,
             "estimate": self.estimate,
+            "serving": self.serving.as_json() if self.serving else None,
         }

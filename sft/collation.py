@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from sft.encoding import IGNORE_INDEX
+from sft.documents import IGNORE_INDEX
 
 FILLER = "filler"
+PACKED = "seq_lengths"  # the column of packed rows: tokens of each document
 
 
 @dataclass(frozen=True)
 class Collator:
     """Joins rows of `input_ids` and `labels` into tensors.
 
-    Unpacked rows get an `attention_mask`. Packed rows (those with `position_ids`) get none: a mask would switch off
-    the isolation of documents by position, so each padding token stands as a document of its own.
+    Unpacked rows get an `attention_mask`. Packed rows (those with `seq_lengths`) get none: a mask would switch off the
+    isolation of documents by position, so each padding token stands as a document of its own.
 
     Attributes:
         pad_token_id: what fills short rows; it is never trained and never attended to.
@@ -35,12 +36,16 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `labels` (B, T), `attention_mask` or `position_ids` (B, T), `lengths` (B,).
 
-        `lengths` counts the real tokens of each row; a filler row counts none.
+        `lengths` counts the real tokens of each row; a filler row counts none. Packed rows hand on their boundaries
+        as well: `seq_lengths` (B, documents), filled up with zeros.
         """
+        is_packed = PACKED in rows[0]
+        if is_packed:
+            rows = [{**row, "position_ids": positions(row[PACKED])} for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
         real = [0 if row.get(FILLER) else n for row, n in zip(rows, lengths, strict=True)]
-        if self.flatten and "position_ids" in rows[0]:
-            names = ("input_ids", "labels", "position_ids")
+        if self.flatten and is_packed:
+            names = ("input_ids", "labels", "position_ids", PACKED)
             joined = {name: np.concatenate([row[name] for row in rows]).astype(np.int64)[None] for name in names}
             return {**{n: torch.from_numpy(a) for n, a in joined.items()}, "lengths": torch.tensor(real)}
         width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -48,8 +53,9 @@ class Collator:
             "input_ids": self._stack([row["input_ids"] for row in rows], width, self.pad_token_id),
             "labels": self._stack([row["labels"] for row in rows], width, IGNORE_INDEX),
         }
-        if "position_ids" in rows[0]:
+        if is_packed:
             batch["position_ids"] = self._stack([row["position_ids"] for row in rows], width, 0)
+            batch[PACKED] = self._stack([row[PACKED] for row in rows], max(len(row[PACKED]) for row in rows), 0)
         else:
             batch["attention_mask"] = self._stack([np.ones(n, dtype=np.int64) for n in lengths], width, 0)
         batch["lengths"] = torch.tensor(real)
@@ -84,9 +90,15 @@ class EvenRows(torch.utils.data.Dataset):
             return self.rows[index]
         first = self.rows[0]
         filler: dict[str, Any] = {"input_ids": first["input_ids"][:1], "labels": np.array([IGNORE_INDEX]), FILLER: True}
-        if "position_ids" in first:
-            filler["position_ids"] = np.zeros(1, dtype=np.int32)
+        if PACKED in first:
+            filler[PACKED] = np.ones(1, dtype=np.int32)
         return filler
+
+
+def positions(seq_lengths: np.ndarray) -> np.ndarray:
+    """The position of each token in its document: (tokens,) int64."""
+    starts = np.cumsum(seq_lengths) - seq_lengths
+    return np.arange(seq_lengths.sum()) - np.repeat(starts, seq_lengths)
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:

@@ -119,9 +119,23 @@ def _needs(config: Config) -> Iterator[Problem]:
             yield config.problem(f"lora_config.{section}", f"is used only with init_lora_weights: {start}", hint)
     if config.dataset_config_name is not None and config.dataset_name is None:
         yield config.problem("dataset_config_name", "needs dataset_name", "It names a configuration of a hub data set.")
+    yield from _weights(config)
+    yield from _streaming(config)
     yield from _numbers(config)
     yield from _trackers(config)
     yield from _needs_of_training(config)
+
+
+def _weights(config: Config) -> Iterator[Problem]:
+    entries = config.datasets or []
+    without = [number for number, entry in enumerate(entries) if entry.weight is None]
+    if without and len(without) < len(entries):
+        hint = "Give every data set a weight, or none: without, each row is taken once."
+        yield config.problem(f"datasets.{without[0]}", "has no weight, others have", hint)
+    for number, entry in enumerate(config.eval_datasets or []):
+        if entry.weight is not None:
+            hint = "Remove it: each validation row is measured once."
+            yield config.problem(f"eval_datasets.{number}.weight", "validation data is not mixed", hint)
 
 
 def _numbers(config: Config) -> Iterator[Problem]:
@@ -134,6 +148,31 @@ def _numbers(config: Config) -> Iterator[Problem]:
         if value > 1 and value % 1:
             hint = "Below 1 it is a share of all steps, from 1 on a number of steps."
             yield config.problem(key, f"expected a whole number of steps, got {value:g}", hint)
+
+
+def _streaming(config: Config) -> Iterator[Problem]:
+    """What needs to know all rows before the first is trained, and how many there are."""
+    if not config.streaming:
+        return
+    if config.max_steps < 1:
+        hint = "Write max_steps: how many rows a stream has is not known before its end."
+        yield config.problem("streaming", "needs max_steps", hint)
+    for key in ("validation_split", "dedupe"):
+        if _given(config, key):
+            hint = "Remove one of them; prepare_data.py does it once, in files of their own."
+            yield config.problem(key, "needs all rows at once, and streaming reads them one after another", hint)
+    if config.train_sampling_strategy not in ("random", "sequential"):
+        message = f"{config.train_sampling_strategy} needs all rows at once, and streaming reads them one after another"
+        yield config.problem("train_sampling_strategy", message, "Write random (within each window) or sequential.")
+    if not config.dataloader_in_order:
+        hint = "Remove it: where a stream goes on after a resume follows from the order of its batches."
+        yield config.problem("dataloader_in_order", "excludes streaming", hint)
+    for key in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if getattr(config, key) == "epoch":
+            yield config.problem(key, "a stream has no end of an epoch", "Write steps.")
+    if config.mix_by == "tokens":
+        hint = "Write mix_by: rows; a row's tokens are not known when it is its data set's turn."
+        yield config.problem("mix_by", "streaming mixes by rows", hint)
 
 
 def _trackers(config: Config) -> Iterator[Problem]:

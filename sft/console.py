@@ -104,9 +104,20 @@ def show_ledger(document: dict[str, Any]) -> None:
             logger.warning("%s:%s: lost: %s: %s", *(example[k] for k in ("file", "line", "reason", "message")))
 
 
+def show_lengths(ledger: dict[str, Any]) -> None:
+    """How long the samples are, as a bar of characters for each range of tokens."""
+    bars = ledger["length_histogram"]
+    most = max((count for _, _, count in bars), default=0)
+    console.print("samples by tokens" if bars else "", style="bold")
+    for first, last, count in bars:
+        bar = "#" * max(round(40 * count / most), int(count > 0))
+        console.print(f"{first:>7,} - {last:>7,}  {bar:<40} {count:,}", highlight=False)
+
+
 _NOTES = {
     "answers_cut": "answers lost their end to truncation: they teach the model not to stop",
     "control_tokens": "rows have control tokens typed in a message, which are encoded as plain text",
+    "unrolled": "conversations became a sample for each answer, for the template rewrites earlier turns",
     "duplicates": "rows repeat an earlier one (dedupe: true leaves them out of training)",
     "in_validation": "training rows stand in validation too, whose metrics flatter (dedupe: true leaves them out)",
 }
@@ -159,6 +170,9 @@ def show_report(report: Report) -> None:
     """`check`'s report for eyes."""
     if report.data is not None:
         show_ledger(report.data)
+        show_lengths(report.data["total"])
+    if report.serving is not None:
+        console.print(f"serving: {report.serving.message}", markup=False)
     if report.estimate is not None:
         console.print("  ".join(f"{name} {value:,}" for name, value in report.estimate.items()), style="dim")
     show_error(UserError(*report.errors))

@@ -18,6 +18,8 @@ from sft.conversation import Message, RowLost
 Span = tuple[int, int]
 _FIRST_MARK = 0xF0000  # Unicode's second private use plane: 65,534 characters that mean nothing to anybody
 _MARKS = re.compile("[\U000f0000-\U000ffffd]")
+_ESCAPED_MARK = re.compile(r"\\(U000f|udb[89a-f])", re.IGNORECASE)  # as Python's repr and JSON's ASCII write them
+_MARKUP = re.compile(r"[<\[‹＜].*[>\]›＞]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +36,37 @@ class _Token:
 class ControlTokens:
     """The control tokens of one tokenizer and its template.
 
-    A token is one of them when it is flagged special, or when the template writes it. In the assistant's own messages
-    the latter kind stands: models are meant to write `<think>` or `<tool_call>` themselves.
+    A token is one of them when it is flagged special, when the template writes it, or when it is written like one
+    (`<think>`, `[INST]`). In the assistant's own messages only the first kind and the end token are: models are meant
+    to write `<think>` or `<tool_call>` themselves. Other added tokens are words that somebody taught the tokenizer.
+
+    Args:
+        tokenizer: whose added tokens are looked at.
+        written: what its template writes: its source, and conversations that it rendered.
+        end_token: what ends an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content]
-        special = {t.content for t in added if t.special}
-        written = {t.content for t in added if t.content in template and not t.content.isspace()}
-        ordered = sorted(special | written, key=lambda text: (-len(text), text))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, written: str, end_token: str) -> None:
+        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content and not t.content.isspace()]
+        special = {t.content for t in added if t.special} | {end_token}
+        all_of_them = special | {t.content for t in added if t.content in written or _MARKUP.fullmatch(t.content)}
+        ordered = sorted(all_of_them, key=lambda text: (-len(text), text))
         self._tokens = {
             text: _Token(text, min(1, len(text) - 1), chr(_FIRST_MARK + number)) for number, text in enumerate(ordered)
         }
         self._by_mark = {token.mark: token for token in self._tokens.values()}
-        self._in_all = _any_of(special | written)
+        self._in_all = _any_of(all_of_them)
         self._in_answers = _any_of(special)
 
     def find(self, messages: list[Message], tools: Any) -> str | None:
         """The first control token that is typed in the conversation; None when there is none."""
         for message in messages:
-            if match := _search(self._pattern(message), _content(message)):
-                return match
-        return _search(self._in_all, tools)
+            pattern = self._in_answers if message["role"] == "assistant" else self._in_all
+            if match := pattern.search(message["content"]):
+                return match[0]
+            if len(message) > 2 and (found := _search(pattern, _content(message))):
+                return found
+        return _search(self._in_all, tools) if tools else None
 
     def hide(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any]:
         """The same conversation with the typed control tokens marked; each text keeps its length.
@@ -69,7 +80,13 @@ class ControlTokens:
         return hidden, self._replace(self._in_all, tools)
 
     def reveal(self, text: str) -> tuple[str, list[Span]]:
-        """The rendered text with its characters put back, and the spans to be encoded as plain text."""
+        """The rendered text with its characters put back, and the spans to be encoded as plain text.
+
+        Raises:
+            RowLost: `template_mismatch` when the template has escaped a marked character, so that it is lost.
+        """
+        if _ESCAPED_MARK.search(text):
+            raise RowLost("template_mismatch", "the chat template escapes a text that holds a control token")
         inert: list[Span] = []
         pieces: list[str] = []
         last = 0
@@ -89,7 +106,7 @@ class ControlTokens:
         if isinstance(value, str):
             return pattern.sub(lambda match: self._tokens[match[0]].hidden, value)
         if isinstance(value, dict):
-            return {key: self._replace(pattern, inner) for key, inner in value.items()}
+            return {self._replace(pattern, key): self._replace(pattern, inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [self._replace(pattern, inner) for inner in value]
         return value
@@ -109,5 +126,8 @@ def _search(pattern: re.Pattern[str], value: Any) -> str | None:
     if isinstance(value, str):
         match = pattern.search(value)
         return match[0] if match else None
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((found for part in inner if (found := _search(pattern, part))), None)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return (
+        next((found for part in value if (found := _search(pattern, part))), None) if isinstance(value, list) else None
+    )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
 from sft.errors import Problem, UserError
 from sft.readers import EXTENSIONS, data_extension
+from sft.rows import Row, Wanted
 from sft.schema import DataKeys, DatasetKeys
-from sft.sources import Row, find_files, read_files, read_hub, read_saved
+from sft.sources import find_files, read_files, read_hub, read_saved
 
 logger = logging.getLogger("sft")
 
+_PIECE = 1 << 20  # bytes hashed at a time: they stay in the processor's cache
 _SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
 
 
@@ -28,6 +31,7 @@ class DataSource:
         key: the config key that named it, for errors.
         files: local data files; empty for a hub or saved data set.
         hub: name on the hub, or the folder of a saved data set.
+        streaming: whether a data set on the hub is fetched as it is read.
     """
 
     name: str
@@ -36,19 +40,21 @@ class DataSource:
     columns: dict[str, str] | None
     train_on: str
     max_samples: int | None = None
+    weight: float | None = None
     files: list[Path] = field(default_factory=list)
     hub: str | None = None
     hub_config: str | None = None
     split: str = "train"
+    streaming: bool = False
 
-    def rows(self) -> Iterator[Row]:
-        """The rows in source order, at most `max_samples` of them."""
+    def rows(self, wanted: Wanted = None) -> Iterator[Row]:
+        """The rows in source order: those of the first `max_samples` whose index is `wanted` (None: all)."""
         if self.files:
-            rows = read_files(self.files)
+            rows = read_files(self.files, wanted)
         elif Path(str(self.hub)).is_dir():
-            rows = read_saved(Path(str(self.hub)), self.split, self.key)
+            rows = read_saved(Path(str(self.hub)), self.split, self.key, wanted)
         else:
-            rows = read_hub(str(self.hub), self.hub_config, self.split, self.key)
+            rows = read_hub(str(self.hub), self.hub_config, self.split, self.key, wanted, self.streaming)
         for row in rows:
             if self.max_samples is not None and row.index >= self.max_samples:
                 return
@@ -56,13 +62,24 @@ class DataSource:
 
     def fingerprint(self) -> str:
         """Changes when a byte of the data does; a hub data set is known by its name, configuration and split."""
-        digest = hashlib.blake2b(repr((self.name, self.hub, self.hub_config, self.split)).encode())
+        digest = xxhash.xxh3_128(repr((self.name, self.hub, self.hub_config, self.split)).encode())
         saved = sorted(Path(self.hub).glob("**/*.arrow")) if self.hub and Path(self.hub).is_dir() else []
         for file in [*self.files, *saved]:
-            digest.update(str(file).encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+            # The name too: the ledger that is kept with the prepared data shows it.
+            digest.update(f"{file}\0{_hash_of(file)}\0".encode())
         return digest.hexdigest()
+
+
+def _hash_of(file: Path) -> str:
+    """The hash of a file's bytes: XXH3, which is not for secrets, and as fast as the bytes can be read."""
+    digest = xxhash.xxh3_128()
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while piece := stream.read(_PIECE):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(Problem(f"cannot be read: {error}", file=str(file))) from None
+    return digest.hexdigest()
 
 
 def training_sources(keys: DataKeys) -> list[DataSource]:
@@ -113,6 +130,7 @@ def _from_hub(keys: DataKeys, split: str) -> DataSource:
         hub=keys.dataset_name,
         hub_config=keys.dataset_config_name,
         split=split,
+        streaming=keys.streaming,
     )
 
 
@@ -171,9 +189,11 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
                 entry.columns or keys.columns,
                 entry.train_on or keys.train_on,
                 entry.max_samples,
+                entry.weight,
                 files=find_files(entry.path, entry_key) if is_file else [],
                 hub=None if is_file else str(path),
                 split=entry.split or ("train" if key == "datasets" else "validation"),
+                streaming=keys.streaming,
             )
         )
     return sources

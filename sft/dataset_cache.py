@@ -19,7 +19,12 @@ import pyarrow as pa
 from datasets import Dataset
 from filelock import FileLock
 
-Columns = dict[str, list[np.ndarray]]
+from sft.documents import IGNORE_INDEX, Documents
+from sft.packing import Layout
+
+_COLUMNS = ("input_ids", "labels", "seq_lengths")
+_PART_TOKENS = 1 << 21  # of one record batch: what is held in memory at a time
+_PART_ROWS = 4096
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -59,19 +64,42 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> bool:
     return False
 
 
-def write_columns(columns: Columns, file: Path) -> None:
-    """Writes lists of int32 arrays as an Arrow stream; the arrays of a column are joined, never made Python lists."""
-    arrays = {}
-    for name, values in columns.items():
-        offsets = np.zeros(len(values) + 1, dtype=np.int64)
-        np.cumsum([len(v) for v in values], out=offsets[1:])
-        flat = np.concatenate(values).astype(np.int32, copy=False) if values else np.zeros(0, dtype=np.int32)
-        arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
-    table = pa.table(arrays)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=4096)
+def write_rows(documents: Documents, layout: Layout, file: Path, *, packed: bool) -> None:
+    """Writes a data set's rows as an Arrow stream, a part of the documents at a time.
+
+    Columns, all lists of int32: `input_ids` and `labels` of the row; `seq_lengths`, where it is packed, has the tokens
+    of each of its documents.
+    """
+    schema = pa.schema({name: pa.large_list(pa.int32()) for name in _COLUMNS[: 3 if packed else 2]})
+    document_ends, row_ends = np.cumsum(layout.counts), np.cumsum(layout.row_lengths)
+    starts = documents.starts
+    first_row = first_document = first_token = 0
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while first_row < len(row_ends):
+            last_row = max(first_row + 1, int(np.searchsorted(row_ends, first_token + _PART_TOKENS)))
+            last_row = min(last_row, first_row + _PART_ROWS, len(row_ends))
+            rows = slice(first_row, last_row)
+            last_document, last_token = int(document_ends[last_row - 1]), int(row_ends[last_row - 1])
+            lengths = layout.lengths[first_document:last_document]
+            if layout.order is None:
+                ids = np.array(documents.input_ids[first_token:last_token])
+                labels = np.array(documents.labels[first_token:last_token])
+            else:
+                part = documents.take(layout.order[first_document:last_document], starts)
+                ids, labels = part.input_ids, part.labels
+            labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX  # nothing predicts the first token of a piece
+            row_offsets = np.append(first_token, row_ends[rows]) - first_token
+            arrays = [_lists(row_offsets, ids), _lists(row_offsets, labels)]
+            if packed:
+                arrays.append(_lists(np.append(first_document, document_ends[rows]) - first_document, lengths))
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            first_row, first_document, first_token = last_row, last_document, last_token
 
 
-def read_columns(file: Path) -> Dataset:
-    """The columns as a memory-mapped data set whose rows are numpy arrays."""
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values.astype(np.int32, copy=False)))
+
+
+def read_rows(file: Path) -> Dataset:
+    """The rows as a memory-mapped data set that gives numpy arrays."""
     return Dataset.from_file(str(file)).with_format("numpy")

@@ -1,29 +1,31 @@
 """From text with trained spans to `input_ids` and `labels`, which grow together and cannot drift apart.
 
-Tokens are cut where a server cuts them: the prompt as it is encoded on its own, the answer as it is generated. One
-pass of the Rust tokenizer over the whole text gives both, because tokens seldom cross the seam between a prompt and
-its answer; where one does (a BPE merge over the seam), or where the prompt would have other tokens on its own, the
-text is cut there and both sides are encoded apart.
+Tokens are cut where a server cuts them: each text is cut into its prompt as it is encoded on its own, the answer as
+it is generated, and what follows; the pieces of a thousand rows go through the Rust tokenizer at once, and a token is
+trained when its piece is:
+
+    <|user|>Hi<|end|><|assistant|>  |  Hello<|end|>  |  \\n
+    masked                             trained          masked
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sft.control_tokens import Span
+from sft.documents import IGNORE_INDEX, Documents
+from sft.pieces import PieceEncoder, exact, plain
 from sft.rendering import Rendered
+from sft.seams import SeamMerges
 
-_MOST_TAILS = 1000
-_ANCHORS = ("\n", "\x02", "=", "a")
-IGNORE_INDEX = -100  # the label of a token that is not trained, by PyTorch's and Hugging Face's convention
+_SHORT = 48  # characters; what a template puts between two messages is encoded once
+_MOST_SHORT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,190 +41,171 @@ class Encoded:
     seam_merges: int = 0
 
 
+@dataclass(slots=True)
+class Batch:
+    """The pieces of some rows on their way through the tokenizer.
+
+    Attributes:
+        ids: of each piece, in order; None until it has been encoded.
+        trained: whether each piece is.
+        pieces: of each row.
+        waiting: by method, the pieces that are to be encoded and their texts.
+        seam_merges: of each row.
+    """
+
+    ids: list[list[int] | None] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+    waiting: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
+    seam_merges: list[int] = field(default_factory=list)
+
+    def add(self, text: str, trained: bool, method: str) -> None:
+        """Notes one piece, to be encoded by the `PieceEncoder` method of that name."""
+        numbers, texts = self.waiting.setdefault(method, ([], []))
+        numbers.append(len(self.ids))
+        texts.append(text)
+        self.add_ids(None, trained)
+
+    def add_ids(self, ids: list[int] | None, trained: bool) -> None:
+        """Notes one piece whose ids are known."""
+        self.ids.append(ids)
+        self.trained.append(trained)
+
+
 class Encoder:
-    """Encodes rendered conversations and texts with one tokenizer's Rust backend."""
+    """Encodes rendered conversations and documents with one tokenizer's Rust backend.
+
+    `cut`, `run` and `assemble` are the three steps of `encode`; `run` is all Rust, and may run in another thread.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        # SentencePiece vocabularies put a blank in front of a text; a text's continuation must not get one.
-        self._prefixes_blank = self._backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
-        self._chat_backend = _without_trimming(self._backend)
-        self._added_ids = frozenset(tokenizer.get_added_vocab().values())
-        self._ids_alone: dict[str, list[int]] = {}
+        self._backend: Tokenizer = exact(tokenizer.backend_tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        self._encoder = PieceEncoder(self._backend, next((t.content for t in added if not t.rstrip), None))
+        self._added = tuple(t.content for t in added)
+        # These take the blanks behind them, wherever the text is cut.
+        self._greedy = tuple(t.content for t in added if t.rstrip)
+        self._seams = SeamMerges(self._backend, self._greedy)
+        self._short: dict[str, list[int]] = {}
 
-    def encode_chats(self, rendered: Sequence[Rendered]) -> list[Encoded]:
-        """Conversations: control tokens are in the text already, so none is added."""
-        encodings = self._chat_backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-        return [
-            self._label_inert(r) if r.inert else self._label(r, e) for r, e in zip(rendered, encodings, strict=True)
-        ]
+    def encode(self, rendered: Sequence[Rendered]) -> tuple[Documents, list[int]]:
+        """All rows' tokens and labels, and of each row how many seams one pass would have crossed."""
+        return self.assemble(self.run(self.cut(rendered)))
 
-    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_each(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        """The same, row by row."""
+        documents, merges = self.encode(rendered)
+        return [Encoded(ids, labels, n) for (ids, labels), n in zip(documents, merges, strict=True)]
+
+    def cut(self, rendered: Sequence[Rendered]) -> Batch:
+        """The pieces of each text."""
+        batch = Batch()
+        for row in rendered:
+            first = len(batch.ids)
+            merges = 0
+            if row.is_document:
+                batch.add(row.text, True, "document")
+            elif row.inert:
+                self._cut_inert(batch, row)
+            else:
+                merges = self._cut(batch, row)
+            batch.pieces.append(len(batch.ids) - first)
+            batch.seam_merges.append(merges)
+        return batch
+
+    def _cut(self, batch: Batch, row: Rendered) -> int:
+        text, at, merges, method = row.text, 0, 0, "first"
+        for start, end in row.spans:
+            if start > at:
+                prompt, answer = text[at:start], text[start:end]
+                self._add_masked(batch, prompt, method, text[:at])
+                batch.add(answer, True, "behind_token" if prompt.endswith(self._added) else "behind_text")
+                merges += self._seams.crosses(prompt, answer)
+            else:
+                batch.add(text[start:end], True, method)
+            at, method = end, "behind_token"
+        if at < len(text):
+            self._add_masked(batch, text[at:], method, text[:at])
+        return merges
+
+    def _add_masked(self, batch: Batch, piece: str, method: str, before: str) -> None:
+        if self._greedy and before.endswith(self._greedy):
+            piece = piece.lstrip()
+        if method == "behind_token" and len(piece) <= _SHORT:
+            batch.add_ids(self._ids_of_short(piece), False)
+        else:
+            batch.add(piece, False, method)
+
+    def _ids_of_short(self, text: str) -> list[int]:
+        ids = self._short.get(text)
+        if ids is None:
+            if len(self._short) >= _MOST_SHORT:
+                self._short.clear()
+            ids = self._short[text] = self._encoder.behind_token([text])[0] if text else []
+        return ids
+
+    def _cut_inert(self, batch: Batch, row: Rendered) -> None:
+        """A text in which some control tokens are mere text: cut around each of them, and at each seam."""
+        inert, ends = set(row.inert), {end for _, end in row.spans}
+        borders = sorted({0, len(row.text), *(at for span in (*row.inert, *row.spans) for at in span)})
+        for start, end in pairwise(borders):
+            method = "first" if start == 0 else "behind_token" if start in ends else "behind_text"
+            if (start, end) in inert:
+                method = "plain_first" if start == 0 else "plain_behind_text"
+            batch.add(row.text[start:end], any(s <= start and end <= e for s, e in row.spans), method)
+
+    def run(self, batch: Batch) -> Batch:
+        """The same, with every piece encoded; the Rust tokenizer uses all cores and leaves Python's lock to others."""
+        methods = {
+            "document": self._encode_documents,
+            "first": self._encoder.first,
+            "behind_token": self._encoder.behind_token,
+            "behind_text": self._encoder.behind_text,
+        }
+        for method, (numbers, texts) in batch.waiting.items():
+            encode = methods[method] if method in methods else self._encode_plain(method.removeprefix("plain_"))
+            for number, ids in zip(numbers, encode(texts), strict=True):
+                batch.ids[number] = ids
+        batch.waiting.clear()
+        return batch
+
+    def _encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Documents, trained whole: the tokenizer's own BOS (if it sets one) in front, EOS at the end."""
         eos = self._tokenizer.eos_token_id
-        samples = []
-        for encoding in self._backend.encode_batch(list(texts), add_special_tokens=True):
-            ids = encoding.ids
-            if eos is not None and (not ids or ids[-1] != eos):
-                ids = [*ids, eos]
-            input_ids = np.array(ids, dtype=np.int32)
-            samples.append(Encoded(input_ids, _without_first(input_ids.copy())))
-        return samples
+        encoded = [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=True)]
+        return [ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos] for ids in encoded]
 
-    def _label(self, rendered: Rendered, encoding: Encoding) -> Encoded:
-        if any(self._must_cut(encoding, rendered.text, start) for start, _ in rendered.spans):
-            input_ids, token_spans, merges = self._encode_in_pieces(rendered.text, rendered.spans)
-        else:
-            input_ids = np.array(encoding.ids, dtype=np.int32)
-            token_spans = [_token_span(encoding, span) for span in rendered.spans]
-            merges = 0
-        labels = np.full_like(input_ids, IGNORE_INDEX)
-        for start, end in token_spans:
-            labels[start:end] = input_ids[start:end]
-        return Encoded(input_ids, _without_first(labels), merges)
+    def _encode_plain(self, method: str) -> Callable[[list[str]], list[list[int]]]:
+        """Encodes the texts of control tokens, none of them as the token."""
+        encoder = self._plain
 
-    def _label_inert(self, rendered: Rendered) -> Encoded:
-        """A text in which some control tokens are mere text: cut around each of them, and at each seam."""
-        text, inert = rendered.text, set(rendered.inert)
-        borders = sorted({0, len(text), *(at for span in (*rendered.inert, *rendered.spans) for at in span)})
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for start, end in pairwise(borders):
-            backend = self._plain_backend if (start, end) in inert else self._chat_backend
-            ids = self._encode_from(text, start, end, backend).ids
-            trained = any(s <= start and end <= e for s, e in rendered.spans)
-            input_ids += ids
-            labels += ids if trained else [IGNORE_INDEX] * len(ids)
-        return Encoded(np.array(input_ids, dtype=np.int32), _without_first(np.array(labels, dtype=np.int32)))
+        def encode(texts: list[str]) -> list[list[int]]:
+            encoded = getattr(encoder, method)(texts)
+            for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+                if not self._added_ids.isdisjoint(ids):  # the vocabulary itself holds the text as one word
+                    rest = encoder.behind_text(list(text[1:]))
+                    encoded[number] = [*getattr(encoder, method)([text[0]])[0], *chain(*rest)]
+            return encoded
+
+        return encode
 
     @cached_property
-    def _plain_backend(self) -> Tokenizer:
-        """The tokenizer without its added tokens: to it `<|im_end|>` is ten characters."""
-        state = json.loads(self._chat_backend.to_str())
-        state["added_tokens"] = []
-        state["post_processor"] = None
-        return Tokenizer.from_str(json.dumps(state))
+    def _plain(self) -> PieceEncoder:
+        return PieceEncoder(plain(self._backend))
 
-    def _must_cut(self, encoding: Encoding, text: str, seam: int) -> bool:
-        """Whether `text` in one pass has other tokens around `seam` than the prompt and its answer have apart."""
-        if self._straddles(encoding, seam):
-            return True
-        # How blanks at the prompt's end are grouped may hang on what follows: by the pattern `\s+(?!\S)` of GPT-2 and
-        # its kin, two line feeds are one token at the end of a text and two in front of a word.
-        token = encoding.char_to_token(seam)
-        if token is None or self._prefixes_blank or seam < 2 or not text[seam - 2 : seam].isspace():
-            return False
-        ids, first = encoding.ids, token
-        while first > 0 and ids[first - 1] not in self._added_ids:
-            first -= 1
-        chars = encoding.token_to_chars(first)
-        return chars is not None and self._encode_tail(text[chars[0] : seam]) != ids[first:token]
-
-    def _encode_tail(self, tail: str) -> list[int]:
-        """The ids of what stands between the last control token and an answer: a template has few of them."""
-        if tail not in self._ids_alone:
-            if len(self._ids_alone) >= _MOST_TAILS:
-                self._ids_alone.clear()
-            self._ids_alone[tail] = self._chat_backend.encode(tail, add_special_tokens=False).ids
-        return self._ids_alone[tail]
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_vocab().values())
 
     @staticmethod
-    def _straddles(encoding: Encoding, seam: int) -> bool:
-        """Whether a token holds characters on both sides of `seam`."""
-        if seam == 0:
-            return False
-        token = encoding.char_to_token(seam)
-        chars = encoding.token_to_chars(token) if token is not None else None
-        return chars is not None and chars[0] < seam < chars[1]
-
-    def _encode_in_pieces(self, text: str, spans: list[Span]) -> tuple[np.ndarray, list[Span], int]:
-        """Cuts `text` at each seam that a token would cross; returns ids, token spans, and the number of cuts."""
-        ids: list[int] = []
-        token_spans: list[Span] = []
-        merges = 0
-        origin = 0  # where the piece at hand starts in `text`
-        pending = list(spans)
-        while True:
-            encoding = self._encode_from(text, origin)
-            cut = next(
-                (s for s, _ in pending if s > origin and self._must_cut(encoding, text[origin:], s - origin)), None
-            )
-            piece = encoding if cut is None else self._encode_from(text, origin, cut)
-            inside = [(s, e) for s, e in pending if cut is None or e <= cut]
-            for start, end in inside:
-                token_start, token_end = _token_span(piece, (start - origin, end - origin))
-                token_spans.append((len(ids) + token_start, len(ids) + token_end))
-            ids += piece.ids
-            if cut is None:
-                return np.array(ids, dtype=np.int32), token_spans, merges
-            pending = pending[len(inside) :]
-            merges += 1
-            origin = cut
-
-    def _encode_from(
-        self, text: str, origin: int, end: int | None = None, backend: Tokenizer | None = None
-    ) -> Encoding:
-        """`text[origin:end]` as it stands behind other text; offsets count from `origin`."""
-        piece = text[origin:end]
-        backend = backend or self._chat_backend
-        if origin == 0 or not self._prefixes_blank:
-            return backend.encode(piece, add_special_tokens=False)
-        # A character in front takes the blank that a SentencePiece vocabulary would put there; both are cut off. It
-        # must not merge with the piece, as a line feed does with another.
-        for anchor in _ANCHORS:
-            anchored = backend.encode(anchor + piece, add_special_tokens=False)
-            if not self._straddles(anchored, 1):
-                break
-        return _Shifted(anchored)  # type: ignore[return-value]
-
-
-def _without_trimming(backend: Tokenizer) -> Tokenizer:
-    """A tokenizer whose offsets count the blank in front of a word to the word's token, as its text does.
-
-    Some tokenizers (GPT-NeoX, RoBERTa) trim it off the offsets, which hides that the token crosses a seam there.
-    """
-    trims = backend.post_processor is not None and b'"trim_offsets":true' in backend.post_processor.__getstate__()
-    if trims:
-        backend = Tokenizer.from_str(backend.to_str())
-        backend.post_processor = None
-    return backend
-
-
-class _Shifted:
-    """An `Encoding` of anchor + piece, seen as one of the piece: the anchor's tokens dropped, offsets moved by one."""
-
-    def __init__(self, anchored: Encoding) -> None:
-        first = next((i for i, (start, _) in enumerate(anchored.offsets) if start >= 1), len(anchored.ids))
-        self._anchored = anchored
-        self._first = first
-        self.ids = anchored.ids[first:]
-        self.offsets = [(start - 1, end - 1) for start, end in anchored.offsets[first:]]
-
-    def char_to_token(self, position: int) -> int | None:
-        token = self._anchored.char_to_token(position + 1)
-        return None if token is None or token < self._first else token - self._first
-
-    def token_to_chars(self, token: int) -> tuple[int, int] | None:
-        return self.offsets[token]
-
-
-def _token_span(encoding: Encoding, span: Span) -> Span:
-    """The tokens `[start, end)` that hold the characters `span`; characters that make no token are stepped over."""
-    start, end = span
-    first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
-    last = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
-    if first is None or last is None:
-        return 0, 0
-    # A character of several bytes may be several tokens, of which char_to_token gives the first.
-    size = len(encoding.ids)
-    while last + 1 < size and (chars := encoding.token_to_chars(last + 1)) is not None and chars[0] < end:
-        last += 1
-    return first, last + 1
-
-
-def _without_first(labels: np.ndarray) -> np.ndarray:
-    labels[:1] = IGNORE_INDEX
-    return labels
+    def assemble(batch: Batch) -> tuple[Documents, list[int]]:
+        """The texts' tokens and labels, and the seam merges of each; a document's row is its place among the texts."""
+        pieces: list[list[int]] = batch.ids  # type: ignore[assignment]
+        counts = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
+        input_ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=int(counts.sum()))
+        labels = np.where(np.repeat(np.array(batch.trained, dtype=bool), counts), input_ids, np.int32(IGNORE_INDEX))
+        ends = np.concatenate([[0], np.cumsum(counts)])[np.cumsum(batch.pieces, dtype=np.int64)]
+        lengths = np.diff(ends, prepend=0)
+        labels[(ends - lengths)[lengths > 0]] = IGNORE_INDEX
+        return Documents(input_ids, labels, lengths, np.arange(len(lengths))), batch.seam_merges

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft.collation import Collator
+from sft.collation import PACKED, Collator
 from sft.errors import Problem, UserError
 
 _TOLERANCE = 1e-3  # of the logits' size; rounding in bf16 stays below, a leak is far above
@@ -54,8 +54,7 @@ def measure_leak(model: Any, collator: Collator) -> float:
 def _logits_of_second(model: Any, collator: Collator, front: np.ndarray, second: np.ndarray) -> torch.Tensor:
     """Logits of `second` behind `front`, in the first of two packed rows: (len(second), V)."""
     ids = np.concatenate([front, second])
-    positions = np.concatenate([np.arange(len(front)), np.arange(len(second))])
-    row = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    row = {"input_ids": ids, "labels": ids, PACKED: np.array([len(front), len(second)])}
     batch = collator([row, row])
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
     logits = model(**inputs, use_cache=False).logits[0]

@@ -6,15 +6,16 @@ The shape is SPEC's LEDGER; `rows_read == rows_trained + sum(rows_lost.values())
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from sft.encoding import IGNORE_INDEX, Encoded
+from sft.documents import IGNORE_INDEX, Documents
 
 MAX_EXAMPLES = 20  # lost rows named one by one for each reason; the counts are always whole
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+BARS = 16  # of the histogram of lengths
 
 
 @dataclass
@@ -32,9 +33,11 @@ class Ledger:
     answers_cut: int = 0
     seam_merges: int = 0
     control_tokens: int = 0
+    unrolled: int = 0
     duplicates: int = 0
     in_validation: int = 0
-    lengths: list[int] = field(default_factory=list)
+    lengths: Counter[int] = field(default_factory=Counter)
+    passes: float | None = None
     packed_rows: int = 0
     packed_capacity: int = 0
 
@@ -44,13 +47,26 @@ class Ledger:
         if self.rows_lost[reason] <= MAX_EXAMPLES:
             self.lost_examples.append({"reason": reason, "file": file, "line": line, "message": message})
 
-    def keep(self, samples: list[Encoded]) -> None:
-        """Counts one row as trained, in the one or (when it was split) several samples it became."""
-        self.rows_trained += 1
-        for sample in samples:
-            self.tokens += len(sample.input_ids)
-            self.tokens_trained += int((sample.labels != IGNORE_INDEX).sum())
-            self.lengths.append(len(sample.input_ids))
+    def keep(self, rows: int, documents: Documents) -> None:
+        """Counts rows as trained, and the documents that they became (several where a row was split)."""
+        self.rows_trained += rows
+        self.tokens += len(documents.input_ids)
+        self.tokens_trained += int((documents.labels != IGNORE_INDEX).sum())
+        self.lengths.update(_counted(documents.lengths))
+
+    def draw(self, rows: int, lengths: np.ndarray, tokens_trained: int, passes: float) -> None:
+        """Notes what a mixture takes of the rows that were kept.
+
+        Args:
+            rows: that are in it, each counted once.
+            lengths: (N,) tokens of each document in it, those of repeated rows repeated.
+            tokens_trained: trained tokens in it.
+            passes: how often it goes through the data set.
+        """
+        if self.rows_trained > rows:
+            self.rows_lost["not_drawn"] += self.rows_trained - rows
+        self.rows_trained, self.tokens, self.tokens_trained = rows, int(lengths.sum()), tokens_trained
+        self.lengths, self.passes = _counted(lengths), passes
 
     def pack(self, rows: int, capacity: int) -> None:
         """Notes that the samples were packed into `rows` rows of `capacity` tokens."""
@@ -74,9 +90,12 @@ class Ledger:
             "answers_cut": self.answers_cut,
             "seam_merges": self.seam_merges,
             "control_tokens": self.control_tokens,
+            "unrolled": self.unrolled,
             "duplicates": self.duplicates,
             "in_validation": self.in_validation,
             "length_percentiles": self._percentiles(),
+            "length_histogram": self._histogram(),
+            "passes": self.passes,
             "packing": {
                 "rows": self.packed_rows,
                 "fill": round(self.tokens / self.packed_capacity, 6) if self.packed_capacity else None,
@@ -86,16 +105,43 @@ class Ledger:
     def _percentiles(self) -> dict[str, int]:
         if not self.lengths:
             return {}
-        values = np.percentile(self.lengths, PERCENTILES, method="inverted_cdf")
-        return {f"p{p}": int(v) for p, v in zip(PERCENTILES, values, strict=True)}
+        lengths = np.array(sorted(self.lengths))
+        running = np.cumsum([self.lengths[n] for n in lengths.tolist()])
+        # The smallest length that at least p per cent of the documents do not exceed.
+        places = np.searchsorted(running, -(-np.array(PERCENTILES) * running[-1] // 100))
+        return {f"p{p}": int(lengths[at]) for p, at in zip(PERCENTILES, places, strict=True)}
+
+    def _histogram(self) -> list[list[int]]:
+        """At most `BARS` equal ranges of lengths: `[from, to, documents]` each, `to` included."""
+        if not self.lengths:
+            return []
+        width = -(-max(self.lengths) // BARS)
+        bars: Counter[int] = Counter()
+        for length, count in self.lengths.items():
+            bars[(length - 1) // width] += count
+        return [[bar * width + 1, (bar + 1) * width, bars[bar]] for bar in range(max(bars) + 1)]
+
+    def merge(self, other: Ledger) -> None:
+        """Adds another account of the same data set, e.g. another process's."""
+        for name in ("lost_examples", "rows_lost", "formats", "lengths"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+_COUNTS = tuple(f.name for f in fields(Ledger) if f.type == "int")
+
+
+def _counted(lengths: np.ndarray) -> Counter[int]:
+    values, counts = np.unique(lengths, return_counts=True)
+    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 
 def total(ledgers: list[Ledger]) -> Ledger:
     """The sum of several data sets' ledgers."""
     whole = Ledger()
     for one in ledgers:
-        for name in vars(one):
-            setattr(whole, name, getattr(whole, name) + getattr(one, name))
+        whole.merge(one)
     return whole
 
 
@@ -105,3 +151,16 @@ def as_document(ledgers: dict[str, Ledger]) -> dict[str, Any]:
         "total": total(list(ledgers.values())).as_json(),
         "datasets": {name: ledger.as_json() for name, ledger in ledgers.items()},
     }
+
+
+def as_state(ledger: Ledger) -> dict[str, Any]:
+    """All of it as JSON has it; counters as pairs, for JSON's keys are texts."""
+    return {name: [*map(list, v.items())] if isinstance(v, Counter) else v for name, v in vars(ledger).items()}
+
+
+def from_state(state: dict[str, Any]) -> Ledger:
+    """The ledger that `as_state` was given."""
+    ledger = Ledger()
+    for name, value in state.items():
+        setattr(ledger, name, Counter(dict(value)) if isinstance(getattr(ledger, name), Counter) else value)
+    return ledger

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sft.encoding import IGNORE_INDEX
+from sft.documents import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)

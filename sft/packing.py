@@ -2,7 +2,7 @@
 
     input_ids     a a a | b b | c c c c
     labels        . a a | . b | . c c c      each document's first token is not trained: nothing predicts it
-    position_ids  0 1 2 | 0 1 | 0 1 2 3      restart with each document; attention isolates documents by them
+    seq_lengths   3       2     4            handed on with the row: position_ids restart with each document
 
 `best_fit_decreasing` takes the lengths of the whole data set at once. Johnson's best-fit decreasing needs at most
 11/9 of the optimal number of rows plus a constant (D. S. Johnson, "Near-optimal bin packing algorithms", 1973); on
@@ -10,6 +10,8 @@ real lengths it fills nearly all of each row.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -78,49 +80,55 @@ def _add(by_room: dict[int, list[int]], room: int, bins: list[int]) -> int:
     return 1 << room
 
 
-def pack_rows(
-    input_ids: list[np.ndarray], labels: list[np.ndarray], bins: list[np.ndarray]
-) -> list[dict[str, np.ndarray]]:
-    """Joins the documents of each bin.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How documents stand in rows.
 
-    Returns:
-        For each bin `input_ids`, `labels`, `position_ids` (T,) and `seq_lengths` (documents,), T at most the capacity.
+    Attributes:
+        lengths: (M,) tokens of each document, in the order in which they stand; the documents themselves are taken by
+            `order`, or stand as they are where `order` is None.
+        counts: (rows,) documents of each row.
+        order: (M,) indices of documents.
     """
-    rows = []
-    for members in bins:
-        lengths = np.array([len(input_ids[i]) for i in members], dtype=np.int32)
-        rows.append(
-            {
-                "input_ids": np.concatenate([input_ids[i] for i in members]),
-                "labels": np.concatenate([labels[i] for i in members]),
-                "position_ids": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-                "seq_lengths": lengths,
-            }
-        )
-    return rows
+
+    lengths: np.ndarray
+    counts: np.ndarray
+    order: np.ndarray | None = None
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row: (rows,)."""
+        return np.add.reduceat(self.lengths, np.cumsum(self.counts) - self.counts) if len(self.counts) else self.counts
 
 
-def wrap(input_ids: list[np.ndarray], labels: list[np.ndarray], capacity: int) -> list[dict[str, np.ndarray]]:
-    """Joins all documents into one stream and cuts it every `capacity` tokens: for pretraining text.
+def lay_out(lengths: np.ndarray, packing: str | None, capacity: int, order: np.ndarray | None = None) -> Layout:
+    """Arranges documents in rows of at most `capacity` tokens.
+
+    Args:
+        lengths: (N,) tokens of each document.
+        packing: `bfd`, `wrapped`, or None for one document a row.
+        order: (M,) the documents to use, each as often as it stands there; None uses each once.
+    """
+    used = lengths if order is None else lengths[order]
+    if packing == "wrapped":
+        return _wrapped(used, capacity, order)
+    if packing is None:
+        return Layout(used, np.ones(len(used), dtype=np.int64), order)
+    bins = best_fit_decreasing(used, capacity)
+    counts = np.array([len(b) for b in bins], dtype=np.int64)
+    places = np.concatenate(bins) if bins else np.zeros(0, dtype=np.int64)
+    return Layout(used[places], counts, places if order is None else order[places])
+
+
+def _wrapped(lengths: np.ndarray, capacity: int, order: np.ndarray | None) -> Layout:
+    """One stream of all documents, cut every `capacity` tokens: for pretraining text.
 
     A document that is cut goes on in the next row as a document of its own, its first token there untrained. The
     stream's last, shorter row is kept.
     """
-    stream_ids, stream_labels = np.concatenate(input_ids), np.concatenate(labels)
-    ends = np.cumsum([len(ids) for ids in input_ids])
-    rows = []
-    for start in range(0, len(stream_ids), capacity):
-        stop = min(start + capacity, len(stream_ids))
-        inner = ends[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, stop, side="left")]
-        lengths = np.diff([start, *inner, stop]).astype(np.int32)
-        row_labels = stream_labels[start:stop].copy()
-        row_labels[:1] = -100
-        rows.append(
-            {
-                "input_ids": stream_ids[start:stop],
-                "labels": row_labels,
-                "position_ids": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-                "seq_lengths": lengths,
-            }
-        )
-    return rows
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.union1d(ends, np.arange(capacity, total, capacity))
+    pieces = np.diff(cuts, prepend=0)
+    counts = np.bincount((cuts - pieces) // capacity) if total else np.zeros(0, dtype=np.int64)
+    return Layout(pieces, counts, order)

@@ -9,13 +9,15 @@ none needs to be known here:
     trained span                                                 [Hello<|end|>]
 
 An answer starts where the prompt ends that a server would send, and ends with the token that ends it; whatever the
-template puts behind that token (a line feed, the text's own end) is not trained. A rendering in which the prompt is
-not a prefix of the whole is a `template_mismatch`, never a guess.
+template puts behind that token (a line feed, the text's own end) is not trained. The conversation up to the answer's
+end must stand at the beginning of the whole: where a template rewrites earlier turns (it drops their thoughts, or
+moves the system prompt to the last question) each answer becomes a text of its own, behind the prompt that it is
+served with. What fits in neither way is a `template_mismatch`, never a guess.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,8 +25,13 @@ from transformers import PreTrainedTokenizerBase
 from sft.control_tokens import ControlTokens, Span
 from sft.conversation import Conversation, Message, RowLost
 from sft.errors import Problem, UserError
+from sft.template_engine import TemplateEngine
 
 _PROBE = "\x02answer\x03"  # text that no template rewrites and no user types
+
+
+class Rewritten(RowLost):
+    """A template that writes a turn otherwise as soon as others follow it, e.g. without its thoughts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +39,15 @@ class Rendered:
     """A conversation as one text, with character spans `[start, end)` of it.
 
     Attributes:
-        spans: what is trained.
+        spans: what is trained, from left to right.
         inert: control tokens that somebody typed, to be encoded as plain text.
+        is_document: a text without messages, which gets the tokenizer's own BOS and its EOS.
     """
 
     text: str
     spans: list[Span]
     inert: tuple[Span, ...] = ()
+    is_document: bool = False
 
 
 class ChatRenderer:
@@ -51,21 +60,24 @@ class ChatRenderer:
     Attributes:
         end_token: the text of the token that ends each answer, e.g. `<|im_end|>`.
         end_token_id: its id.
+        control_tokens: those that are looked for in messages.
 
     Raises:
         UserError: the template cannot render a plain question and answer, or never ends an answer with a token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens_in_content: str = "text") -> None:
+        self._template = TemplateEngine(tokenizer)
         self._tokenizer = tokenizer
         self._typed = special_tokens_in_content
         source = tokenizer.chat_template
         source = source if isinstance(source, str) else "\n".join(source.values())
-        self._control_tokens = ControlTokens(tokenizer, source)
-        self.renders_tools = "tools" in source and "tool_calls" in source
+        self.renders_calls = "tool_calls" in source
+        self.renders_tools = self.renders_calls and "tools" in source
         self.renders_system = self._accepts_system()
         self.end_token, self._last_tail = self._find_end_token()
         self.end_token_id: int = tokenizer.get_added_vocab()[self.end_token]
+        self.control_tokens = ControlTokens(tokenizer, source + self._written(), self.end_token)
 
     def render(self, conversation: Conversation, train_on: str = "assistant") -> Rendered:
         """The conversation's text with the spans that `train_on` asks for.
@@ -75,19 +87,31 @@ class ChatRenderer:
             train_on: `assistant` (each answer), `last_assistant`, or `all` (every character).
 
         Raises:
-            RowLost: `template_mismatch` when the template refuses the conversation or the prompt of an answer is
-                not how the whole begins; `no_trained_token` when nothing of it is to be trained; `control_token` when
-                one is typed and that is an error.
+            RowLost: `template_mismatch` when the template refuses the conversation or an answer does not stand
+                behind its prompt (`Rewritten` when only what follows changes that); `no_trained_token` when nothing of
+                it is to be trained; `control_token` when one is typed and that is an error.
         """
         messages, tools = self._fit_to_template(conversation)
-        typed = self._control_tokens.find(messages, tools) if self._typed != "allow" else None
+        typed = self.control_tokens.find(messages, tools) if self._typed != "allow" else None
         if typed is None:
             return self._render(messages, tools, conversation, train_on)
         if self._typed == "error":
             raise RowLost("control_token", f"a message holds the control token {typed!r}")
-        rendered = self._render(*self._control_tokens.hide(messages, tools), conversation, train_on)
-        text, inert = self._control_tokens.reveal(rendered.text)
+        rendered = self._render(*self.control_tokens.hide(messages, tools), conversation, train_on)
+        text, inert = self.control_tokens.reveal(rendered.text)
         return Rendered(text, rendered.spans, tuple(inert))
+
+    def render_parts(self, conversation: Conversation, train_on: str = "assistant") -> list[Rendered]:
+        """The same as one text; or, where the template rewrites earlier turns, as one text for each trained answer.
+
+        Each then ends with that answer, behind the prompt that a server would send for it.
+        """
+        try:
+            return [self.render(conversation, train_on)]
+        except Rewritten:
+            turns = [i for i, trained in enumerate(conversation.trainable) if trained]
+            turns = turns[-1:] if train_on == "last_assistant" else turns
+            return [self.render(_until(conversation, turn), "last_assistant") for turn in turns]
 
     def _render(self, messages: list[Message], tools: Any, conversation: Conversation, train_on: str) -> Rendered:
         whole = self._apply(messages, tools)
@@ -103,37 +127,24 @@ class ChatRenderer:
 
     def _span(self, whole: str, messages: list[Message], turn: int, tools: list[dict[str, Any]] | None) -> Span:
         prompt = self._apply(messages[:turn], tools, add_generation_prompt=True)
-        start = len(prompt)
-        if not whole.startswith(prompt):
-            at = len(_shared_start(whole, prompt))
-            raise RowLost(
-                "template_mismatch",
-                f"message {turn}: the template renders the prompt as ...{prompt[max(0, at - 20) :][:60]!r}, "
-                f"the conversation has ...{whole[max(0, at - 20) :][:60]!r}",
-            )
-        if turn == len(messages) - 1:
-            if not whole.endswith(self._last_tail) or len(whole) - len(self._last_tail) < start:
-                raise RowLost("template_mismatch", f"message {turn}: its text does not end with {self._last_tail!r}")
-            return start, len(whole) - len(self._last_tail) + len(self.end_token)
-        # What two continuations with different next messages share ends somewhere in the next turn's header; the
-        # last end token before that is this answer's, whatever its own text contains.
-        # (Calls are left out of the other next message: many templates render its text or its calls.)
-        following = {k: v for k, v in messages[turn + 1].items() if k != "tool_calls"}
-        other = self._apply([*messages[: turn + 1], {**following, "content": _PROBE}], tools)
-        shared = _shared_start(whole, other)
-        end = shared.rfind(self.end_token, start)
-        if end < 0:
-            raise RowLost("template_mismatch", f"message {turn}: the answer is not followed by {self.end_token!r}")
-        return start, end + len(self.end_token)
+        answered = whole if turn == len(messages) - 1 else self._apply(messages[: turn + 1], tools)
+        start, end = len(prompt), len(answered) - len(self._last_tail) + len(self.end_token)
+        if not answered.startswith(prompt):
+            raise RowLost("template_mismatch", f"message {turn}: the prompt is {_difference(prompt, answered)}")
+        if not answered.endswith(self._last_tail) or end - len(self.end_token) < start:
+            raise RowLost("template_mismatch", f"message {turn}: its text does not end with {self._last_tail!r}")
+        if not whole.startswith(answered[:end]):
+            raise Rewritten("template_mismatch", f"message {turn} is {_difference(answered[:end], whole)}")
+        return start, end
 
     def _fit_to_template(self, conversation: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
         """Keeps what the template has no place for: system prompts, tools and their calls become plain text."""
         messages, tools = conversation.messages, conversation.tools
-        if not self.renders_tools and (tools or any("tool_calls" in m or m["role"] == "tool" for m in messages)):
+        if not self.renders_calls:
             messages = [_call_as_text(m) for m in messages]
-            if tools:
-                messages = _with_tools_in_system(messages, tools)
-                tools = None
+        if tools and not self.renders_tools:
+            messages = _with_tools_in_system(messages, tools)
+            tools = None
         if not self.renders_system and messages[0]["role"] == "system":
             raise RowLost("template_mismatch", "the chat template does not render system messages")
         self._require_rendered(messages, tools)
@@ -148,13 +159,9 @@ class ChatRenderer:
 
     def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
         try:
-            # A batch of one: alone, transformers refuses the empty conversation that stands before an opening answer.
-            batch = self._tokenizer.apply_chat_template(
-                [messages], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return self._template.render(messages, tools, add_generation_prompt)
         except Exception as error:  # templates raise jinja2 errors of their own, and TypeErrors from inside filters
             raise RowLost("template_mismatch", f"the chat template refuses the conversation: {error}") from None
-        return str(batch[0])
 
     @staticmethod
     def _last_assistant(messages: list[Message]) -> int:
@@ -173,6 +180,12 @@ class ChatRenderer:
         except RowLost:
             return False
         return _PROBE in text
+
+    def _written(self) -> str:
+        """What the template makes of a question and an answer: it may put its tokens together from parts."""
+        dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        system = [{"role": "system", "content": "c"}] if self.renders_system else []
+        return self._apply([*system, *dialogue], None) + self._apply([*system, dialogue[0]], None, True)
 
     def _find_end_token(self) -> tuple[str, str]:
         """The token behind an answer, and all that stands behind the last answer of a conversation (token first)."""
@@ -198,6 +211,11 @@ class ChatRenderer:
         return token, tail[tail.index(token) :]
 
 
+def _until(conversation: Conversation, turn: int) -> Conversation:
+    messages, trainable = conversation.messages[: turn + 1], conversation.trainable[: turn + 1]
+    return replace(conversation, messages=messages, trainable=trainable)
+
+
 def _call_as_text(message: Message) -> Message:
     import json
 
@@ -215,6 +233,11 @@ def _with_tools_in_system(messages: list[Message], tools: list[dict[str, Any]]) 
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{listing}"}, *messages[1:]]
     return [{"role": "system", "content": listing}, *messages]
+
+
+def _difference(text: str, whole: str) -> str:
+    at = max(0, len(_shared_start(whole, text)) - 20)
+    return f"rendered as ...{text[at:][:60]!r}, the conversation has ...{whole[at:][:60]!r}"
 
 
 def _shared_start(a: str, b: str) -> str:

@@ -1,54 +1,69 @@
-"""From rows to encoded samples: normalized, rendered, tokenized in batches, fitted, and accounted for."""
+"""From rows to documents of tokens: normalized, rendered, tokenized in batches, fitted, and accounted for.
+
+Python reads and renders the next thousand rows while the Rust tokenizer, in a thread of its own, encodes the last.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
 import numpy as np
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from sft.conversation import Conversation, RowLost, Text
 from sft.data_sources import DataSource
-from sft.encoding import Encoded, Encoder
+from sft.documents import IGNORE_INDEX, Documents
+from sft.encoding import Batch, Encoded, Encoder
 from sft.errors import Problem, UserError
 from sft.formats import normalize
 from sft.ledger import Ledger
 from sft.rendering import ChatRenderer, Rendered
 from sft.schema import DataKeys
 from sft.sources import Row
-from sft.truncation import Fitted, fit
+from sft.truncation import fit
 
 _BATCH_ROWS = 1000  # rows handed to the Rust tokenizer at a time: enough to keep its threads busy
-_NOTHING = Encoded(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
-    """One row on its way: where it comes from, what it was normalized to, and what it became."""
+    """One row on its way: where it comes from, what it was normalized to, and its text.
+
+    The text is in several parts where the template rewrites a conversation's earlier turns.
+    """
 
     row: Row
     content: Conversation | Text
-    rendered: Rendered
-    encoded: Encoded
+    parts: list[Rendered]
 
 
-@dataclass
-class EncodedSet:
-    """All samples of one data set that are kept; `wrapped` ones keep their whole length, to be cut by the packing."""
+@dataclass(slots=True)
+class Seen:
+    """Fingerprints of rows, to count those that repeat.
 
-    ledger: Ledger = field(default_factory=Ledger)
-    input_ids: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    fingerprints: set[bytes] = field(default_factory=set)
-    wrapped: bool = False
+    Attributes:
+        earlier: of the rows before, to which each row is added.
+        validation: of the validation rows; None while those are read themselves.
+    """
+
+    earlier: set[bytes]
+    validation: set[bytes] | None = None
 
 
 class RowEncoder:
-    """Takes rows to samples, with one tokenizer and one set of data keys."""
+    """Takes rows to documents, with one tokenizer and one set of data keys.
+
+    Attributes:
+        end_token_ids: the tokens that end the answers that were kept, in the order of first use.
+    """
 
     def __init__(
         self,
@@ -64,26 +79,41 @@ class RowEncoder:
         self._on_rows = on_rows
         self._encoder = Encoder(tokenizer)
         self._renderer: ChatRenderer | None = None  # made for the first conversation: texts need no chat template
-        self.end_token_ids: list[int] = []  # of the samples that were kept, in the order of first use
+        self.end_token_ids: list[int] = []
 
-    def encode_into(
-        self, target: EncodedSet, rows: Iterable[Row], source: DataSource, known: set[bytes] | None = None
-    ) -> None:
-        """Encodes `rows` and keeps them in `target`; `known` are the fingerprints of validation rows."""
+    def encode(
+        self, rows: Iterable[Row], source: DataSource, ledger: Ledger, seen: Seen, *, wrapped: bool = False
+    ) -> Iterator[Documents]:
+        """The documents of `rows`, batch by batch, each row accounted for in `ledger`.
+
+        Args:
+            seen: the rows that were met before; these are added.
+            wrapped: texts keep their whole length, to be cut by the packing.
+
+        Raises:
+            UserError: a row that is too long or holds a control token, where the keys make that an error.
+        """
         pending = iter(rows)
-        while batch := list(islice(pending, _BATCH_ROWS)):
-            for sample in self.encode(batch, source, target.ledger):
-                self._keep(sample, target, known)
-            self._on_rows(len(batch))
+        with ThreadPoolExecutor(1) as rust, _few_garbage_collections() as collect:
+            last = None
+            while batch := list(islice(pending, _BATCH_ROWS)):
+                collect()
+                samples = list(self.render(batch, source, ledger))
+                running = rust.submit(self._encoder.run, self._encoder.cut([p for s in samples for p in s.parts]))
+                if last:
+                    yield self._finish(last[0], last[1].result(), ledger, seen, wrapped)
+                last = samples, running
+                self._on_rows(len(batch))
+            if last:
+                yield self._finish(last[0], last[1].result(), ledger, seen, wrapped)
 
-    def encode(self, rows: list[Row], source: DataSource, ledger: Ledger) -> Iterator[Sample]:
-        """Normalizes, renders and tokenizes a batch; rows that are lost on the way are in the ledger."""
-        order: list[Sample] = []
+    def render(self, rows: Iterable[Row], source: DataSource, ledger: Ledger) -> Iterator[Sample]:
+        """Normalizes and renders; rows that are lost on the way are in the ledger."""
         for row in rows:
             ledger.rows_read += 1
             try:
                 content = self._normalize(row, source)
-                rendered = _encodable(self._render(content, source.train_on))
+                parts = self._render(content, source.train_on)
             except RowLost as lost:
                 if lost.reason == "control_token":
                     hint = "mend the row, or set special_tokens_in_content to text or allow"
@@ -92,82 +122,151 @@ class RowEncoder:
                     ) from None
                 ledger.lose(lost.reason, lost.message, row.file, row.line)
                 continue
-            ledger.control_tokens += bool(rendered.inert)
+            ledger.control_tokens += any(part.inert for part in parts)
+            ledger.unrolled += len(parts) > 1
             ledger.formats[content.format] += 1
-            order.append(Sample(row, content, rendered, _NOTHING))
-        chats = [s for s in order if isinstance(s.content, Conversation)]
-        texts = [s for s in order if isinstance(s.content, Text)]
-        for sample, encoded in zip(chats, self._encoder.encode_chats([s.rendered for s in chats]), strict=True):
-            sample.encoded = encoded
-        for sample, encoded in zip(texts, self._encoder.encode_texts([s.rendered.text for s in texts]), strict=True):
-            sample.encoded = encoded
-        yield from order
+            yield Sample(row, content, parts)
+
+    def encode_parts(self, sample: Sample) -> list[Encoded]:
+        """The tokens and labels of each part of a sample, before fitting."""
+        return self._encoder.encode_each(sample.parts)
 
     def _normalize(self, row: Row, source: DataSource) -> Conversation | Text:
         if row.data is None:
             raise RowLost(*(row.lost or ("bad_schema", "no data")))
         return normalize(row.data, source.format, source.columns, self._keys.system_prompt)
 
-    def _render(self, content: Conversation | Text, train_on: str) -> Rendered:
+    def _render(self, content: Conversation | Text, train_on: str) -> list[Rendered]:
         if isinstance(content, Text):
-            return Rendered(content.text, [(0, len(content.text))])
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
-        return self._renderer.render(content, train_on)
+            parts = [Rendered(content.text, [(0, len(content.text))], is_document=True)]
+        else:
+            if self._renderer is None:
+                self._renderer = ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
+            parts = self._renderer.render_parts(content, train_on)
+        for part in parts:
+            _require_characters(part.text)
+        return parts
 
-    def _keep(self, sample: Sample, target: EncodedSet, known: set[bytes] | None) -> None:
-        ledger, keys, row = target.ledger, self._keys, sample.row
-        wrapped = target.wrapped and isinstance(sample.content, Text)
-        try:
-            self._note_duplicate(sample.encoded, target, known)
-            fitted = Fitted([sample.encoded]) if wrapped else fit(sample.encoded, keys.max_seq_length, keys.truncation)
-        except RowLost as lost:
-            if lost.reason == "too_long" and keys.truncation == "error":
-                hint = "raise max_seq_length, or set truncation to drop, left, right or split"
-                raise UserError(Problem(lost.message, hint, "truncation", row.file, row.line)) from None
-            ledger.lose(lost.reason, lost.message, row.file, row.line)
-            return
-        ledger.tokens_truncated += fitted.truncated
-        ledger.answers_cut += fitted.answers_cut
-        ledger.seam_merges += sample.encoded.seam_merges
-        ledger.keep(fitted.samples)
-        self._note_end_token(sample.content)
-        target.input_ids += [s.input_ids for s in fitted.samples]
-        target.labels += [s.labels for s in fitted.samples]
+    def _finish(self, samples: list[Sample], batch: Batch, ledger: Ledger, seen: Seen, wrapped: bool) -> Documents:
+        """Fits a batch that has been encoded, and takes it into the account."""
+        documents, merges = self._encoder.assemble(batch)
+        fits = (documents.lengths <= self._keys.max_seq_length) & (documents.trained() > 0)
+        if wrapped:
+            fits |= np.array([part.is_document for s in samples for part in s.parts], dtype=bool)
+        is_kept = np.ones(len(documents), dtype=bool)
+        replaced: dict[int, list[Encoded]] = {}  # documents that are cut or split
+        marks = list(fingerprints(documents))
+        rows = at = 0
+        for sample in samples:
+            places = range(at, at + len(sample.parts))
+            at = places.stop
+            try:
+                self._note_repetition(b"".join(marks[places.start : places.stop]), ledger, seen)
+                if not fits[places.start : places.stop].all():
+                    replaced |= self._fit(sample, documents, [p for p in places if not fits[p]], is_kept, ledger)
+            except RowLost as lost:
+                is_kept[places.start : places.stop] = False
+                ledger.lose(lost.reason, lost.message, sample.row.file, sample.row.line)
+                continue
+            rows += 1
+            ledger.seam_merges += sum(merges[places.start : places.stop])
+            self._note_end_token("document" if sample.parts[0].is_document else "chat")
+        sources = np.repeat([s.row.index for s in samples], [len(s.parts) for s in samples]).astype(np.int64)
+        documents = _with(replace(documents, rows=sources), is_kept, replaced)
+        ledger.keep(rows, documents)
+        return documents
 
-    def _note_end_token(self, content: Conversation | Text) -> None:
-        is_chat = self._renderer is not None and isinstance(content, Conversation)
-        end = self._renderer.end_token_id if is_chat else self._tokenizer.eos_token_id  # type: ignore[union-attr]
+    def _fit(
+        self, sample: Sample, documents: Documents, places: list[int], is_kept: np.ndarray, ledger: Ledger
+    ) -> dict[int, list[Encoded]]:
+        """What the parts of a row at `places` become that do not fit as they are.
+
+        A part that is lost is marked so in `is_kept`. Raises `RowLost` when no part of the row is left.
+        """
+        row, keys = sample.row, self._keys
+        replaced: dict[int, list[Encoded]] = {}
+        for place in places:
+            one = documents.take(np.array([place]))
+            try:
+                fitted = fit(Encoded(one.input_ids, one.labels), keys.max_seq_length, keys.truncation)
+            except RowLost as lost:
+                if lost.reason == "too_long" and keys.truncation == "error":
+                    hint = "raise max_seq_length, or set truncation to drop, left, right or split"
+                    raise UserError(Problem(lost.message, hint, "truncation", row.file, row.line)) from None
+                is_kept[place] = False
+                if not replaced and len(places) == len(sample.parts) and place == places[-1]:
+                    raise
+                ledger.tokens_truncated += len(one.input_ids)
+                continue
+            ledger.tokens_truncated += fitted.truncated
+            ledger.answers_cut += fitted.answers_cut
+            replaced[place] = fitted.samples
+        return replaced
+
+    def _note_end_token(self, kind: Literal["chat", "document"]) -> None:
+        chat = self._renderer if kind == "chat" else None
+        end = chat.end_token_id if chat else self._tokenizer.eos_token_id
         if end is not None and end not in self.end_token_ids:
             self.end_token_ids.append(end)
 
-    def _note_duplicate(self, encoded: Encoded, target: EncodedSet, known: set[bytes] | None) -> None:
+    def _note_repetition(self, mark: bytes, ledger: Ledger, seen: Seen) -> None:
         """Counts rows whose tokens stood before, here or in validation; `dedupe` leaves them out of training."""
-        mark = fingerprint(encoded)
-        is_training = known is not None
-        if mark in target.fingerprints:
-            target.ledger.duplicates += 1
+        is_training = seen.validation is not None
+        if mark in seen.earlier:
+            ledger.duplicates += 1
             if is_training and self._keys.dedupe:
                 raise RowLost("duplicate", "the same tokens stand in an earlier row")
-        target.fingerprints.add(mark)
-        if known and mark in known:
-            target.ledger.in_validation += 1
+        else:
+            seen.earlier.add(mark)
+        if seen.validation and mark in seen.validation:
+            ledger.in_validation += 1
             if self._keys.dedupe:
                 raise RowLost("in_validation", "the same tokens stand in a validation row")
 
 
-def _encodable(rendered: Rendered) -> Rendered:
-    """The same. Raises `RowLost` for half of a surrogate pair, which JSON can write and no tokenizer takes."""
+@contextmanager
+def _few_garbage_collections() -> Iterator[Callable[[], object]]:
+    """Leaves it to the caller when to look for cyclic garbage: Python's own rhythm takes 15 % of the preparation.
+
+    Rows and samples make no cycles; what there is comes from errors, and is young.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
-        rendered.text.encode("utf-8")
+        yield lambda: gc.collect(1)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def fingerprints(documents: Documents) -> Iterator[bytes]:
+    """For each document 16 bytes that are the same for the same tokens and labels."""
+    both = documents.input_ids * np.int32(2) + (documents.labels != IGNORE_INDEX)
+    content = both.astype(np.int32, copy=False).tobytes()
+    at = 0
+    for size in (documents.lengths * 4).tolist():
+        yield xxhash.xxh3_128_digest(content[at : at + size])
+        at += size
+
+
+def _with(documents: Documents, is_kept: np.ndarray, replaced: dict[int, list[Encoded]]) -> Documents:
+    """The documents that are kept, those in `replaced` by what they became."""
+    if is_kept.all() and not replaced:
+        return documents
+    parts: list[Documents] = []
+    at = 0
+    for number in [*sorted(replaced), len(documents)]:
+        parts.append(documents.take(at + np.flatnonzero(is_kept[at:number])))
+        for one in replaced.get(number, ()):
+            row = documents.rows[number : number + 1]
+            parts.append(Documents(one.input_ids, one.labels, np.array([len(one.input_ids)]), row))
+        at = number + 1
+    return Documents.join(parts)
+
+
+def _require_characters(text: str) -> None:
+    """Raises `RowLost` for half of a surrogate pair, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = rendered.text[error.start]
-        raise RowLost("bad_encoding", f"{half!r} is half of a surrogate pair, and no character") from None
-    return rendered
-
-
-def fingerprint(encoded: Encoded) -> bytes:
-    """16 bytes that are the same for the same tokens and labels."""
-    digest = hashlib.blake2b(encoded.input_ids.tobytes(), digest_size=16)
-    digest.update(encoded.labels.tobytes())
-    return digest.digest()
+        raise RowLost("bad_encoding", f"{text[error.start]!r} is half of a surrogate pair, and no character") from None

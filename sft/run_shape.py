@@ -24,7 +24,10 @@ FILE = "run_shape.json"
 
 @dataclass(frozen=True)
 class RunShape:
-    """What decides which rows a step trains and which weights; `row_lengths` stands for the data, as a digest."""
+    """What decides which rows a step trains and which weights.
+
+    `row_lengths` stands for the data, as a digest; for data that is streamed the last three stand for them.
+    """
 
     world_size: int
     per_device_train_batch_size: int
@@ -34,6 +37,9 @@ class RunShape:
     seed: int
     adapter: str | None
     train_sampling_strategy: str
+    dataloader_num_workers: int | None = None
+    streaming_window: int | None = None
+    streamed_data: str | None = None
 
 
 def digest_lengths(lengths: np.ndarray) -> str:

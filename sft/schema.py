@@ -77,6 +77,8 @@ class DatasetKeys(Keys):
     """The row format; null takes the config's `format`."""
     columns: dict[str, str] | None = None
     """The names of this data set's columns by the names of the format; null takes the config's `columns`."""
+    weight: Annotated[Number, Field(gt=0)] | None = None
+    """This data set's share of an epoch in proportion to the others' (see `mix_by`); null takes each row once."""
     max_samples: Positive | None = None
     """Rows to use at the most, counted from the first; null uses all."""
     train_on: TrainOn | None = None
@@ -102,6 +104,8 @@ class DataKeys(Keys):
     """Several training data sets, each with its own settings."""
     eval_datasets: list[DatasetKeys] | None = None
     """Several validation data sets, each reported under its own name."""
+    mix_by: Literal["rows", "tokens"] = "rows"
+    """What the weights of `datasets` are shares of; an epoch has as many as all data sets together."""
     format: Format = "auto"
     """The row format; `auto` detects it for each row."""
     columns: dict[str, str] | None = None
@@ -121,6 +125,10 @@ class DataKeys(Keys):
     """The same for validation; null is as `packing`."""
     special_tokens_in_content: Literal["text", "allow", "error"] = "text"
     """Control tokens typed inside a message, e.g. `<|im_end|>`: plain text, obeyed, or a reason to stop."""
+    streaming: Bool = False
+    """Read the training rows while training, for data larger than memory or disk; `max_steps` says when to stop."""
+    streaming_window: Positive = 10_000
+    """Rows that each process (or dataloader worker) of a streaming run packs and shuffles together."""
     shuffle_seed: Int | None = None
     """Seed of the validation split and of the row order; null is `seed`."""
     preprocessing_num_workers: Positive | None = None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sft.conversation import RowLost
-from sft.encoding import IGNORE_INDEX, Encoded
+from sft.documents import IGNORE_INDEX
+from sft.encoding import Encoded
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,11 +34,21 @@ def test_a_pad_token_that_is_also_the_end_token_stays_trained_where_it_ends_an_a
 
 
 def test_packed_rows_get_positions_and_no_mask_and_padding_stands_alone() -> None:
-    first = row(1, 2, 3, 4, position_ids=np.array([0, 1, 0, 1]))
-    second = row(5, 6, position_ids=np.array([0, 1]))
+    first = row(1, 2, 3, 4, seq_lengths=np.array([1, 2, 1]))
+    second = row(5, 6, seq_lengths=np.array([2]))
     batch = Collator(0)([first, second])
     assert "attention_mask" not in batch
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
+    assert batch["seq_lengths"].tolist() == [[1, 2, 1], [2, 0, 0]]
+
+
+def test_packed_rows_are_joined_without_padding_for_flash_attention() -> None:
+    first = row(1, 2, 3, 4, seq_lengths=np.array([1, 3]))
+    batch = Collator(0, flatten=True)([first, row(5, 6, seq_lengths=np.array([2]))])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1]]
+    assert batch["seq_lengths"].tolist() == [[1, 3, 2]]
+    assert batch["lengths"].tolist() == [4, 2]
 
 
 def test_fillers_make_rows_even_and_train_nothing() -> None:

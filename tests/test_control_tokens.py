@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.control_tokens import ControlTokens
 from sft.conversation import Conversation, Message, RowLost
-from sft.encoding import Encoder
+from sft.encoding import Encoded, Encoder
 from sft.rendering import ChatRenderer
-from tests.builders import CHATML, byte_level_tokenizer
+from tests.builders import CHATML, byte_level_tokenizer, spelled_tokenizer
+from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
 
 IM_START, IM_END = 1, 2
 
@@ -23,7 +31,7 @@ def chat(*messages: tuple[str, str]) -> Conversation:
 def encode(conversation: Conversation, policy: str = "text") -> tuple[list[int], list[int], str]:
     tokenizer = byte_level_tokenizer()
     rendered = ChatRenderer(tokenizer, policy).render(conversation)
-    (sample,) = Encoder(tokenizer).encode_chats([rendered])
+    (sample,) = Encoder(tokenizer).encode_each([rendered])
     return sample.input_ids.tolist(), sample.labels.tolist(), rendered.text
 
 
@@ -57,7 +65,7 @@ def test_the_ids_are_those_of_transformers_own_sanitizer() -> None:
     tokenizer = byte_level_tokenizer()
     messages = [{"role": "user", "content": "x <|im_start|> y <|pad|><|endoftext|> z"}]
     rendered = ChatRenderer(tokenizer).render(chat(("user", messages[0]["content"]), ("assistant", "ok")))
-    (sample,) = Encoder(tokenizer).encode_chats([rendered])
+    (sample,) = Encoder(tokenizer).encode_each([rendered])
     prompt = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False, sanitize_control_tokens=True
     )
@@ -68,28 +76,160 @@ def test_structural_tokens_that_are_not_flagged_special_are_inert_too_but_the_as
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens(["<think>"])
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
-    control = ControlTokens(tokenizer, template)
+    control = ControlTokens(tokenizer, template, "<|im_end|>")
     assert control.find([{"role": "user", "content": "a <think> b"}], None) == "<think>"
     assert control.find([{"role": "assistant", "content": "a <think> b"}], None) is None
 
 
 def test_tools_and_their_results_are_covered() -> None:
-    control = ControlTokens(byte_level_tokenizer(), CHATML)
+    control = ControlTokens(byte_level_tokenizer(), CHATML, "<|im_end|>")
     assert control.find([{"role": "tool", "content": "<|im_start|>"}], None) == "<|im_start|>"
     assert control.find([{"role": "user", "content": "a"}], [{"function": {"name": "<|im_end|>"}}]) == "<|im_end|>"
 
 
-def test_ten_thousand_messages_made_of_control_tokens_inject_none() -> None:
-    tokenizer = byte_level_tokenizer()
-    renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
-    pieces = [*tokenizer.get_added_vocab(), "<|im_", "end|>", "<|", "|>", " ", "\n", "é", "word"]
+# Fuzz
+
+ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+SHAPES = ("suaua", "sucta", "ucta", "sutua", "uaua", "ua")  # c is a call of a tool
+TINY_LLAMA = "examples/tiny_llama"
+MESSAGES_EACH = 1_000  # more than 20,000 in all
+FUZZED = [*FAMILIES, TINY_LLAMA]
+
+
+@cache
+def parts_of(name: str) -> tuple[PreTrainedTokenizerFast, ChatRenderer, Encoder]:
+    if name != TINY_LLAMA:
+        return tokenizer_of(name), renderer_of(name), encoder_of(name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / TINY_LLAMA)
+    return tokenizer, ChatRenderer(tokenizer), Encoder(tokenizer)
+
+
+def dialogue(shape: str, said: Callable[[], str]) -> Conversation:
+    """A conversation in which every text that a user may write is `said()`, dict keys left out."""
+    messages: list[Message] = []
+    for letter in shape:
+        if letter == "c":
+            function = {"name": "f", "arguments": {"a": said(), "b": [said()]}}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [{"function": function}]})
+        else:
+            messages.append({"role": ROLES[letter], "content": said() + ("." if letter == "a" else "")})
+    tools = [{"type": "function", "function": {"name": "f", "description": said()}}] if "c" in shape else None
+    return Conversation("chat", messages, [m["role"] == "assistant" for m in messages], tools)
+
+
+def control_counts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> tuple[Counter[int], Counter[int]]:
+    """How often each special id occurs, and each added id outside the answers (a model may write `<think>` itself)."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
+    masked = [i for i, label in zip(ids, labels, strict=True) if label == -100]
+    return Counter(i for i in ids if i in special), Counter(i for i in masked if i in tokenizer.added_tokens_decoder)
+
+
+def shapes_of(name: str) -> dict[str, tuple[Counter[int], Counter[int]]]:
+    """The shapes that the family's template takes, with the control ids that it writes around harmless texts."""
+    tokenizer, renderer, encoder = parts_of(name)
+    expected = {}
+    for shape in SHAPES:
+        try:
+            rendered = renderer.render(dialogue(shape, lambda: "x"))
+        except RowLost:
+            continue
+        (encoded,) = encoder.encode_each([rendered])
+        expected[shape] = control_counts(tokenizer, encoded)
+    return expected
+
+
+def test_the_fuzz_has_ten_thousand_messages():
+    assert MESSAGES_EACH * len(FUZZED) > 10_000
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_messages_made_of_control_tokens_inject_none(name):
+    tokenizer, renderer, encoder = parts_of(name)
+    expected = shapes_of(name)
+    assert expected
+    added = [t.content for t in tokenizer.added_tokens_decoder.values()]
+    halves = [part for token in added for part in (token[:-1], token[1:], token[: len(token) // 2])]
+    fillers = [*halves, "<|", "|>", " ", "  ", "\n", "é", "日", "word"]
     rng = random.Random(0)
-    rendered = []
-    for _ in range(5_000):
-        user, assistant = ("".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(2))
-        rendered.append(renderer.render(chat(("user", user), ("assistant", assistant + "."))))
-    for source, sample in zip(rendered, encoder.encode_chats(rendered), strict=True):
-        ids = sample.input_ids.tolist()
-        assert (ids.count(IM_START), ids.count(IM_END), ids.count(0), ids.count(3)) == (2, 2, 0, 0), source.text
-        assert tokenizer.decode(ids) == source.text
-        assert sample.labels[-2] == IM_END
+
+    def said() -> str:
+        count = rng.randint(1, 5)
+        pieces = [rng.choice(added) if rng.random() < 0.7 else rng.choice(fillers) for _ in range(count)]
+        return rng.choice(("", "", " ", "\n")).join([rng.choice(added), *pieces])
+
+    shapes = list(expected)
+    dialogues: list[str] = []
+    while sum(map(len, dialogues)) < MESSAGES_EACH:
+        dialogues.append(rng.choice(shapes))
+    rendered = [renderer.render(dialogue(shape, said)) for shape in dialogues]
+    for shape, source, encoded in zip(dialogues, rendered, encoder.encode_each(rendered), strict=True):
+        assert control_counts(tokenizer, encoded) == expected[shape], source.text
+        if name == TINY_LLAMA or FAMILIES[name].kind.startswith("byte_level"):
+            ids = encoded.input_ids.tolist()
+            assert tokenizer.backend_tokenizer.decoder.decode(tokenizer.convert_ids_to_tokens(ids)) == source.text
+
+
+# Ways around the marks
+
+
+def asked(text: str) -> Conversation:
+    return chat(("user", text), ("assistant", "Yes"))
+
+
+def called(arguments: dict[str, Any]) -> Conversation:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages: list[Message] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    return Conversation("chat", messages, [False, True])
+
+
+def count(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, token: str) -> int:
+    (encoded,) = Encoder(tokenizer).encode_each([ChatRenderer(tokenizer).render(conversation)])
+    return encoded.input_ids.tolist().count(tokenizer.convert_tokens_to_ids(token))
+
+
+def unflagged(name: str, *tokens: str) -> PreTrainedTokenizerFast:
+    """The family's tokenizer with all its control tokens added, and none of them flagged special."""
+    family = FAMILIES[name]
+    tokenizer = spelled_tokenizer("byte_level", family.template, bos=family.bos, eos=family.eos)
+    tokenizer.add_tokens([*family.control_tokens, *tokens])
+    return tokenizer
+
+
+def with_vocabulary(model: models.Model) -> PreTrainedTokenizerFast:
+    """A tokenizer whose model itself, without its added tokens, knows `</s>`; with Zephyr's template."""
+    backend = Tokenizer(model)
+    words = pre_tokenizers.Split(Regex(r"\s+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = FAMILIES["zephyr"].template
+    return tokenizer
+
+
+ALPHABET = ["<unk>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+
+
+def test_a_control_token_as_the_name_of_an_argument_is_inert():
+    tokenizer = tokenizer_of("qwen25")
+    assert count(tokenizer, called({"<|im_end|>": 1}), "<|im_end|>") == count(tokenizer, called({"x": 1}), "<|im_end|>")
+
+
+def test_a_template_that_writes_arguments_as_python_does_loses_the_row_and_says_so():
+    """Python's repr writes the mark as an escape; the text that was marked could not be put back."""
+    calls = "{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments'] }}{% endfor %}<|im_end|>"
+    template = "{# tools #}" + CHATML.replace("message['", "m['").replace("for message", "for m")
+    tokenizer = byte_level_tokenizer(template.replace("<|im_end|>", calls, 1))
+    assert "{'a': 'x'}" in ChatRenderer(tokenizer).render(called({"a": "x"})).text
+    with pytest.raises(RowLost, match="template_mismatch: the chat template escapes"):
+        ChatRenderer(tokenizer).render(called({"a": "x<|im_end|>"}))
+
+
+@pytest.mark.xfail(strict=True, reason="each text is looked at on its own")
+def test_two_texts_that_make_a_control_token_together_are_inert():
+    tokenizer = tokenizer_of("deepseek")
+    halves = chat(("system", "<｜Us"), ("system", "er｜>I obey"), ("user", "Hi"), ("assistant", "Yes"))
+    assert count(tokenizer, halves, "<｜User｜>") == 1

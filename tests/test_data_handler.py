@@ -19,13 +19,12 @@ from data_handler import (
     prepare_data,
     preview,
     require_enough_rows,
-    split_rows,
     validation_conversations,
 )
 from sft.data_sources import DataSource
 from sft.errors import UserError
 from sft.ledger import Ledger
-from sft.row_encoder import RowEncoder
+from sft.row_encoder import RowEncoder, Seen
 from sft.schema import DataKeys, DatasetKeys
 from sft.sources import Row
 from tests.builders import byte_level_tokenizer
@@ -306,16 +305,6 @@ def test_the_split_is_drawn_by_the_seed(tmp_path, keys):
     assert_accounts(first)
 
 
-@pytest.mark.parametrize(
-    ("number", "fraction", "held"), [(10, 0.25, 2), (10, 0.01, 1), (2, 0.01, 1), (3, 0.99, 2), (1, 0.5, 0), (0, 0.5, 0)]
-)
-def test_at_least_one_row_is_held_out_and_never_all(number, fraction, held):
-    rows = [Row("a", index, index + 1, {}) for index in range(number)]
-    kept, chosen = split_rows(rows, fraction, 7)
-    assert len(chosen) == held
-    assert sorted([*kept, *chosen], key=lambda row: row.index) == rows
-
-
 # Packing
 
 
@@ -340,7 +329,7 @@ def test_packed_rows_hold_the_same_documents(tmp_path, keys):
     for row in packed.train:
         ends = np.cumsum(row["seq_lengths"])
         assert ends[-1] == len(row["input_ids"]) <= 128
-        assert row["position_ids"].tolist() == [p for n in row["seq_lengths"] for p in range(n)]
+        assert row["seq_lengths"].sum() == len(row["input_ids"])
         documents += zip(np.split(row["input_ids"], ends[:-1]), np.split(row["labels"], ends[:-1]), strict=True)
     assert all(labels[0] == -100 for _, labels in documents)
     assert sorted((ids.tolist(), labels.tolist()) for ids, labels in documents) == sorted(
@@ -543,11 +532,11 @@ def test_validation_conversations_are_held_out_rows_that_end_with_an_answer(tmp_
 def test_any_row_is_encoded_or_lost(row):
     ledger = Ledger()
     source = DataSource("train", "train_file", "auto", None, "assistant")
-    samples = list(RowEncoder(TOKENIZER, DataKeys()).encode([Row("a.json", 0, 1, row)], source, ledger))
-    assert len(samples) + ledger.rows_lost.total() == ledger.rows_read == 1
-    for sample in samples:
-        ids, labels = sample.encoded.input_ids, sample.encoded.labels
+    (documents,) = RowEncoder(TOKENIZER, DataKeys()).encode([Row("a.json", 7, 1, row)], source, ledger, Seen(set()))
+    assert len(documents) + ledger.rows_lost.total() == ledger.rows_read == 1
+    for ids, labels in documents:
         assert labels[0] == -100
+        assert documents.rows.tolist() == [7]
         assert (labels[labels != -100] == ids[labels != -100]).all()
 
 

@@ -110,9 +110,26 @@ def test_a_local_folder_comes_before_a_name_on_the_hub(tmp_path, monkeypatch):
 def test_a_name_on_the_hub_that_cannot_be_reached_is_an_error():
     (source,) = training_sources(DataKeys(dataset_name="nobody/nothing", dataset_config_name="main"))
     assert (source.name, source.hub, source.hub_config, source.split) == ("train", "nobody/nothing", "main", "train")
+    assert not source.streaming
     with pytest.raises(UserError, match="dataset_name: cannot load the data set 'nobody/nothing'") as caught:
         list(source.rows())
     assert "check the spelling" in caught.value.problems[0].hint
+
+
+def test_a_data_set_on_the_hub_is_fetched_as_it_is_read_when_the_run_streams():
+    entries = [DatasetKeys(path="nobody/nothing")]
+    keys = [DataKeys(dataset_name="a/b", streaming=True), DataKeys(datasets=entries, streaming=True)]
+    assert [source.streaming for k in keys for source in training_sources(k)] == [True, True]
+    (evaluated,) = validation_sources(DataKeys(eval_datasets=entries, streaming=True))
+    assert evaluated.streaming
+
+
+def test_only_wanted_rows_of_the_first_max_samples_are_handed_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", *map(str, range(10)))
+    (source,) = training_sources(DataKeys(datasets=[DatasetKeys(path=str(path), max_samples=6)]))
+    assert [row.index for row in source.rows(lambda index: index % 2 == 1)] == [1, 3, 5]
+    assert [row.index for row in source.rows(lambda index: index >= 4)] == [4, 5]
+    assert list(source.rows(lambda index: index > 6)) == []
 
 
 # The folder of dataset_path
@@ -200,6 +217,20 @@ def test_the_fingerprint_is_the_datas(tmp_path):
     assert fingerprint(train_file=str(path)) != first
     write(path, "Yes")
     assert fingerprint(train_file=str(path)) == first
+    copy = write(tmp_path / "b.jsonl", "Yes")  # the ledger names the file
+    both = [fingerprint(train_file=[str(path), str(copy)]), fingerprint(train_file=[str(copy), str(path)])]
+    assert len({first, fingerprint(train_file=str(copy)), *both}) == 4
+
+    large = tmp_path / "large.txt"  # longer than one piece that is hashed
+    large.write_bytes(b"x" * 3_000_001)
+    whole = fingerprint(train_file=str(large))
+    for at in (0, 1 << 20, 3_000_000):
+        with large.open("r+b") as stream:
+            stream.seek(at)
+            stream.write(b"y")
+        changed = fingerprint(train_file=str(large))
+        assert changed != whole
+        whole = changed
 
     Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
     saved = fingerprint(dataset_path=str(tmp_path / "saved"))

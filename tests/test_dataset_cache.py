@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from datasets import disable_caching
 
-from sft.dataset_cache import cache_key, cache_root, make_once, read_columns, write_columns
+from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
+from sft.documents import Documents
+from sft.packing import lay_out
 
 disable_caching()
 
@@ -124,20 +126,45 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_root("~/own") == tmp_path / "own"
 
 
-def test_columns_come_back_as_they_were(tmp_path):
-    rng = np.random.default_rng(0)
-    values = [rng.integers(-100, 200_000, n).astype(np.int32) for n in [1, 5, 0, 3] * 3000]
-    write_columns({"input_ids": values, "labels": values[::-1]}, tmp_path / "a.arrow")
-    found = read_columns(tmp_path / "a.arrow")
-    assert found.column_names == ["input_ids", "labels"]
-    assert len(found) == 12_000
-    for at in (0, 1, 2, 4095, 4096, 11_999):
-        assert found[at]["input_ids"].tolist() == values[at].tolist()
-        assert found[at]["labels"].tolist() == values[::-1][at].tolist()
-    assert isinstance(found[0]["input_ids"], np.ndarray)
+def some_documents(lengths: list[int], seed: int = 0) -> Documents:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 200_000, sum(lengths)).astype(np.int32)
+    labels = np.where(rng.random(len(ids)) < 0.5, ids, -100).astype(np.int32)
+    made = Documents(ids, labels, np.array(lengths), np.arange(len(lengths)))
+    labels[made.starts] = -100
+    return made
+
+
+@pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
+def test_rows_come_back_as_they_were_laid_out(tmp_path, packing):
+    made = some_documents([1, 5, 2, 3] * 3000)
+    layout = lay_out(made.lengths, packing, 64)
+    write_rows(made, layout, tmp_path / "a.arrow", packed=packing is not None)
+    found = read_rows(tmp_path / "a.arrow")
+    assert found.column_names == ["input_ids", "labels", "seq_lengths"][: 2 if packing is None else 3]
+    assert len(found) == len(layout.counts) == (12_000 if packing is None else 516)
+    laid = made if layout.order is None else made.take(layout.order)
+    ends = np.cumsum(layout.row_lengths)
+    for at in (0, 1, len(found) // 2, len(found) - 1):
+        whole = slice(ends[at] - layout.row_lengths[at], ends[at])
+        assert found[at]["input_ids"].tolist() == laid.input_ids[whole].tolist()
+        assert isinstance(found[at]["input_ids"], np.ndarray)
+        if packing:
+            assert found[at]["seq_lengths"].sum() == len(found[at]["input_ids"]) <= 64
+    assert sum(len(row["input_ids"]) for row in found) == len(made.input_ids)
+
+
+def test_a_piece_that_begins_in_a_document_begins_untrained(tmp_path):
+    ids = np.arange(10, 18, dtype=np.int32)
+    made = Documents(ids, np.where(ids == 10, -100, ids).astype(np.int32), np.array([8]), np.array([0]))
+    write_rows(made, lay_out(made.lengths, "wrapped", 5), tmp_path / "a.arrow", packed=True)
+    first, second = read_rows(tmp_path / "a.arrow")
+    assert first["labels"].tolist() == [-100, 11, 12, 13, 14]
+    assert second["labels"].tolist() == [-100, 16, 17]
 
 
 def test_no_rows_are_a_data_set_too(tmp_path):
-    write_columns({"input_ids": [], "labels": []}, tmp_path / "a.arrow")
-    found = read_columns(tmp_path / "a.arrow")
-    assert (len(found), found.column_names) == (0, ["input_ids", "labels"])
+    for packing in (None, "bfd", "wrapped"):
+        write_rows(Documents.empty(), lay_out(np.zeros(0, np.int64), packing, 8), tmp_path / "a.arrow", packed=False)
+        found = read_rows(tmp_path / "a.arrow")
+        assert (len(found), found.column_names) == (0, ["input_ids", "labels"])

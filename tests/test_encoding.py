@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from sft.conversation import Conversation
-from sft.encoding import IGNORE_INDEX, Encoded, Encoder
+from sft.encoding import Encoded, Encoder
 from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
-from tests.template_zoo import FAMILIES, tokenizer_of
+from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
 
 
 def encode(name: str, *turns: tuple[str, str]) -> tuple[Rendered, Encoded]:
-    tokenizer = tokenizer_of(name)
     conversation = normalize({"messages": [{"role": role, "content": content} for role, content in turns]})
     assert isinstance(conversation, Conversation)
-    rendered = ChatRenderer(tokenizer).render(conversation)
-    (encoded,) = Encoder(tokenizer).encode_chats([rendered])
+    rendered = renderer_of(name).render(conversation)
+    (encoded,) = encoder_of(name).encode_each([rendered])
     return rendered, encoded
 
 
@@ -141,23 +137,16 @@ def test_tokens_and_labels_with_blanks_around_the_texts(name, segments):
     assert_tokens(tokenizer_of(name), encoded, *segments)
 
 
-def test_thoughts_that_the_template_strips_are_in_no_label():
-    _, encoded = encode(
-        "thinking",
-        ("user", "Hi"),
-        ("assistant", "<think>No</think>\n\nHello"),
-        ("user", "Hi"),
-        ("assistant", "<think>No</think>Yes"),
-    )
-    assert_tokens(
-        tokenizer_of("thinking"),
-        encoded,
-        "<|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ",
-        "Hello <|im_end|>",
-        "Ċ <|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ",
-        "< t h i n k > No < / t h i n k > Yes <|im_end|>",
-        "Ċ",
-    )
+def test_thoughts_that_the_template_strips_are_trained_where_it_shows_them():
+    tokenizer = tokenizer_of("thinking")
+    turns = [("user", "Hi"), ("assistant", "<think>No</think>\n\nHello"), ("user", "Hi"), ("assistant", "Yes")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    conversation = normalize({"messages": messages})
+    assert isinstance(conversation, Conversation)
+    first, second = Encoder(tokenizer).encode_each(ChatRenderer(tokenizer).render_parts(conversation))
+    prompt = "<|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ"
+    assert_tokens(tokenizer, first, prompt, "< t h i n k > No < / t h i n k > Ċ Ċ Hello <|im_end|>", "Ċ")
+    assert_tokens(tokenizer, second, f"{prompt} Hello <|im_end|> Ċ {prompt}", "Yes <|im_end|>", "Ċ")
 
 
 # The seam
@@ -211,9 +200,25 @@ def test_a_control_token_that_swallows_blanks_is_cut_from_the_answers_blanks():
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "  Yes"}]}
     )
     assert isinstance(conversation, Conversation)
-    (encoded,) = Encoder(tokenizer).encode_chats([ChatRenderer(tokenizer).render(conversation)])
+    (encoded,) = Encoder(tokenizer).encode_each([ChatRenderer(tokenizer).render(conversation)])
     assert_tokens(tokenizer, encoded, "<|user|> Ċ Hi <|end|> Ċ <|assistant|>", "Ġ ĠYes <|end|>", "Ċ </s>")
     assert encoded.seam_merges == 1
+
+
+def test_an_answer_right_behind_a_control_token_has_the_blank_that_the_tokenizer_puts_there():
+    """Mistral v3's manner without blanks, with the older files of SentencePiece vocabularies."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = spelled_tokenizer("prepend", template, ("[INST]", "[/INST]"))
+    conversation = normalize({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]})
+    assert isinstance(conversation, Conversation)
+    rendered = ChatRenderer(tokenizer).render(conversation)
+    one_pass = tokenizer.backend_tokenizer.encode(rendered.text, add_special_tokens=False).tokens
+    assert one_pass == ["<s>", "[INST]", "▁Hi", "[/INST]", "▁Yes", "</s>"]
+    (encoded,) = Encoder(tokenizer).encode_each([rendered])
+    assert_tokens(tokenizer, encoded, "<s> [INST] ▁Hi [/INST]", "▁Yes </s>")
 
 
 # What holds for every conversation
@@ -233,25 +238,6 @@ def spell(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return tokenizer.backend_tokenizer.decoder.decode(tokenizer.convert_ids_to_tokens(ids))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@given(st.lists(st.tuples(texts, answers), min_size=1, max_size=3))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_what_is_trained_is_the_answers_and_their_end_tokens(name, exchanges):
-    family, tokenizer = FAMILIES[name], tokenizer_of(name)
-    turns = [turn for q, a in exchanges for turn in (("user", q), ("assistant", a))]
-    rendered, encoded = encode(name, *turns)
-    trained = encoded.labels != IGNORE_INDEX
-    assert (encoded.labels[trained] == encoded.input_ids[trained]).all()
-    assert encoded.labels[0] == IGNORE_INDEX
-    assert spell(tokenizer, encoded.labels[trained].tolist()) == "".join(
-        family.said(a) + family.end for _, a in exchanges
-    )
-    # A server encodes the prompt on its own: these are the tokens that the answer must be predicted from.
-    prompt = rendered.text[: rendered.spans[0][0]]
-    alone = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-    assert encoded.input_ids[: int(trained.argmax())].tolist() == alone
-
-
 @given(st.lists(st.tuples(texts, answers), min_size=1, max_size=2))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_training_on_all_trains_every_token_but_the_first(exchanges):
@@ -260,7 +246,7 @@ def test_training_on_all_trains_every_token_but_the_first(exchanges):
     conversation = normalize({"messages": messages})
     assert isinstance(conversation, Conversation)
     rendered = ChatRenderer(tokenizer).render(conversation, "all")
-    (encoded,) = Encoder(tokenizer).encode_chats([rendered])
+    (encoded,) = Encoder(tokenizer).encode_each([rendered])
     assert encoded.labels.tolist() == [-100, *encoded.input_ids[1:].tolist()]
     assert spell(tokenizer, encoded.input_ids.tolist()) == rendered.text
 
@@ -268,9 +254,13 @@ def test_training_on_all_trains_every_token_but_the_first(exchanges):
 # Texts
 
 
+def documents(*texts: str) -> list[Rendered]:
+    return [Rendered(text, [(0, len(text))], is_document=True) for text in texts]
+
+
 def test_a_text_is_trained_whole_with_eos_at_its_end():
     tokenizer = byte_level_tokenizer(None)
-    plain, ended = Encoder(tokenizer).encode_texts(["Paris", "Paris<|endoftext|>"])
+    plain, ended = Encoder(tokenizer).encode_each(documents("Paris", "Paris<|endoftext|>"))
     ids = tokenizer.encode("Paris")
     assert plain.input_ids.tolist() == ended.input_ids.tolist() == [*ids, tokenizer.eos_token_id]
     assert plain.labels.tolist() == [-100, *ids[1:], tokenizer.eos_token_id]
@@ -280,7 +270,7 @@ def test_a_text_gets_the_bos_that_the_tokenizer_sets():
     tokenizer = spelled_tokenizer("metaspace_first")
     bos = ("<s>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
-    (encoded,) = Encoder(tokenizer).encode_texts(["Paris Yes"])
+    (encoded,) = Encoder(tokenizer).encode_each(documents("Paris Yes"))
     assert_tokens(tokenizer, encoded, "<s>", "▁Paris ▁Yes </s>")
 
 
@@ -288,75 +278,5 @@ def test_truncation_and_padding_left_in_the_tokenizer_file_do_not_touch_the_data
     tokenizer = byte_level_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=64)
-    (encoded,) = Encoder(tokenizer).encode_texts(["Paris is the capital of France."])
+    (encoded,) = Encoder(tokenizer).encode_each(documents("Paris is the capital of France."))
     assert tokenizer.decode(encoded.input_ids) == "Paris is the capital of France.<|endoftext|>"
-
-
-# Real vocabularies
-
-
-def sentencepiece_tokenizer(file: Path, template: str) -> PreTrainedTokenizerFast:
-    """The model's vocabulary and merges, with the normalizer that Llama 2's and Mistral's fast tokenizers have."""
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor
-
-    parts: Any = SentencePieceExtractor(str(file)).extract(None)
-    model = models.BPE(parts["vocab"], parts["merges"], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=[t for t in ("[INST]", "[/INST]") if t in parts["vocab"]],
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-MISTRAL_V1 = FAMILIES["llama2"].template
-MISTRAL_V3 = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
-    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("file", "template", "segments"),
-    [
-        (
-            "tokenizer.model.v1",
-            MISTRAL_V1,
-            [
-                "<s> ▁[ INST ] ▁What ▁is ▁the ▁capital ? ▁[ / INST ]",
-                "▁Paris . <0x0A> ▁ 🎉 ▁ </s>",
-                "<s> ▁[ INST ] ▁Sure ? ▁[ / INST ]",
-                "▁Yes ▁ </s>",
-            ],
-        ),
-        (
-            "mistral_instruct_tokenizer_240323.model.v3",
-            MISTRAL_V3,
-            [
-                "<s> [INST] ▁What ▁is ▁the ▁capital ? [/INST]",
-                "▁Paris . <0x0A> ▁ 🎉 </s>",
-                "[INST] ▁Sure ? [/INST]",
-                "▁Yes </s>",
-            ],
-        ),
-    ],
-)
-def test_tokens_and_labels_of_mistrals_vocabularies(shared_data, file, template, segments):
-    pytest.importorskip("sentencepiece")
-    tokenizer = sentencepiece_tokenizer(shared_data / "tokenizers" / file, template)
-    messages = [
-        {"role": "user", "content": "What is the capital?"},
-        {"role": "assistant", "content": "Paris.\n 🎉"},
-        {"role": "user", "content": "Sure?"},
-        {"role": "assistant", "content": "Yes"},
-    ]
-    conversation = normalize({"messages": messages})
-    assert isinstance(conversation, Conversation)
-    (encoded,) = Encoder(tokenizer).encode_chats([ChatRenderer(tokenizer).render(conversation)])
-    assert_tokens(tokenizer, encoded, *segments)

@@ -7,14 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from sft.encoding import Encoded
+from sft.documents import Documents
 from sft.ledger import MAX_EXAMPLES, Ledger, as_document, total
 
 
-def sample(tokens: int, trained: int) -> Encoded:
-    ids = np.arange(tokens, dtype=np.int32)
-    labels = np.where(ids < tokens - trained, -100, ids).astype(np.int32)
-    return Encoded(ids, labels)
+def documents(*sizes: tuple[int, int]) -> Documents:
+    """Documents of so many tokens and trained tokens."""
+    ids = [np.arange(tokens, dtype=np.int32) for tokens, _ in sizes]
+    labels = [np.where(i < n - t, -100, i).astype(np.int32) for i, (n, t) in zip(ids, sizes, strict=True)]
+    lengths = np.array([n for n, _ in sizes])
+    return Documents(np.concatenate(ids), np.concatenate(labels), lengths, np.arange(len(sizes)))
 
 
 def test_an_empty_ledger_has_every_field():
@@ -28,17 +30,20 @@ def test_an_empty_ledger_has_every_field():
         "answers_cut": 0,
         "seam_merges": 0,
         "control_tokens": 0,
+        "unrolled": 0,
         "duplicates": 0,
         "in_validation": 0,
         "length_percentiles": {},
+        "length_histogram": [],
+        "passes": None,
         "packing": {"rows": 0, "fill": None},
     }
 
 
 def test_rows_tokens_and_losses_are_counted():
     ledger = Ledger(rows_read=5)
-    ledger.keep([sample(10, 4)])
-    ledger.keep([sample(6, 1), sample(4, 2)])  # one row that was split
+    ledger.keep(1, documents((10, 4)))
+    ledger.keep(1, documents((6, 1), (4, 2)))  # one row that was split
     ledger.lose("too_long", "9 tokens", "a.jsonl", 3)
     ledger.lose("bad_json", "broken", "a.jsonl", 4)
     ledger.lose("too_long", "8 tokens", "b.jsonl", 1)
@@ -63,7 +68,7 @@ def test_rows_tokens_and_losses_are_counted():
 
 def test_a_row_that_is_neither_trained_nor_lost_is_noticed():
     ledger = Ledger(rows_read=2)
-    ledger.keep([sample(2, 1)])
+    ledger.keep(1, documents((2, 1)))
     with pytest.raises(AssertionError, match="unaccounted"):
         ledger.as_json()
 
@@ -89,7 +94,7 @@ def test_examples_are_limited_for_each_reason_and_counts_are_not():
 def test_percentiles_are_lengths_that_occur(lengths, expected):
     ledger = Ledger(rows_read=len(lengths))
     for n in lengths:
-        ledger.keep([sample(n, 1)])
+        ledger.keep(1, documents((n, 1)))
     found = ledger.as_json()["length_percentiles"]
     assert list(found) == ["p0", "p5", "p25", "p50", "p75", "p95", "p99", "p100"]
     assert list(found.values()) == expected
@@ -97,10 +102,10 @@ def test_percentiles_are_lengths_that_occur(lengths, expected):
 
 def test_the_total_is_the_sum_of_the_data_sets():
     first, second = Ledger(rows_read=2, duplicates=1), Ledger(rows_read=1, seam_merges=2)
-    first.keep([sample(10, 4)])
+    first.keep(1, documents((10, 4)))
     first.lose("bad_json", "broken", "a.jsonl", 2)
     first.pack(1, 32)
-    second.keep([sample(6, 2)])
+    second.keep(1, documents((6, 2)))
     document = as_document({"a": first, "b": second})
     assert document["datasets"] == {"a": first.as_json(), "b": second.as_json()}
     assert document["total"] == {
@@ -113,7 +118,27 @@ def test_the_total_is_the_sum_of_the_data_sets():
         "seam_merges": 2,
         "duplicates": 1,
         "length_percentiles": {f"p{p}": 6 if p <= 50 else 10 for p in (0, 5, 25, 50, 75, 95, 99, 100)},
+        "length_histogram": [[n, n, int(n in (6, 10))] for n in range(1, 11)],
         "packing": {"rows": 1, "fill": 0.5},
     }
     assert first.rows_read == 2  # adding up leaves the parts alone
     assert total([]).as_json() == Ledger().as_json()
+
+
+def test_the_histogram_has_few_bars_of_one_width_that_hold_every_document():
+    ledger = Ledger(rows_read=4)
+    ledger.keep(4, documents((1, 1), (4, 1), (5, 1), (50, 1)))
+    bars = ledger.as_json()["length_histogram"]
+    assert bars[:2] == [[1, 4, 2], [5, 8, 1]]
+    assert bars[-1] == [49, 52, 1]
+    assert len(bars) == 13
+
+
+def test_a_mixture_counts_each_row_once_and_its_tokens_as_often_as_they_are_trained():
+    ledger = Ledger(rows_read=3)
+    ledger.keep(3, documents((10, 4), (6, 1), (4, 2)))
+    ledger.draw(rows=2, lengths=np.array([10, 6, 10]), tokens_trained=9, passes=1.0)
+    found = ledger.as_json()
+    assert (found["rows_trained"], found["rows_lost"], found["passes"]) == (2, {"not_drawn": 1}, 1.0)
+    assert found["tokens"] == {"total": 26, "trained": 9, "masked": 17, "truncated": 0}
+    assert (found["length_percentiles"]["p0"], found["length_percentiles"]["p50"]) == (6, 10)

@@ -7,9 +7,9 @@ import pytest
 from sft.conversation import Conversation, RowLost
 from sft.errors import UserError
 from sft.formats import normalize
-from sft.rendering import ChatRenderer, Rendered
+from sft.rendering import ChatRenderer, Rendered, Rewritten
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
-from tests.template_zoo import FAMILIES, tokenizer_of
+from tests.template_zoo import FAMILIES, renderer_of, tokenizer_of
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "d": "developer"}
 IM = ("<|im_start|>", "<|im_end|>")
@@ -22,8 +22,7 @@ def chat(*turns: str, **row: object) -> Conversation:
     return content
 
 
-def renderer(name: str) -> ChatRenderer:
-    return ChatRenderer(tokenizer_of(name))
+STEADY = [name for name, family in FAMILIES.items() if not family.rewrites]
 
 
 def spoken(rendered: Rendered) -> list[str]:
@@ -32,22 +31,22 @@ def spoken(rendered: Rendered) -> list[str]:
 
 def lost(name: str, conversation: Conversation, train_on: str = "assistant") -> RowLost:
     with pytest.raises(RowLost) as caught:
-        renderer(name).render(conversation, train_on)
+        renderer_of(name).render(conversation, train_on)
     return caught.value
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", STEADY)
 def test_each_answer_is_trained_with_its_end_token_and_nothing_behind_it(name):
     family = FAMILIES[name]
     turns = ["u Hi", "a Hello", "u And\n\nthen? ", "a  Yes 🎉\n", "u é?", "a No"]
-    rendered = renderer(name).render(chat(*(["s Be brief"] if family.system else []), *turns))
-    assert spoken(rendered) == [family.said(said) + family.end for said in ("Hello", " Yes 🎉\n", "No")]
+    rendered = renderer_of(name).render(chat(*(["s Be brief"] if family.system and not family.moves else []), *turns))
+    assert spoken(rendered) == family.answers(["Hello", " Yes 🎉\n", "No"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", STEADY)
 def test_the_text_in_front_of_an_answer_is_what_a_server_sends(name):
     conversation = chat("u Hi", "a Hello", "u Is it?", "a Yes")
-    rendered = renderer(name).render(conversation)
+    rendered = renderer_of(name).render(conversation)
     for turn, (start, _) in zip((1, 3), rendered.spans, strict=True):
         prompt = tokenizer_of(name).apply_chat_template(
             conversation.messages[:turn], tokenize=False, add_generation_prompt=True
@@ -56,7 +55,7 @@ def test_the_text_in_front_of_an_answer_is_what_a_server_sends(name):
 
 
 def test_the_whole_rendering_and_its_spans_written_out():
-    rendered = renderer("chatml").render(chat("s Be brief", "u Hi", "a Hello", "u So", "a Yes"))
+    rendered = renderer_of("chatml").render(chat("s Be brief", "u Hi", "a Hello", "u So", "a Yes"))
     assert rendered.text == (
         "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         "Hello<|im_end|>\n<|im_start|>user\nSo<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
@@ -66,37 +65,44 @@ def test_the_whole_rendering_and_its_spans_written_out():
 
 @pytest.mark.parametrize("name", ["chatml", "llama2", "phi3", "zephyr"])
 def test_an_empty_system_message_is_rendered_as_it_is(name):
-    rendered = renderer(name).render(chat("s ", "u Hi", "a Yes"))
+    rendered = renderer_of(name).render(chat("s ", "u Hi", "a Yes"))
     assert spoken(rendered) == [FAMILIES[name].said("Yes") + FAMILIES[name].end]
-    assert rendered.text != renderer(name).render(chat("u Hi", "a Yes")).text
+    assert rendered.text != renderer_of(name).render(chat("u Hi", "a Yes")).text
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", STEADY)
 @pytest.mark.parametrize("place", [1, 3])
 def test_an_end_token_inside_an_answer_does_not_end_it(name, place):
     family = FAMILIES[name]
     turns = ["u Hi", "a Yes", "u So", "a No"]
     turns[place] = f"a Say {family.end} twice"
-    expected = [family.said(t[2:]) + family.end for t in turns[1::2]]
-    assert spoken(renderer(name).render(chat(*turns))) == expected
+    assert spoken(renderer_of(name).render(chat(*turns))) == family.answers([t[2:] for t in turns[1::2]])
 
 
 def test_answers_equal_to_each_other_and_to_the_question_are_told_apart():
-    rendered = renderer("words").render(chat("u Yes", "a Yes", "u Yes", "a Yes"))
+    rendered = renderer_of("words").render(chat("u Yes", "a Yes", "u Yes", "a Yes"))
     assert rendered.text == "user: Yes\nassistant: Yes</s>user: Yes\nassistant: Yes</s>"
     assert rendered.spans == [(21, 28), (49, 56)]
 
 
 def test_thoughts_are_trained_where_the_template_keeps_them():
+    """Behind a later question they are dropped: each answer becomes a text of its own, as it is served."""
     thought = "<think>\nhm\n</think>\n\n"
-    rendered = renderer("thinking").render(chat("u Hi", f"a {thought}Hello", "u So", f"a {thought}Yes"))
-    assert spoken(rendered) == ["Hello<|im_end|>", f"{thought}Yes<|im_end|>"]
+    conversation = chat("u Hi", f"a {thought}Hello", "u So", f"a {thought}Yes")
+    first, second = renderer_of("thinking").render_parts(conversation)
+    assert spoken(first) == [f"{thought}Hello<|im_end|>"]
+    assert spoken(second) == [f"{thought}Yes<|im_end|>"]
+    assert second.text.count("hm") == 1
+    (last,) = renderer_of("thinking").render_parts(conversation, "last_assistant")
+    assert last == second
+    with pytest.raises(Rewritten, match=r"message 1 is rendered as .*hm.*, the conversation has"):
+        renderer_of("thinking").render(conversation)
 
 
 def test_train_on_last_assistant_and_all():
     conversation = chat("u Hi", "a Hello", "u So", "a Yes")
-    assert spoken(renderer("chatml").render(conversation, "last_assistant")) == ["Yes<|im_end|>"]
-    whole = renderer("chatml").render(conversation, "all")
+    assert spoken(renderer_of("chatml").render(conversation, "last_assistant")) == ["Yes<|im_end|>"]
+    whole = renderer_of("chatml").render(conversation, "all")
     assert whole.spans == [(0, len(whole.text))]
 
 
@@ -111,19 +117,22 @@ def test_turns_that_their_author_leaves_out_are_not_trained():
     ]
     conversation = normalize({"messages": messages})
     assert isinstance(conversation, Conversation)
-    assert spoken(renderer("chatml").render(conversation)) == ["Yes<|im_end|>"]
+    assert spoken(renderer_of("chatml").render(conversation)) == ["Yes<|im_end|>"]
     # The last answer is left out by its author: no other one takes its place.
     assert lost("chatml", conversation, "last_assistant").reason == "no_trained_token"
 
 
 def test_a_conversation_may_end_with_a_question_or_hold_two_answers_in_a_row():
-    assert spoken(renderer("chatml").render(chat("u Hi", "a Hello", "u So"))) == ["Hello<|im_end|>"]
-    assert spoken(renderer("chatml").render(chat("u Hi", "a Hello", "a Yes"))) == ["Hello<|im_end|>", "Yes<|im_end|>"]
-    assert spoken(renderer("phi3").render(chat("u Hi", "a Hello", "u So"))) == ["Hello<|end|>"]
+    assert spoken(renderer_of("chatml").render(chat("u Hi", "a Hello", "u So"))) == ["Hello<|im_end|>"]
+    assert spoken(renderer_of("chatml").render(chat("u Hi", "a Hello", "a Yes"))) == [
+        "Hello<|im_end|>",
+        "Yes<|im_end|>",
+    ]
+    assert spoken(renderer_of("phi3").render(chat("u Hi", "a Hello", "u So"))) == ["Hello<|end|>"]
 
 
 def test_an_opening_answer_is_trained_behind_the_generation_prompt_alone():
-    rendered = renderer("chatml").render(chat("a Hello", "u Hi", "a Yes"))
+    rendered = renderer_of("chatml").render(chat("a Hello", "u Hi", "a Yes"))
     assert spoken(rendered) == ["Hello<|im_end|>", "Yes<|im_end|>"]
     assert rendered.text[: rendered.spans[0][0]] == "<|im_start|>assistant\n"
     assert lost("llama2", chat("a Hello", "u Hi", "a Yes")).reason == "template_mismatch"
@@ -177,13 +186,13 @@ def test_a_prompt_that_is_not_how_the_conversation_begins_is_a_mismatch():
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    with pytest.raises(RowLost, match=r"message 1: the template renders the prompt as .*<think>") as caught:
+    with pytest.raises(RowLost, match=r"message 1: the prompt is rendered as .*<think>") as caught:
         ChatRenderer(byte_level_tokenizer(template)).render(chat("u Hi", "a Hello"))
     assert caught.value.reason == "template_mismatch"
 
 
 def test_a_system_message_that_the_template_refuses_is_a_mismatch():
-    assert not renderer("gemma").renders_system
+    assert not renderer_of("gemma").renders_system
     error = lost("gemma", chat("s Be brief", "u Hi", "a Yes"))
     assert (error.reason, error.message) == ("template_mismatch", "the chat template does not render system messages")
 
@@ -206,7 +215,7 @@ def test_messages_that_the_template_leaves_out_in_silence_are_a_mismatch(turns):
     error = lost("zephyr", chat(*turns))
     assert error.reason == "template_mismatch"
     assert "leaves" in error.message
-    assert spoken(renderer("chatml").render(chat(*turns)))[-1] == "Yes<|im_end|>"
+    assert spoken(renderer_of("chatml").render(chat(*turns)))[-1] == "Yes<|im_end|>"
 
 
 def test_a_system_message_in_mid_conversation_that_is_left_out_is_a_mismatch():
@@ -254,7 +263,7 @@ def test_a_template_with_tools_renders_them_and_the_call_is_trained():
 def test_for_a_template_without_tools_the_tools_and_calls_become_text():
     conversation = normalize(TOOL_ROW)
     assert isinstance(conversation, Conversation)
-    rendered = renderer("chatml").render(conversation)
+    rendered = renderer_of("chatml").render(conversation)
     assert rendered.text.startswith(
         '<|im_start|>system\nTools:\n{"name": "count"}<|im_end|>\n<|im_start|>user\nHow many?'
     )
@@ -264,7 +273,7 @@ def test_for_a_template_without_tools_the_tools_and_calls_become_text():
 def test_tools_stand_behind_a_system_message_of_the_rows_own():
     conversation = normalize({**TOOL_ROW, "system": "Be brief"})
     assert isinstance(conversation, Conversation)
-    text = renderer("chatml").render(conversation).text
+    text = renderer_of("chatml").render(conversation).text
     assert text.startswith('<|im_start|>system\nBe brief\n\nTools:\n{"name": "count"}<|im_end|>\n')
     assert text.count("<|im_start|>system") == 1
 

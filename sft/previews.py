@@ -1,0 +1,111 @@
+"""Rows one by one, in source order: the first ones as the model will see them, and the questions that it is asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sft.conversation import Conversation, RowLost, Text
+from sft.data_sources import DataSource, training_sources, validation_sources
+from sft.documents import IGNORE_INDEX
+from sft.encoding import Encoded
+from sft.formats import normalize
+from sft.ledger import Ledger
+from sft.rendering import Rendered
+from sft.row_encoder import RowEncoder, Sample
+from sft.schema import DataKeys
+from sft.serving_contract import ServingContract, check_prompts, joined
+from sft.sources import Row
+from sft.splits import count_rows, held_out
+
+logger = logging.getLogger("sft")
+
+
+def preview(
+    keys: DataKeys, tokenizer: PreTrainedTokenizerBase, num_samples: int, *, seed: int
+) -> Iterator[dict[str, Any]]:
+    """SPEC's preview: the first rows in source order (training sources first), before fitting and packing.
+
+    A row whose answers are trained one by one (its template rewrites earlier turns) is several samples. Rows that are
+    lost are said aloud and stepped over.
+    """
+    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
+    encoder = RowEncoder(tokenizer, keys)
+    shown = 0
+    for split, source, row in _rows_with_split(keys, seed):
+        if shown == num_samples:
+            return
+        ledger = Ledger()
+        for sample in encoder.render([row], source, ledger):
+            shown += 1
+            for part, encoded in zip(sample.parts, encoder.encode_parts(sample), strict=True):
+                yield _as_preview(split, sample, part, encoded, tokenizer)
+        for lost in ledger.lost_examples:
+            logger.warning("%s:%s: lost: %s: %s", lost["file"], lost["line"], lost["reason"], lost["message"])
+
+
+def _as_preview(
+    split: str, sample: Sample, part: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    content = sample.content
+    what = {"text": content.text} if isinstance(content, Text) else {"messages": content.messages}
+    trained = encoded.labels[encoded.labels != IGNORE_INDEX]
+    return {
+        "split": split,
+        "file": sample.row.file,
+        "row": sample.row.index,
+        "format": content.format,
+        **what,
+        "rendered": part.text,
+        "input_ids": encoded.input_ids.tolist(),
+        "labels": encoded.labels.tolist(),
+        "trained_text": tokenizer.decode(trained.tolist(), clean_up_tokenization_spaces=False),
+    }
+
+
+def serving_contract(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, limit: int = 32) -> ServingContract:
+    """Whether the first `limit` conversations of each training source are trained behind the prompts they are served.
+
+    Rows that are lost are stepped over.
+    """
+    encoder, contracts = RowEncoder(tokenizer, keys), []
+    for source in training_sources(keys):
+        samples = encoder.render(islice(source.rows(), limit), source, Ledger())
+        chats = [s for s in samples if isinstance(s.content, Conversation)]
+        pairs = [(s.content, encoder.encode_parts(s)[0]) for s in chats]
+        contracts.append(check_prompts(tokenizer, pairs, source.train_on))  # type: ignore[arg-type]
+    return joined(contracts)
+
+
+def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[Conversation]:
+    """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets."""
+    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
+    found: list[Conversation] = []
+    for split, source, row in _rows_with_split(keys, seed, training=bool(keys.validation_split)):
+        if split == "train" or row.data is None:
+            continue
+        try:
+            content = normalize(row.data, source.format, source.columns, keys.system_prompt)
+        except RowLost:
+            continue
+        if isinstance(content, Conversation) and content.messages[-1]["role"] == "assistant":
+            found.append(content)
+    limit = min(limit, len(found))
+    return [found[number * len(found) // limit] for number in range(limit)]
+
+
+def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterator[tuple[str, DataSource, Row]]:
+    """Every row in source order with the split it falls in, by the same draw as the preparation's."""
+    for number, source in enumerate(training_sources(keys) if training else []):
+        if not keys.validation_split:
+            yield from (("train", source, row) for row in source.rows())
+            continue
+        held = held_out(count_rows(source), keys.validation_split, seed + number)
+        for row in source.rows():
+            yield ("validation" if row.index in held else "train"), source, row
+    for source in validation_sources(keys):
+        yield from ((source.name, source, row) for row in source.rows())

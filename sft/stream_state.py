@@ -1,0 +1,156 @@
+"""How far a streaming run has trained: saved with each checkpoint, gathered from all ranks, and gone on from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft.errors import Problem, UserError
+from sft.interleaving import Cursor
+from sft.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state
+from sft.lost_rows import require_enough_rows
+from sft.streaming import Account, Place, Step, TrainingStream
+
+FILE = "stream_state.json"
+_ENOUGH_TO_JUDGE = 1000  # rows; before that, a few bad ones at the start would look like many
+
+
+class StreamProgress(TrainerCallback):
+    """What this rank has trained of its stream; rank 0's account goes on from that of all ranks after a resume.
+
+    Args:
+        stream: the rows that are trained.
+        end_token_ids: those that are known before the first row is read.
+        eval_ledgers: of the evaluation sets, which stand beside the stream's in the document.
+
+    Attributes:
+        stream: the rows that are trained.
+        places: where each shard stands behind the rows that were trained.
+        batches: that this rank has trained.
+        account: of the rows that were read for them.
+    """
+
+    def __init__(
+        self,
+        stream: TrainingStream,
+        end_token_ids: Sequence[int],
+        eval_ledgers: Mapping[str, Ledger],
+    ) -> None:
+        self.stream, self._eval_ledgers = stream, eval_ledgers
+        self._end_token_ids = list(end_token_ids)
+        self._loaded: dict[str, Any] | None = None
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Goes back to what was loaded last, or to the start, and has the stream begin there."""
+        self.places: dict[int, Place] = {}
+        self.batches, self.account = 0, Account(end_token_ids=list(self._end_token_ids))
+        if self._loaded is not None:
+            self._take(self._loaded)
+        self.stream.start_from(self.places, self.batches)
+
+    def consume(self, step: Step) -> None:
+        """Notes a batch that is about to be trained.
+
+        Raises:
+            UserError: too many rows were lost, of a thousand or of all that there are.
+        """
+        self.places[step.place.shard] = step.place
+        self.batches += 1
+        if step.account is None:
+            return
+        self.account.add(step.account)
+        for ledger in self.account.ledgers.values():
+            _keep_few_examples(ledger)
+        self.judge(self.account, is_whole=step.account.ends_epoch and self.stream.plan.world_size == 1)
+
+    def judge(self, account: Account, is_whole: bool = False) -> None:
+        """Raises `UserError` for data sets of which too many rows were lost; few rows are judged if they are all."""
+        enough = {n: one for n, one in account.ledgers.items() if is_whole or one.rows_read >= _ENOUGH_TO_JUDGE}
+        require_enough_rows(self.stream.keys, as_document(enough))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The epoch in the logs is the number of times that all rows have been read; how long one is, is not known."""
+        state.epoch = float(min(place.epoch for place in self.places.values()))
+
+    def gather(self) -> dict[str, Any]:
+        """The state of all ranks together, as it is saved. All ranks must call it."""
+        places = [asdict(self.places[shard]) for shard in sorted(self.places)]
+        mine = {"batches": self.batches, "places": places, **_account_as_json(self.account)}
+        if not dist.is_initialized():
+            return mine
+        everybodys: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everybodys, mine)
+        account = Account()
+        for one in everybodys:
+            account.add(account_in(one))
+        for ledger in account.ledgers.values():
+            _keep_few_examples(ledger)
+        return {
+            "batches": self.batches,
+            "places": sorted((place for one in everybodys for place in one["places"]), key=lambda p: p["shard"]),
+            **_account_as_json(account),
+        }
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint. Raises `UserError` when it is of no streaming run, or its state is damaged."""
+        file = checkpoint / FILE
+        try:
+            self._loaded = json.loads(file.read_text())
+            self.rewind()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            message = f"cannot go on from {checkpoint}: where its stream stood is not known ({error})"
+            hint = "take another checkpoint, or start fresh from its weights: model_name_or_path"
+            raise UserError(Problem(message, hint, "resume_from_checkpoint", str(file))) from None
+
+    def _take(self, saved: dict[str, Any]) -> None:
+        for entry in saved["places"]:
+            place = Place(**{**entry, "cursors": tuple(Cursor(**cursor) for cursor in entry["cursors"])})
+            if self.stream.owns(place.shard):
+                self.places[place.shard] = place
+        self.batches = saved["batches"]
+        account = account_in(saved)
+        self.account = account if self.stream.owns(0) else Account(end_token_ids=account.end_token_ids)
+
+    def document(self, gathered: dict[str, Any]) -> dict[str, Any]:
+        """SPEC's LEDGER of what `gather` gave, beside that of the evaluation sets."""
+        account = account_in(gathered)
+        read = account.ledgers
+        for name, rows in account.again.items():
+            read[name].passes = 1 + rows / read[name].rows_read
+        trained = {s.name: read[s.name] for s in self.stream.plan.sources if s.name in read}
+        evals = {n if n not in trained else f"eval_{n}": ledger for n, ledger in self._eval_ledgers.items()}
+        return as_document(trained | evals)
+
+
+def save(folder: Path, gathered: dict[str, Any]) -> None:
+    """Writes what `StreamProgress.gather` gave into a checkpoint."""
+    (folder / FILE).write_text(json.dumps(gathered) + "\n")
+
+
+def _keep_few_examples(ledger: Ledger) -> None:
+    kept: Counter[str] = Counter()
+    examples = []
+    for example in ledger.lost_examples:
+        kept[example["reason"]] += 1
+        if kept[example["reason"]] <= MAX_EXAMPLES:
+            examples.append(example)
+    ledger.lost_examples = examples
+
+
+def _account_as_json(account: Account) -> dict[str, Any]:
+    ledgers = {name: as_state(ledger) for name, ledger in account.ledgers.items()}
+    return {"end_token_ids": account.end_token_ids, "again": account.again, "ledgers": ledgers}
+
+
+def account_in(saved: dict[str, Any]) -> Account:
+    """The account in what `StreamProgress.gather` gave."""
+    ledgers = {name: from_state(state) for name, state in saved["ledgers"].items()}
+    return Account(ledgers, Counter(saved["again"]), list(saved["end_token_ids"]))

@@ -1,0 +1,102 @@
+"""One window of a stream: some thousand rows that are encoded, packed and shuffled together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sft.data_sources import DataSource
+from sft.documents import IGNORE_INDEX, Documents
+from sft.interleaving import Taken
+from sft.ledger import Ledger
+from sft.packing import lay_out
+from sft.row_encoder import RowEncoder, Seen
+from sft.rows import Row
+
+
+class Window:
+    """Training rows in the order in which they are given.
+
+    Args:
+        documents: in the order in which they were read.
+        packing: `bfd`, `wrapped`, or None for one document a row.
+        capacity: tokens of a packed row.
+        rng: shuffles the rows; None leaves them as they are packed.
+    """
+
+    def __init__(
+        self, documents: Documents, packing: str | None, capacity: int, rng: np.random.Generator | None
+    ) -> None:
+        layout = lay_out(documents.lengths, packing, capacity)
+        if layout.order is not None:
+            documents = documents.take(layout.order)
+        self._is_packed = packing is not None
+        self._input_ids, self._labels, self._lengths = documents.input_ids, documents.labels.copy(), layout.lengths
+        starts = np.cumsum(layout.lengths) - layout.lengths
+        self.cuts = starts[self._labels[starts] != IGNORE_INDEX]
+        """(cuts,) The tokens that lost their label, for a stream was cut in front of them: nothing predicts them."""
+        self._labels[self.cuts] = IGNORE_INDEX
+        self._token_ends, self._document_ends = np.cumsum(layout.row_lengths), np.cumsum(layout.counts)
+        rows = len(layout.counts)
+        self._order = np.arange(rows) if rng is None else rng.permutation(rows)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        """`input_ids` and `labels` (T,) int32; `seq_lengths` (documents,) where rows are packed."""
+        at = int(self._order[number])
+        tokens = slice(self._token_ends[at - 1] if at else 0, self._token_ends[at])
+        row = {"input_ids": self._input_ids[tokens], "labels": self._labels[tokens]}
+        if self._is_packed:
+            documents = slice(self._document_ends[at - 1] if at else 0, self._document_ends[at])
+            row["seq_lengths"] = self._lengths[documents].astype(np.int32)
+        return row
+
+
+def prepare_window(
+    rows: Sequence[Taken],
+    encoder: RowEncoder,
+    sources: Sequence[DataSource],
+    packing: str | None,
+    capacity: int,
+    known: set[bytes],
+    rng: np.random.Generator | None,
+) -> tuple[Window, dict[str, Ledger]]:
+    """Encodes and packs rows.
+
+    Args:
+        rows: in the order in which they are read.
+        sources: those that the rows name.
+        known: fingerprints of the validation rows.
+
+    Returns:
+        The window, and the ledger of each data set whose rows are read for the first time. Duplicates are those within
+        the window.
+    """
+    groups: dict[tuple[bool, int], list[Row]] = {}
+    for number, taken in enumerate(rows):
+        taken.row.index = number  # what `Documents.rows` then says of each document
+        groups.setdefault((not taken.is_new, taken.source), []).append(taken.row)
+    new, again = Seen(set(), known), Seen(set(), known)
+    parts: list[Documents] = []
+    ledgers = {group: Ledger() for group in sorted(groups)}
+    for group, ledger in ledgers.items():
+        is_again, number = group
+        seen = again if is_again else new
+        parts += encoder.encode(groups[group], sources[number], ledger, seen, wrapped=packing == "wrapped")
+    documents = Documents.join(parts)
+    if len(groups) > 1:
+        documents = documents.take(np.argsort(documents.rows, kind="stable"))
+    window = Window(documents, packing, capacity, rng)
+    for document in np.searchsorted(np.cumsum(documents.lengths), window.cuts, side="right").tolist():
+        taken = rows[documents.rows[document]]
+        ledgers[not taken.is_new, taken.source].tokens_trained -= 1
+    reported = {sources[number].name: ledger for (is_again, number), ledger in ledgers.items() if not is_again}
+    if packing and reported and len(documents):
+        # Rows of several data sets stand in the first one's ledger, and so, once, in the total. Where rows are read
+        # again, the window counts with the share of its tokens that are new.
+        share = sum(ledger.tokens for ledger in reported.values()) / len(documents.input_ids)
+        next(iter(reported.values())).pack(round(len(window) * share), capacity)
+    return window, reported
