@@ -23,7 +23,7 @@ from sft.documents import IGNORE_INDEX, Documents
 from sft.packing import Layout
 
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
-_PART_TOKENS = 1 << 21  # of one record batch: what is held in memory at a time
+_PART_TOKENS = 1 << 19  # of one record batch: what is held in memory at a time
 _PART_ROWS = 4096
 
 
@@ -93,6 +93,7 @@ def write_rows(documents: Documents, layout: Layout, file: Path, *, packed: bool
             if packed:
                 arrays.append(_lists(np.append(first_document, document_ends[rows]) - first_document, lengths))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
+            documents.leave_to_disk()
             first_row, first_document, first_token = last_row, last_document, last_token
 
 

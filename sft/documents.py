@@ -7,6 +7,7 @@ lengths    3     2   4
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,12 @@ class Documents:
         shifts = starts[order] - (np.cumsum(lengths) - lengths)
         sources = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
         return Documents(self.input_ids[sources], self.labels[sources], lengths, self.rows[order])
+
+    def leave_to_disk(self) -> None:
+        """Gives back the memory of what was read, where the tokens are mapped from disk."""
+        for array in (self.input_ids, self.labels):
+            if isinstance(array, np.memmap):
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def trained(self) -> np.ndarray:
         """Trained tokens of each document: (N,) int64."""

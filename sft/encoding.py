@@ -120,7 +120,8 @@ class Encoder:
             if start > at:
                 prompt, answer = text[at:start], text[start:end]
                 self._add_masked(batch, prompt, method, text[:at])
-                batch.add(answer, True, "behind_token" if prompt.endswith(self._added) else "behind_text")
+                is_behind_token = self._encoder.prefixes and prompt.endswith(self._added)
+                batch.add(answer, True, "behind_token" if is_behind_token else "behind_text")
                 merges += self._seams.crosses(prompt, answer)
             else:
                 batch.add(text[start:end], True, method)

@@ -338,7 +338,7 @@ def test_packed_rows_hold_the_same_documents(tmp_path, keys):
     assert packed.evals["validation"].column_names == ["input_ids", "labels"]
     ledger = packed.ledger["datasets"]["train"]
     assert ledger["packing"]["rows"] == len(packed.train) < 8
-    assert ledger["packing"]["fill"] == round(packed.train_tokens / (128 * len(packed.train)), 6)
+    assert ledger["packing"]["fill"] == round((packed.train_tokens or 0) / (128 * len(packed.train)), 6)
     assert_accounts(packed)
 
 
