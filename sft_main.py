@@ -163,7 +163,7 @@ def _check_stages(config: Config, report: Report) -> None:
 def preview(argv: list[str]) -> int:
     """Shows the first rows as the model will see them, with the tokens that are trained."""
     config, options = _config("preview", argv)
-    from sft.console import show_sample, speak
+    from sft.console import show_packed, show_sample, speak
 
     speak(is_main_process=True)
     import data_handler
@@ -171,12 +171,17 @@ def preview(argv: list[str]) -> int:
     from sft.schema import DataKeys, ModelKeys
 
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
-    samples = data_handler.preview(config.section(DataKeys), tokenizer, options.num_samples, seed=config.seed)
+    keys = config.section(DataKeys)
+    samples = data_handler.preview(keys, tokenizer, options.num_samples, seed=config.seed)
     if options.json:
         print(json.dumps({"samples": list(samples)}, ensure_ascii=False))
-    else:
-        for sample in samples:
-            show_sample(sample, tokenizer)
+        return 0
+    shown = []
+    for sample in samples:
+        show_sample(sample, tokenizer)
+        shown.append(sample)
+    if keys.packing in ("bfd", "wrapped"):
+        show_packed(shown, str(keys.packing), keys.max_seq_length)
     return 0
 
 

@@ -117,6 +117,7 @@ def show_lengths(ledger: dict[str, Any]) -> None:
 _NOTES = {
     "answers_cut": "answers lost their end to truncation: they teach the model not to stop",
     "control_tokens": "rows have control tokens typed in a message, which are encoded as plain text",
+    "thoughts_left_out": "conversations have reasoning that the chat template does not write: it is not trained",
     "unrolled": "conversations became a sample for each answer, for the template rewrites earlier turns",
     "duplicates": "rows repeat an earlier one (dedupe: true leaves them out of training)",
     "in_validation": "training rows stand in validation too, whose metrics flatter (dedupe: true leaves them out)",
@@ -138,6 +139,22 @@ def show_sample(sample: dict[str, Any], tokenizer: Any) -> None:
     marked = "green" if coloured else "[[in brackets]]"
     console.print(Text(f"{title}: {trained} of {len(labels)} tokens are trained, {marked}:", style="bold"))
     console.print(text, soft_wrap=True)
+
+
+def show_packed(samples: list[dict[str, Any]], packing: str, max_seq_length: int) -> None:
+    """How samples share a sequence: the documents of each, with their lengths, as the packing lays these few out."""
+    import numpy as np
+
+    from sft.packing import lay_out
+
+    lengths = np.array([len(s["input_ids"]) for s in samples if len(s["input_ids"]) <= max_seq_length])
+    if not len(lengths):
+        return
+    layout = lay_out(lengths, packing, max_seq_length)
+    console.print(f"packed ({packing}), these samples would fill {len(layout.counts)} sequences:", style="bold")
+    for row in np.split(layout.lengths, np.cumsum(layout.counts)[:-1]):
+        documents = " | ".join(f"{n:,}" for n in row.tolist())
+        console.print(f"  [{documents}] {row.sum():,} of {max_seq_length:,} tokens", markup=False, highlight=False)
 
 
 def show_conclusion(output_dir: Path, results: dict[str, Any], seconds: float) -> None:

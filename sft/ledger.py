@@ -34,6 +34,7 @@ class Ledger:
     seam_merges: int = 0
     control_tokens: int = 0
     unrolled: int = 0
+    thoughts_left_out: int = 0
     duplicates: int = 0
     in_validation: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
@@ -91,6 +92,7 @@ class Ledger:
             "seam_merges": self.seam_merges,
             "control_tokens": self.control_tokens,
             "unrolled": self.unrolled,
+            "thoughts_left_out": self.thoughts_left_out,
             "duplicates": self.duplicates,
             "in_validation": self.in_validation,
             "length_percentiles": self._percentiles(),

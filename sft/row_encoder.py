@@ -32,6 +32,8 @@ from sft.truncation import fit
 
 _BATCH_ROWS = 1000  # rows handed to the Rust tokenizer at a time: enough to keep its threads busy
 
+_THOUGHTS = ("reasoning_content", "thinking")
+
 
 @dataclass(slots=True)
 class Sample:
@@ -124,6 +126,7 @@ class RowEncoder:
                 continue
             ledger.control_tokens += any(part.inert for part in parts)
             ledger.unrolled += len(parts) > 1
+            ledger.thoughts_left_out += not _holds_thoughts(content, parts)
             ledger.formats[content.format] += 1
             yield Sample(row, content, parts)
 
@@ -262,6 +265,13 @@ def _with(documents: Documents, is_kept: np.ndarray, replaced: dict[int, list[En
             parts.append(Documents(one.input_ids, one.labels, np.array([len(one.input_ids)]), row))
         at = number + 1
     return Documents.join(parts)
+
+
+def _holds_thoughts(content: Conversation | Text, parts: list[Rendered]) -> bool:
+    """Whether every reasoning of a conversation is in its text; many templates have no place for it."""
+    messages = content.messages if isinstance(content, Conversation) else []
+    thoughts = [text for m in messages if len(m) > 2 for key in _THOUGHTS if isinstance(text := m.get(key), str)]
+    return all(any(thought.strip() in part.text for part in parts) for thought in thoughts)
 
 
 def _require_characters(text: str) -> None:

@@ -217,6 +217,8 @@ def test_every_name_used_elsewhere_leads_to_a_key():
         ("gradient_checkpointing: true\nactivation_checkpointing: false", "gradient_checkpointing", "its new name"),
         ("dataloader_prefetch_factor: 2", "dataloader_prefetch_factor", "worker processes"),
         ("dataset_config_name: main", "dataset_config_name", "needs dataset_name"),
+        ("datasets: [{path: a, weight: 2}, {path: b}]", "datasets.1", "has no weight, others have"),
+        ("eval_datasets: [{path: a, weight: 2}]", "eval_datasets.0.weight", "validation data is not mixed"),
     ],
 )
 def test_keys_that_do_not_go_together(config_file, text, key, part):

@@ -524,6 +524,36 @@ def test_validation_conversations_are_held_out_rows_that_end_with_an_answer(tmp_
     assert [c.messages[-2]["content"] for c in found] == questions(prepare(config, seed=5).evals["validation"])
 
 
+# Mixtures
+
+
+def test_weights_mix_the_data_sets_and_every_row_stays_accounted_for(tmp_path, keys):
+    large = write(tmp_path / "large.jsonl", *map(qa, range(90)))
+    small = write(tmp_path / "small.jsonl", *map(qa, range(100, 110)))
+    entries = [DatasetKeys(path=large, weight=1), DatasetKeys(path=small, weight=1.0)]
+    data = prepare(keys(datasets=entries))
+    found = data.ledger["datasets"]
+    assert (found["large"]["rows_trained"], found["large"]["rows_lost"]) == (50, {"not_drawn": 40})
+    assert (found["small"]["rows_trained"], found["small"]["rows_lost"], found["small"]["passes"]) == (10, {}, 5.0)
+    assert len(data.train) == 100
+    assert (
+        data.train_tokens == sum(len(row["input_ids"]) for row in data.train) == data.ledger["total"]["tokens"]["total"]
+    )
+    assert sorted(questions(data.train)) == sorted(questions(prepare(keys(datasets=entries, packing=False)).train))
+    assert_accounts(data)
+    packed = prepare(keys(datasets=entries, packing="bfd", max_seq_length=128))
+    assert sum(len(row["seq_lengths"]) for row in packed.train) == 100
+    by_tokens = prepare(keys(datasets=entries, mix_by="tokens"))
+    tokens = [by_tokens.ledger["datasets"][name]["tokens"]["total"] for name in ("large", "small")]
+    assert abs(tokens[0] - tokens[1]) < 60
+
+
+def test_reasoning_that_the_template_has_no_place_for_is_counted(tmp_path, keys):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}]
+    data = prepare(keys(train_file=write(tmp_path / "a.jsonl", {"messages": messages}, qa(1))))
+    assert data.ledger["total"]["thoughts_left_out"] == 1
+
+
 # Anything at all
 
 

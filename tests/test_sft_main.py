@@ -180,6 +180,9 @@ def test_check_accepts_a_good_config(config_file: Path, capsys: pytest.CaptureFi
     assert (report["ok"], report["errors"]) == (True, [])
     assert report["data"]["total"]["rows_read"] == 60
     assert report["estimate"]["total_steps"] == 4
+    assert report["serving"]["ok"]
+    assert report["serving"]["end_tokens"] == ["<|im_end|>"]
+    assert report["serving"]["prompts"] > 0
 
 
 def test_check_names_every_mistake_at_once(
