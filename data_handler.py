@@ -206,7 +206,7 @@ class _Plan:
         names = [s.name for s in self.train_sources]
         trained = dict(zip(names, encoded.ledgers, strict=False))
         facts = {
-            "ledger": as_document(trained | {n if n not in trained else f"eval_{n}": e for n, e in ledgers.items()}),
+            "ledger": as_document(trained, ledgers),
             "evals": files,
             # To be counted among the rows of a stream, which are read after this.
             "known": [] if self.training else sorted(mark.hex() for mark in known),
@@ -347,14 +347,11 @@ def stream_data(
         logger.warning(
             "streaming: the data has been looked at up to row %s; the rest is read while training", f"{read:,}"
         )
-    ledgers = account.ledgers | {
-        n if n not in account.ledgers else f"eval_{n}": e for n, e in prepared.eval_ledgers.items()
-    }
     return replace(
         prepared,
         train=stream,
         train_tokens=None,
-        ledger=as_document(ledgers),
+        ledger=as_document(account.ledgers, prepared.eval_ledgers),
         end_token_ids=tuple(dict.fromkeys([*account.end_token_ids, *prepared.end_token_ids])),
         sample=next(preview(keys, tokenizer, 1, seed=seed), None),
     )

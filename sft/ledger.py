@@ -6,6 +6,7 @@ The shape is SPEC's LEDGER; `rows_read == rows_trained + sum(rows_lost.values())
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -147,11 +148,16 @@ def total(ledgers: list[Ledger]) -> Ledger:
     return whole
 
 
-def as_document(ledgers: dict[str, Ledger]) -> dict[str, Any]:
-    """SPEC's LEDGER: the total and each data set under its name."""
+def as_document(ledgers: Mapping[str, Ledger], evals: Mapping[str, Ledger] | None = None) -> dict[str, Any]:
+    """SPEC's LEDGER: the total and each data set under its name.
+
+    Args:
+        evals: of the evaluation sets; one that is called as a training set gets `eval_` in front.
+    """
+    named = dict(ledgers) | {n if n not in ledgers else f"eval_{n}": one for n, one in (evals or {}).items()}
     return {
-        "total": total(list(ledgers.values())).as_json(),
-        "datasets": {name: ledger.as_json() for name, ledger in ledgers.items()},
+        "total": total(list(named.values())).as_json(),
+        "datasets": {name: ledger.as_json() for name, ledger in named.items()},
     }
 
 

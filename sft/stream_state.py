@@ -126,8 +126,7 @@ class StreamProgress(TrainerCallback):
         for name, rows in account.again.items():
             read[name].passes = 1 + rows / read[name].rows_read
         trained = {s.name: read[s.name] for s in self.stream.plan.sources if s.name in read}
-        evals = {n if n not in trained else f"eval_{n}": ledger for n, ledger in self._eval_ledgers.items()}
-        return as_document(trained | evals)
+        return as_document(trained, self._eval_ledgers)
 
 
 def save(folder: Path, gathered: dict[str, Any]) -> None:
