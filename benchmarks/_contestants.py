@@ -83,12 +83,11 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def ours(arguments: dict[str, Any]) -> dict[str, Any]:
     """`data_handler.prepare_data`, from the file to packed rows mapped from disk."""
-    from transformers import AutoTokenizer
-
     import data_handler
     from sft.schema import DataKeys
+    from sft.tokenizer_files import load_tokenizer_files
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments["tokenizer"])
+    tokenizer = load_tokenizer_files(arguments["tokenizer"])  # as every command does
     cache = arguments.get("cache") or f"{arguments['scratch']}/cache"
     keys = DataKeys(train_file=arguments["file"], packing="bfd", max_seq_length=MAX_LENGTH, cache_dir=cache)
     with Clock() as clock:

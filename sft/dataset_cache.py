@@ -12,15 +12,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 from filelock import FileLock
 
 from sft.documents import IGNORE_INDEX, Documents
 from sft.packing import Layout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
 _PART_TOKENS = 1 << 19  # of one record batch: what is held in memory at a time
@@ -103,4 +105,6 @@ def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
 
 def read_rows(file: Path) -> Dataset:
     """The rows as a memory-mapped data set that gives numpy arrays."""
+    from datasets import Dataset  # 45 MiB, which the preparation has no use for
+
     return Dataset.from_file(str(file)).with_format("numpy")

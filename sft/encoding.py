@@ -23,9 +23,12 @@ from sft.documents import IGNORE_INDEX, Documents
 from sft.pieces import PieceEncoder, exact, plain
 from sft.rendering import Rendered
 from sft.seams import SeamMerges
+from sft.word_ids import ID_BYTES, WordIds, packed
 
 _SHORT = 48  # characters; what a template puts between two messages is encoded once
 _MOST_SHORT = 10_000
+# Methods that are one and the same where `WordIds` knows the rules: such a tokenizer puts no blank in front of a text.
+_BY_WORDS = {"first", "behind_token", "behind_text"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,14 @@ class Batch:
     """The pieces of some rows on their way through the tokenizer.
 
     Attributes:
-        ids: of each piece, in order; None until it has been encoded.
+        ids: of each piece, in order, as int32; None until it has been encoded.
         trained: whether each piece is.
         pieces: of each row.
         waiting: by method, the pieces that are to be encoded and their texts.
         seam_merges: of each row.
     """
 
-    ids: list[list[int] | None] = field(default_factory=list)
+    ids: list[bytes | None] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
     waiting: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
@@ -66,7 +69,7 @@ class Batch:
         texts.append(text)
         self.add_ids(None, trained)
 
-    def add_ids(self, ids: list[int] | None, trained: bool) -> None:
+    def add_ids(self, ids: bytes | None, trained: bool) -> None:
         """Notes one piece whose ids are known."""
         self.ids.append(ids)
         self.trained.append(trained)
@@ -75,7 +78,8 @@ class Batch:
 class Encoder:
     """Encodes rendered conversations and documents with one tokenizer's Rust backend.
 
-    `cut`, `run` and `assemble` are the three steps of `encode`; `run` is all Rust, and may run in another thread.
+    `cut`, `run` and `assemble` are the three steps of `encode`; `run` is all Rust, and may run in another thread. Where
+    that is busy, `run_words` takes work off it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,7 +91,8 @@ class Encoder:
         # These take the blanks behind them, wherever the text is cut.
         self._greedy = tuple(t.content for t in added if t.rstrip)
         self._seams = SeamMerges(self._backend, self._greedy)
-        self._short: dict[str, list[int]] = {}
+        self._words = WordIds(self._backend)
+        self._short: dict[str, bytes] = {}
 
     def encode(self, rendered: Sequence[Rendered]) -> tuple[Documents, list[int]]:
         """All rows' tokens and labels, and of each row how many seams one pass would have crossed."""
@@ -138,12 +143,12 @@ class Encoder:
         else:
             batch.add(piece, False, method)
 
-    def _ids_of_short(self, text: str) -> list[int]:
+    def _ids_of_short(self, text: str) -> bytes:
         ids = self._short.get(text)
         if ids is None:
             if len(self._short) >= _MOST_SHORT:
                 self._short.clear()
-            ids = self._short[text] = self._encoder.behind_token([text])[0] if text else []
+            ids = self._short[text] = packed(self._encoder.behind_token([text])[0]) if text else b""
         return ids
 
     def _cut_inert(self, batch: Batch, row: Rendered) -> None:
@@ -167,9 +172,20 @@ class Encoder:
         for method, (numbers, texts) in batch.waiting.items():
             encode = methods[method] if method in methods else self._encode_plain(method.removeprefix("plain_"))
             for number, ids in zip(numbers, encode(texts), strict=True):
-                batch.ids[number] = ids
+                batch.ids[number] = packed(ids)
         batch.waiting.clear()
         return batch
+
+    def run_words(self, batch: Batch) -> None:
+        """Encodes in this thread those pieces that can be put together from words; the others go on waiting."""
+        if not self._words.is_worthwhile:
+            return
+        for method in _BY_WORDS & batch.waiting.keys():
+            numbers, texts = batch.waiting[method]
+            for number, ids in zip(numbers, self._words.encode(texts), strict=True):
+                batch.ids[number] = ids
+            left = [i for i, number in enumerate(numbers) if batch.ids[number] is None]
+            batch.waiting[method] = [numbers[i] for i in left], [texts[i] for i in left]
 
     def _encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Documents, trained whole: the tokenizer's own BOS (if it sets one) in front, EOS at the end."""
@@ -202,9 +218,9 @@ class Encoder:
     @staticmethod
     def assemble(batch: Batch) -> tuple[Documents, list[int]]:
         """The texts' tokens and labels, and the seam merges of each; a document's row is its place among the texts."""
-        pieces: list[list[int]] = batch.ids  # type: ignore[assignment]
-        counts = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
-        input_ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=int(counts.sum()))
+        pieces: list[bytes] = batch.ids  # type: ignore[assignment]
+        counts = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)) // ID_BYTES
+        input_ids = np.frombuffer(b"".join(pieces), dtype=np.int32)
         labels = np.where(np.repeat(np.array(batch.trained, dtype=bool), counts), input_ids, np.int32(IGNORE_INDEX))
         ends = np.concatenate([[0], np.cumsum(counts)])[np.cumsum(batch.pieces, dtype=np.int64)]
         lengths = np.diff(ends, prepend=0)
