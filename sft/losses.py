@@ -1,7 +1,6 @@
 """The loss and everything that is measured on the way, from one pass over the logits of the trained tokens.
 
-    loss of a step = sum over all trained tokens of the step, on all ranks, of -log p(token | what stands before)
-                     / number of those tokens
+    loss of a step = sum over all trained tokens of the step, on all ranks, of their loss / number of those tokens
 
 The sum is taken here; the division by `num_items_in_batch`, the count over the whole optimizer step, is the
 trainer's. No mean of means anywhere.
@@ -10,6 +9,7 @@ trainer's. No mean of means anywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,40 @@ from sft.documents import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """What is summed over the trained tokens. With p the model's distribution, x its logits and y the target:
+
+        w · ((1 - e) · -log p(y) + e · mean over the vocabulary of -log p)  +  z · logsumexp(x)²
+
+    Attributes:
+        loss_type: `nll` has w = 1. `dft` has w = p(y), held constant, which undoes the 1/p(y) that the gradient of
+            -log p(y) has as a policy gradient (Wu et al., 2025, arXiv:2508.05629, equation 9).
+        label_smoothing: e, mass spread evenly over the vocabulary (Szegedy et al., 2016, arXiv:1512.00567, section 7).
+        z_loss: z, holds the softmax normalizer near 1 (Chowdhery et al., 2022, arXiv:2204.02311, section 5: 1e-4).
+        router_aux: coefficient of a mixture of experts' load balancing (see `router_loss`), in the mean over tokens.
+        entropy: also measure the entropy of p.
+    """
+
+    loss_type: Literal["nll", "dft"] = "nll"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    router_aux: float = 0.0
+    entropy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLoss:
     """What one batch adds up to; each a scalar tensor on the logits' device, read by nobody until a log is due.
 
     Attributes:
-        objective: the summed loss that is trained, with its graph (label smoothing included), float32.
+        objective: the summed loss that is trained, with its graph, float32.
         nll: summed negative log likelihood in nats, detached.
         tokens: trained tokens.
         correct: trained tokens that the model's first choice gets right.
         answers: runs of consecutive trained tokens, i.e. answers (or whole documents of text).
         answers_correct: answers of which every token is right.
+        entropy: summed entropy of the predictions in nats; None where it was not asked for.
+        router_aux: the load balancing loss times `tokens`, without its coefficient; None where there is none.
     """
 
     objective: torch.Tensor
@@ -36,39 +60,98 @@ class TokenLoss:
     correct: torch.Tensor
     answers: torch.Tensor
     answers_correct: torch.Tensor
+    entropy: torch.Tensor | None = None
+    router_aux: torch.Tensor | None = None
+
+    def as_dict(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name, as a model hands them on through the wrappers of parallel training."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> TokenLoss:
-    """The summed cross entropy of the trained tokens and their accuracies.
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """The same token by token, each (N,): `loss`, `nll` and `entropy` float32, `correct` bool."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    correct: torch.Tensor
+    entropy: torch.Tensor | None = None
+
+
+def trained_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Where trained tokens stand in the flattened labels: (N,) int64, ascending. Column 0 is never trained.
+
+    On a GPU this waits for the device, so a collator calls it while the labels are on the host.
+
+    Args:
+        labels: (B, T), aligned with the input: -100 where a token is not trained.
+    """
+    trained = labels != IGNORE_INDEX  # (B, T)
+    trained[:, 0] = False  # nothing predicts a row's first token; this also keeps the runs of two rows apart
+    return trained.flatten().nonzero().squeeze(-1)
+
+
+def token_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    objective: Objective | None = None,
+    positions: torch.Tensor | None = None,
+) -> TokenLoss:
+    """The summed loss of the trained tokens and their accuracies, from the logits of a whole batch.
 
     Args:
         logits: (B, T, V) in any float dtype; position t predicts token t + 1.
         labels: (B, T), aligned with the input: -100 where a token is not trained. Column 0 is never trained.
-        label_smoothing: mass spread evenly over the vocabulary (Szegedy et al., 2016, arXiv:1512.00567, section 7).
+        objective: the default is the plain negative log likelihood.
+        positions: `trained_positions(labels)` where they are known.
     """
-    vocab_size = logits.shape[-1]
-    trained = labels != IGNORE_INDEX  # (B, T)
-    trained[:, 0] = False  # nothing predicts a row's first token; this also keeps the runs of two rows apart
-    positions = trained.flatten().nonzero().squeeze(-1)  # (N,)
+    objective = objective or Objective()
+    positions = trained_positions(labels) if positions is None else positions  # (N,)
     targets = labels.flatten()[positions]  # (N,)
-    predicted = logits.reshape(-1, vocab_size)[positions - 1].float()  # (N, V): only trained tokens in float32
+    predicted = logits.flatten(0, 1)[positions - 1].float()  # (N, V): only trained tokens in float32
+    scores = score(predicted, targets, objective)
+    return add_up(scores, positions)
 
-    objective = F.cross_entropy(predicted, targets, reduction="sum", label_smoothing=label_smoothing)
+
+def score(logits: torch.Tensor, targets: torch.Tensor, objective: Objective) -> TokenScores:
+    """Each token's loss, with its graph, and what is measured.
+
+    Args:
+        logits: (N, V) float32.
+        targets: (N,) int64.
+    """
+    log_probs = F.log_softmax(logits, -1)  # (N, V)
+    nll = -log_probs.gather(1, targets[:, None]).squeeze(1)  # (N,)
+    loss = nll
+    if objective.label_smoothing:
+        loss = nll.lerp(-log_probs.mean(-1), objective.label_smoothing)
+    if objective.loss_type == "dft":
+        loss = loss * torch.exp(-nll.detach())
+    if objective.z_loss:
+        normalizer = nll + logits.gather(1, targets[:, None]).squeeze(1)  # (N,) logsumexp
+        loss = loss + objective.z_loss * normalizer.square()
     with torch.no_grad():
-        nll = F.cross_entropy(predicted, targets, reduction="sum") if label_smoothing else objective.detach()
-        correct = predicted.argmax(-1) == targets  # (N,)
-        starts = torch.ones_like(correct)
-        starts[1:] = positions[1:] != positions[:-1] + 1
-        answer = starts.cumsum(0) - 1  # (N,) which answer a token belongs to
-        wrong = torch.zeros(len(positions), dtype=torch.int64, device=logits.device)
-        wrong.index_add_(0, answer, (~correct).long())
-        answers = starts.sum()
-        answers_wrong = (wrong > 0).sum()
+        correct = logits.argmax(-1) == targets
+        entropy = -(log_probs.exp() * log_probs).sum(-1) if objective.entropy else None
+    return TokenScores(loss, nll.detach(), correct, entropy)
+
+
+def add_up(scores: TokenScores, positions: torch.Tensor) -> TokenLoss:
+    """The sums over the tokens at `positions`, (N,) as `trained_positions` gives them; in float64 on the way."""
+    correct = scores.correct
+    starts = torch.ones_like(correct)
+    starts[1:] = positions[1:] != positions[:-1] + 1
+    answer = starts.cumsum(0) - 1  # (N,) which answer a token belongs to
+    wrong = torch.zeros(len(positions), dtype=torch.int64, device=correct.device)
+    wrong.index_add_(0, answer, (~correct).long())
+    answers = starts.sum()
     return TokenLoss(
-        objective=objective,
-        nll=nll,
-        tokens=torch.tensor(len(positions), device=logits.device),
+        objective=scores.loss.sum(dtype=torch.float64).float(),
+        nll=scores.nll.sum(dtype=torch.float64),
+        tokens=torch.full_like(answers, len(positions)),
         correct=correct.sum(),
         answers=answers,
-        answers_correct=answers - answers_wrong,
+        answers_correct=answers - (wrong > 0).sum(),
+        entropy=None if scores.entropy is None else scores.entropy.sum(dtype=torch.float64),
     )

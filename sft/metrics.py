@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
 
 from sft.losses import TokenLoss
 
-_FIELDS = ("objective", "nll", "tokens", "correct", "answers", "answers_correct", "input_tokens")
+_SUMMED = ("objective", "nll", "entropy", "router_aux")
+_COUNTED = ("tokens", "correct", "answers", "answers_correct")
+_MEASURED = ("entropy_tokens", "router_tokens")  # over which the sums that are not always there were taken
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """The sums over all ranks, on the host. `nll` in nats; `input_tokens` counts real tokens, never padding."""
+    """The sums over all ranks, on the host.
+
+    Attributes:
+        objective, nll, tokens, correct, answers, answers_correct: as in `TokenLoss`.
+        input_tokens: real tokens, trained or not, never padding.
+        entropy: in nats, over `entropy_tokens`, the trained tokens of the batches where it was asked for.
+        router_aux: the load balancing loss of each pass times its trained tokens, which are `router_tokens`.
+    """
 
     objective: float
     nll: float
@@ -24,6 +33,10 @@ class TokenCounts:
     answers: int
     answers_correct: int
     input_tokens: int
+    entropy: float = 0.0
+    router_aux: float = 0.0
+    entropy_tokens: int = 0
+    router_tokens: int = 0
 
     @classmethod
     def zero(cls) -> TokenCounts:
@@ -31,36 +44,70 @@ class TokenCounts:
         return cls(0.0, 0.0, 0, 0, 0, 0, 0)
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
+        return TokenCounts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """`loss`, `perplexity`, `token_accuracy` and `sequence_accuracy`; empty when nothing was trained."""
+        """`loss`, `perplexity`, `token_accuracy`, `sequence_accuracy`, and `entropy` and `router_aux_loss` if measured.
+
+        Perplexity is that of the plain likelihood, whatever the objective. Empty when nothing was trained.
+        """
         if not self.tokens:
             return {}
         nll = self.nll / self.tokens
-        return {
-            f"{prefix}loss": self.objective / self.tokens,
-            f"{prefix}perplexity": math.exp(nll) if nll < 700 else math.inf,
-            f"{prefix}token_accuracy": self.correct / self.tokens,
-            f"{prefix}sequence_accuracy": self.answers_correct / self.answers,
+        metrics = {
+            "loss": self.objective / self.tokens,
+            "perplexity": math.exp(nll) if nll < 700 else math.inf,
+            "token_accuracy": self.correct / self.tokens,
+            "sequence_accuracy": self.answers_correct / self.answers,
         }
+        if self.entropy_tokens:
+            metrics["entropy"] = self.entropy / self.entropy_tokens
+        if self.router_tokens:
+            metrics["router_aux_loss"] = self.router_aux / self.router_tokens
+        return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
 class TokenSums:
     """Adds up `TokenLoss`es on the device, in float64 so that long sums stay exact; reading them is one transfer."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(_FIELDS), dtype=torch.float64, device=device)
+        names = (*_SUMMED, *_COUNTED, *_MEASURED, "input_tokens")
+        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self._names = names
 
     def add(self, loss: TokenLoss, input_tokens: torch.Tensor) -> None:
         """Adds one batch. `input_tokens` is the batch's number of real tokens."""
-        parts = [getattr(loss, name).detach() for name in _FIELDS[:-1]]
-        self._sums += torch.stack([part.to(self._sums) for part in [*parts, input_tokens]])
+        zero = torch.zeros_like(loss.tokens)
+        measured = [zero if value is None else loss.tokens for value in (loss.entropy, loss.router_aux)]
+        values = [getattr(loss, name) for name in (*_SUMMED, *_COUNTED)]
+        parts = [zero if value is None else value.detach() for value in values]
+        self._sums += torch.stack([part.to(self._sums) for part in [*parts, *measured, input_tokens]])
+
+    @property
+    def objective_and_tokens(self) -> torch.Tensor:
+        """(2,) this rank's summed objective and its trained tokens, on the device."""
+        return torch.stack([self._sums[self._names.index(name)] for name in ("objective", "tokens")])
+
+    def absorb(self, other: TokenSums) -> None:
+        """Takes over what `other` added up, which starts anew; nothing is read from the device."""
+        self._sums += other._sums
+        other.clear()
+
+    def clear(self) -> None:
+        """Starts anew."""
+        self._sums.zero_()
 
     def take(self) -> TokenCounts:
         """The sums over all ranks since the last call; every rank must call it."""
+        counts = self.total()
+        self.clear()
+        return counts
+
+    def total(self) -> TokenCounts:
+        """The sums over all ranks; every rank must call it."""
+        sums = self._sums.clone()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._sums)
-        objective, nll, *counts = self._sums.tolist()
-        self._sums.zero_()
-        return TokenCounts(objective, nll, *(round(count) for count in counts))
+            dist.all_reduce(sums)
+        values = sums.tolist()
+        summed, counted = values[: len(_SUMMED)], map(round, values[len(_SUMMED) :])
+        return TokenCounts(**dict(zip(self._names, [*summed, *counted], strict=True)))

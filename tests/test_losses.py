@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from sft.losses import token_loss
+from sft.losses import Objective, TokenLoss, token_loss, trained_positions
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
+OBJECTIVES = [
+    Objective(),
+    Objective(label_smoothing=0.1),
+    Objective(z_loss=1e-2),
+    Objective(loss_type="dft"),
+    Objective(loss_type="dft", label_smoothing=0.2, z_loss=1e-3, entropy=True),
+]
 
-def by_hand(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> tuple[float, float, int, int]:
-    """Summed objective and nll, trained tokens and right ones, token by token in float64."""
-    objective = nll = 0.0
-    tokens = right = 0
-    for row, row_labels in zip(logits.double().numpy(), labels.numpy(), strict=True):
+
+def by_hand(logits: torch.Tensor, labels: torch.Tensor, objective: Objective | None = None) -> dict[str, float]:
+    """The sums, token by token in float64."""
+    o = objective or Objective()
+    sums = dict.fromkeys(("objective", "nll", "tokens", "correct", "entropy"), 0.0)
+    for row, row_labels in zip(logits.detach().double().numpy(), labels.numpy(), strict=True):
         for t in range(1, len(row_labels)):
             if row_labels[t] == -100:
                 continue
-            scores = row[t - 1] - row[t - 1].max()
-            log_probs = scores - np.log(np.exp(scores).sum())
-            nll -= log_probs[row_labels[t]]
-            objective -= (1 - smoothing) * log_probs[row_labels[t]] + smoothing * log_probs.mean()
-            right += int(log_probs.argmax() == row_labels[t])
-            tokens += 1
-    return objective, nll, tokens, right
+            scores = row[t - 1]
+            log_z = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+            log_probs = scores - log_z
+            nll = -log_probs[row_labels[t]]
+            weight = np.exp(-nll) if o.loss_type == "dft" else 1.0
+            smoothed = (1 - o.label_smoothing) * nll - o.label_smoothing * log_probs.mean()
+            sums["objective"] += weight * smoothed + o.z_loss * log_z**2
+            sums["nll"] += nll
+            sums["tokens"] += 1
+            sums["correct"] += int(log_probs.argmax() == row_labels[t])
+            sums["entropy"] -= (np.exp(log_probs) * log_probs).sum()
+    return sums
 
 
-@pytest.fixture
-def batch() -> Batch:
-    generator = torch.Generator().manual_seed(3)
+def random_batch(seed: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 40, 50, generator=generator) * 3
     labels = torch.randint(0, 50, (3, 40), generator=generator)
     labels[torch.rand(3, 40, generator=generator) < 0.5] = -100
@@ -38,14 +52,51 @@ def batch() -> Batch:
     return logits, labels
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_sums_equal_a_float64_computation(batch: Batch, smoothing: float) -> None:
-    logits, labels = batch
-    objective, nll, tokens, right = by_hand(logits, labels, smoothing)
-    loss = token_loss(logits, labels.clone(), smoothing)
-    assert loss.objective.item() == pytest.approx(objective, rel=1e-6)
-    assert loss.nll.item() == pytest.approx(nll, rel=1e-6)
-    assert (loss.tokens.item(), loss.correct.item()) == (tokens, right)
+def assert_sums(loss: TokenLoss, expected: dict[str, float], objective: Objective) -> None:
+    assert loss.objective.item() == pytest.approx(expected["objective"], rel=1e-6)
+    assert loss.nll.item() == pytest.approx(expected["nll"], rel=1e-6)
+    assert (loss.tokens.item(), loss.correct.item()) == (expected["tokens"], expected["correct"])
+    if objective.entropy:
+        assert loss.entropy is not None
+        assert loss.entropy.item() == pytest.approx(expected["entropy"], rel=1e-6)
+    else:
+        assert loss.entropy is None
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sums_equal_a_float64_computation(objective: Objective) -> None:
+    logits, labels = random_batch()
+    assert_sums(token_loss(logits, labels.clone(), objective), by_hand(logits, labels, objective), objective)
+
+
+def test_the_positions_of_trained_tokens_may_be_known_beforehand() -> None:
+    logits, labels = random_batch()
+    positions = trained_positions(labels)
+    flat = labels.clone()
+    flat[:, 0] = -100
+    assert positions.tolist() == [i for i, label in enumerate(flat.flatten().tolist()) if label != -100]
+    one, other = token_loss(logits, labels), token_loss(logits, labels, positions=positions)
+    assert one.as_dict() == other.as_dict()
+
+
+def summed_by_hand(logits: torch.Tensor, labels: torch.Tensor, weigh: Callable) -> torch.Tensor:
+    predicted, targets = logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten()
+    kept = targets != -100
+    nll = -torch.log_softmax(predicted[kept], -1).gather(1, targets[kept, None]).squeeze(1)
+    return (weigh(nll) * nll).sum()
+
+
+def test_dft_weighs_each_token_by_its_probability_and_does_not_differentiate_the_weight() -> None:
+    logits, labels = random_batch()
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    token_loss(ours, labels, Objective(loss_type="dft")).objective.backward()
+    summed_by_hand(theirs, labels, lambda nll: torch.exp(-nll).detach()).backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    wrong = logits.clone().requires_grad_()
+    summed_by_hand(wrong, labels, lambda nll: torch.exp(-nll)).backward()
+    assert (ours.grad - wrong.grad).abs().max() > 1e-2  # type: ignore[operator]
 
 
 def test_an_answer_is_a_run_of_trained_tokens_and_is_right_when_all_of_it_is() -> None:
@@ -60,6 +111,13 @@ def test_an_answer_is_a_run_of_trained_tokens_and_is_right_when_all_of_it_is() -
     loss = token_loss(logits, labels)
     assert (loss.tokens.item(), loss.correct.item()) == (7, 6)
     assert (loss.answers.item(), loss.answers_correct.item()) == (3, 2)
+
+
+def test_documents_trained_whole_are_answers_of_their_own_in_one_flattened_row() -> None:
+    """The label of a document's first token is -100, which parts it from the document before it."""
+    labels = torch.tensor([[-100, 1, 1, -100, 1, -100, 1, 1, 1]])
+    loss = token_loss(torch.zeros(1, 9, 5), labels)
+    assert (loss.tokens.item(), loss.answers.item()) == (6, 3)
 
 
 def test_runs_of_two_rows_are_two_answers_even_where_they_touch() -> None:
@@ -77,9 +135,9 @@ def test_a_batch_without_a_trained_token_adds_nothing_and_keeps_its_graph() -> N
     assert logits.grad.abs().sum() == 0
 
 
-def test_half_precision_logits_are_summed_in_float32(batch: Batch) -> None:
-    logits, labels = batch
+def test_half_precision_logits_are_summed_in_float32() -> None:
+    logits, labels = random_batch()
     loss = token_loss(logits.bfloat16(), labels.clone())
     assert loss.objective.dtype == torch.float32
-    objective, *_ = by_hand(logits.bfloat16().float(), labels)
-    assert loss.objective.item() == pytest.approx(objective, rel=1e-6)
+    expected = by_hand(logits.bfloat16().float(), labels)
+    assert loss.objective.item() == pytest.approx(expected["objective"], rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,3 +53,31 @@ def test_long_sums_lose_no_token() -> None:
     sums.add(loss(0.0, big, 0, 1, 0), torch.tensor(big))
     sums.add(loss(0.0, 1, 0, 1, 0), torch.tensor(1))
     assert sums.take().tokens == big + 1
+
+
+def test_entropy_and_router_balance_are_means_over_the_tokens_they_were_measured_on() -> None:
+    sums = TokenSums(torch.device("cpu"))
+    measured = {"entropy": torch.tensor(12.0, dtype=torch.float64), "router_aux": torch.tensor(20.0)}
+    sums.add(replace(loss(10.0, tokens=10, correct=5, answers=2, right=1), **measured), torch.tensor(30))
+    sums.add(replace(loss(6.0, tokens=2, correct=0, answers=1, right=0), entropy=torch.tensor(0.0)), torch.tensor(4))
+    sums.add(loss(6.0, tokens=8, correct=0, answers=1, right=0), torch.tensor(9))
+    metrics = sums.take().metrics()
+    assert metrics["entropy"] == pytest.approx(12 / 12)
+    assert metrics["router_aux_loss"] == pytest.approx(20 / 10)
+
+
+def test_what_was_not_measured_is_not_reported() -> None:
+    sums = TokenSums(torch.device("cpu"))
+    sums.add(loss(1.0, 1, 1, 1, 1), torch.tensor(1))
+    assert set(sums.take().metrics()) == {"loss", "perplexity", "token_accuracy", "sequence_accuracy"}
+
+
+def test_perplexity_is_that_of_the_likelihood_whatever_was_trained() -> None:
+    counts = TokenCounts(objective=30.0, nll=20.0, tokens=10, correct=0, answers=1, answers_correct=0, input_tokens=10)
+    assert counts.metrics()["loss"] == 3.0
+    assert counts.metrics()["perplexity"] == pytest.approx(math.exp(2.0))
+
+
+def test_counts_add_up_field_by_field() -> None:
+    one = TokenCounts(*range(11))
+    assert one + one == TokenCounts(*(2 * n for n in range(11)))

@@ -1,0 +1,148 @@
+"""Head and loss in chunks of trained tokens: logits and gradients of a chunk live in the cache, never of a batch.
+
+Of N tokens over a vocabulary of V, logits in bf16, their float32 copy, its softmax and two gradients take 16·N·V
+bytes: 10 GB for 4,096 tokens of a 150k vocabulary. Here a chunk's gradients are made while its logits are there, in
+the forward, so that nothing is computed twice and the backward only scales (as in Liger Kernel, Hsu et al., 2024,
+arXiv:2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sft.chunked_loss import KnownGradients, linear_chunks, module_chunks
+from sft.losses import Objective, TokenLoss, add_up, trained_positions
+from sft.output_head import OutputHead, find_output_head
+from sft.router_loss import load_balancing_loss
+
+_STATE = "_fused_head"
+
+
+@dataclass(frozen=True, slots=True)
+class _Installed:
+    """What a model with a fused head remembers.
+
+    Attributes:
+        chunk_size: tokens whose logits are held at a time; None is chosen for the machine.
+        original: a forward that was set on the instance before; None is the class's.
+    """
+
+    head: OutputHead
+    chunk_size: int | None
+    original: Any
+
+
+def install(model: Any, chunk_size: int | None = None) -> str | None:
+    """Makes `model(..., labels=, objective=)` return a dict of `TokenLoss`'s tensors, without ever holding all logits.
+
+    Called without `objective` it stays what it was.
+
+    Args:
+        model: the causal LM itself, beneath an adapter's wrapper, with its adapter in place.
+        chunk_size: tokens whose logits are held at a time; None is chosen for the machine.
+
+    Returns:
+        None, or the reason why nothing was installed: the model's logits could not be made apart from its decoder.
+    """
+    found = find_output_head(model)
+    if isinstance(found, str):
+        return found
+    before: _Installed | None = model.__dict__.get(_STATE)
+    original = before.original if before else model.__dict__.get("forward")
+    setattr(model, _STATE, _Installed(found, chunk_size, original))
+    # A bound method follows a deep copy of the model; the signature is the original's, for those who look at it.
+    model.forward = types.MethodType(functools.wraps(type(model).forward)(_forward), model)
+    return None
+
+
+def _forward(
+    model: Any,
+    *args: Any,
+    objective: Objective | None = None,
+    trained_positions: torch.Tensor | None = None,
+    gradient_scale: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    state: _Installed = getattr(model, _STATE)
+    if objective is None:
+        return state.original(*args, **kwargs) if state.original else type(model).forward(model, *args, **kwargs)
+    labels = kwargs.pop("labels")
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    if objective.router_aux:
+        inputs["output_router_logits"] = True
+    outputs = model.get_submodule(state.head.decoder)(*args, **inputs)
+    result = head_loss(
+        model, state.head, outputs[0], labels, objective, trained_positions, state.chunk_size, gradient_scale
+    )
+    if objective.router_aux:
+        top_k = model.config.get_text_config().num_experts_per_tok
+        mask = inputs.get("attention_mask")
+        padding = mask if mask is not None and mask.ndim == 2 else None  # a flattened row has none
+        balance = load_balancing_loss(outputs.router_logits, top_k, padding) * result.tokens
+        total = result.objective + objective.router_aux * balance
+        result = replace(result, objective=total, router_aux=balance.detach().double())
+    return result.as_dict()
+
+
+@torch.compiler.disable
+def head_loss(
+    model: nn.Module,
+    head: OutputHead,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    objective: Objective,
+    positions: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    gradient_scale: torch.Tensor | None = None,
+) -> TokenLoss:
+    """`losses.token_loss` from the decoder's output.
+
+    Args:
+        hidden: (B, T, D).
+        labels: (B, T), aligned with the input: -100 where a token is not trained. Column 0 is never trained.
+        positions: (N,) `trained_positions(labels)` where they are known, which spares a GPU a wait.
+        chunk_size: tokens whose logits are held at a time.
+        gradient_scale: the scalar, on the device, by which the objective will be multiplied before its backward.
+            Gradients in half precision made with it are rounded once, as autograd's are, and not once more by it:
+            without it those of the hidden states are 16 % further from float64's. The objective is the same.
+    """
+    positions = trained_positions(labels) if positions is None else positions
+    targets = labels.flatten()[positions]  # (N,)
+    hidden = hidden.flatten(0, 1)[positions - 1]  # (N, D)
+    wants_gradient = torch.is_grad_enabled()
+    with torch.no_grad():
+        linear = head.plain_linear(model)
+        dtype = _autocast_dtype(hidden) or hidden.dtype
+        if linear is not None and head.transform is not None and _multiplies(linear, hidden):
+            tensors = [hidden, *(p for p in (linear.weight, linear.bias) if p is not None)]
+            needed = [wants_gradient and t.requires_grad for t in tensors]
+            with torch.autocast(hidden.device.type, enabled=False):
+                cast = [t.to(dtype) for t in tensors]
+                scores, gradients = linear_chunks(
+                    cast, head.transform, targets, objective, needed, chunk_size, gradient_scale
+                )
+        else:
+            tensors = [hidden, *(head.parameters(model, hidden) if wants_gradient else [])]
+            needed = [wants_gradient and t.requires_grad for t in tensors]
+            scores, gradients = module_chunks(
+                model, head, tensors, targets, objective, needed, chunk_size, gradient_scale
+            )
+        result = add_up(scores, positions)
+    if not any(needed):
+        return result
+    return replace(result, objective=KnownGradients.apply(result.objective, gradients, gradient_scale, *tensors))
+
+
+def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _multiplies(linear: nn.Linear, hidden: torch.Tensor) -> bool:
+    return _autocast_dtype(hidden) is not None or linear.weight.dtype == hidden.dtype

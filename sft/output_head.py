@@ -1,0 +1,221 @@
+"""How a causal LM makes logits from its decoder's hidden states: by its own code, whatever that is.
+
+Models scale, soft-cap, shift or cut their logits behind `lm_head`, and adapters, quantization and sharding put other
+modules in its place. No list of names is kept. The model's own `forward` runs with a decoder that hands back what it
+is given, and what it makes of the rest is measured once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+_PROBE = 64.0  # a value of a logit far outside of what soft-capping leaves as it is
+_ROUNDINGS = 8  # units in the last place by which two ways to the same logits may differ, relative to the largest
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What happens to the output x of a linear head: cap · tanh(scale · x / cap), or scale · x without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """In place, on float32."""
+        if self.cap is not None:
+            return values.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+        return values if self.scale == 1.0 else values.mul_(self.scale)
+
+    def factor(self, raw: torch.Tensor) -> float | torch.Tensor:
+        """Its derivative at `raw`, which is overwritten where there is a cap."""
+        if self.cap is None:
+            return self.scale
+        return raw.mul_(self.scale / self.cap).tanh_().square_().neg_().add_(1.0).mul_(self.scale)
+
+
+class _Outputs(tuple):
+    """A decoder's outputs: the hidden states first, and None under every other name."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Echo(nn.Module):
+    """Stands where the decoder stands and returns the `inputs_embeds` it is given; its settings are the decoder's."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_decoder"] = decoder  # not a submodule: its parameters are not the head's
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_decoder"], name)
+
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Outputs:
+        return _Outputs((inputs_embeds,))
+
+
+@dataclass(frozen=True, slots=True)
+class OutputHead:
+    """Where a model has its decoder and its head.
+
+    Attributes:
+        decoder: the decoder's name in the model, e.g. `model`.
+        linear: the name of the module that projects to the vocabulary, e.g. `lm_head`.
+        vocab_size: V, the logits of a token.
+        transform: what follows the projection; None where it is no scaling and no soft-capping.
+    """
+
+    decoder: str
+    linear: str
+    vocab_size: int
+    transform: LogitTransform | None
+
+    def logits(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) to (N, V), through the model's own code."""
+        return _echoed_logits(model, hidden, {self.decoder: _Echo(model.get_submodule(self.decoder))})
+
+    def parameters(self, model: nn.Module, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """The trainable tensors that the logits depend on: the leaves of the graph behind them.
+
+        The module tree would not do: an adapter that `lm_head` shares with the embeddings hangs beneath those.
+
+        Args:
+            hidden: (N, D), of which one row of zeros is used.
+        """
+        with torch.enable_grad():
+            logits = self.logits(model, hidden.new_zeros(1, hidden.shape[-1]))
+        return list(_leaves(logits))
+
+    def plain_linear(self, model: nn.Module) -> nn.Linear | None:
+        """The projection, if a matrix product and `transform` are all there is to it."""
+        linear = model.get_submodule(self.linear)
+        if self.transform is None or type(linear) is not nn.Linear:
+            return None
+        hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+        # Not a DTensor, nor a quantized weight, nor a forward that some library put in the place of Linear's.
+        plain = all(type(p) in (nn.Parameter, torch.Tensor) for p in linear.parameters())
+        return linear if plain and not any(hooks) and "forward" not in linear.__dict__ else None
+
+
+def find_output_head(model: Any) -> OutputHead | str:
+    """The head of `model`, or why its logits cannot be made apart from its decoder.
+
+    Runs the model on nine tokens. Where ranks hold shards of it, all must call.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _find(model)
+    except Exception as error:  # any model's code may refuse to be run in parts, in any way; the plain path remains
+        return f"{type(error).__name__}: {error}"
+    finally:
+        model.train(was_training)
+
+
+def _find(model: Any) -> OutputHead | str:
+    linear = model.get_output_embeddings()
+    if linear is None:
+        return "it names no output embeddings"
+    names = {id(module): name for name, module in model.named_modules()}
+    if id(linear) not in names:
+        return "its output embeddings are no module of its own"
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    ids = (torch.arange(1, 10, device=model.device) * 7919 % vocab_size)[None]  # (1, 9)
+    expected = model(input_ids=ids, use_cache=False).logits[0]
+    reason = "it has no decoder"
+    for decoder in dict.fromkeys((model.base_model, model.get_decoder())):
+        if decoder is None or decoder is model or id(decoder) not in names:
+            continue
+        head = OutputHead(names[id(decoder)], names[id(linear)], expected.shape[-1], None)
+        hidden = decoder(input_ids=ids, use_cache=False)[0][0]  # (9, D)
+        if _same(head.logits(model, hidden), expected):
+            return replace(head, transform=_confirmed_transform(model, head, hidden, expected))
+        reason = f"its logits are not a function of what {head.decoder} returns"
+    return reason
+
+
+def _confirmed_transform(
+    model: Any, head: OutputHead, hidden: torch.Tensor, expected: torch.Tensor
+) -> LogitTransform | None:
+    """The measured transform, unless the model's logits contradict it: it may scale in front of a bias, or cut."""
+    transform = _measure_transform(model, head)
+    linear = replace(head, transform=transform).plain_linear(model)
+    if transform is None or linear is None or linear.weight.dtype != hidden.dtype:
+        return transform  # there is no product of which to ask; where one is formed later, it is of this form
+    return transform if _same(transform(linear(hidden).float()), expected) else None
+
+
+def _measure_transform(model: Any, head: OutputHead) -> LogitTransform | None:
+    """What follows the projection, from a run with one that changes nothing either."""
+    width = model.config.get_text_config().hidden_size
+    probe = torch.linspace(-_PROBE, _PROBE, 2 * width, device=model.device).reshape(2, width)
+    echoes = {head.decoder: _Echo(model.get_submodule(head.decoder)), head.linear: nn.Identity()}
+    try:
+        result = _echoed_logits(model, probe, echoes)
+    except Exception:  # a model that looks at the projection's weight, for one: it runs through its own code
+        return None
+    if result.shape != probe.shape:
+        return None
+    config = model.config.get_text_config()
+    scale = float((result[0, 0] / probe[0, 0]).double())
+    caps = [value for name, value in config.to_dict().items() if "cap" in name and isinstance(value, int | float)]
+    for transform in (LogitTransform(), LogitTransform(scale), *(LogitTransform(cap=float(c)) for c in caps if c)):
+        if transform.scale > 0 and _same(transform(probe.clone()), result):
+            return transform
+    return None
+
+
+def _echoed_logits(model: Any, hidden: torch.Tensor, replaced: dict[str, nn.Module]) -> torch.Tensor:
+    """The logits by the model's class, with modules replaced in a shallow copy that shares all the others."""
+    twin = copy.copy(model)
+    twin.__dict__.pop("forward", None)
+    for name, module in replaced.items():
+        _replace(twin, name, module)
+    return type(model).forward(twin, inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+
+def _replace(twin: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted `name`; the modules on the way are copied, those of the model stay as they are."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        twin._modules = dict(twin._modules)
+        child: Any = copy.copy(twin._modules[parent])
+        twin._modules[parent] = child
+        twin = child
+    twin._modules = {**twin._modules, last: module}
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    precision = max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps)
+    error = (one.double() - other.double()).abs().max()
+    return bool(error <= _ROUNDINGS * precision * other.double().abs().max())
+
+
+def _leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The leaves that the graph behind `tensor` accumulates gradients into."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [function for function, _ in node.next_functions]

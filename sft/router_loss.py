@@ -1,0 +1,56 @@
+"""The load balancing of a mixture of experts, as an addition to the loss that accumulation and ranks leave as it is.
+
+The balance is a property of a pass, not of a token, so that passes must be averaged. Each weighs as much as its
+trained tokens: the balance of a pass times its tokens joins the summed loss, and the division of that sum by the
+tokens of the whole step, on all ranks, makes it
+
+    loss of a step = sum of token losses / N  +  coefficient · sum over passes of balance · tokens / N
+
+whose weights add up to 1 for any number of passes. A pass without trained tokens has no say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def router_coefficient(config: Any) -> float:
+    """The coefficient of the model's load balancing loss; 0 where its config does not switch router logits on."""
+    config = config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+
+
+def load_balancing_loss(
+    router_logits: Sequence[torch.Tensor], top_k: int, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """E · Σ_e f_e P_e: the share of choices that fall on expert e, times its mean probability, over all layers alike.
+
+    Even routing gives `top_k`, its least. Fedus, Zoph and Shazeer, 2021, arXiv:2101.03961, equations 4 to 6, with k
+    choices a token and the mean over tokens of all layers together, as transformers computes it.
+
+    Args:
+        router_logits: of each layer (tokens, E), before the softmax.
+        top_k: experts that a token is sent to.
+        attention_mask: (B, T), 0 where a token is padding and does not count.
+    """
+    chosen: torch.Tensor | float = 0.0  # (E,)
+    probability: torch.Tensor | float = 0.0  # (E,)
+    rows: torch.Tensor | float = 0.0
+    for logits in router_logits:
+        experts = logits.shape[-1]
+        probabilities = F.softmax(logits.flatten(0, -2), dim=-1, dtype=torch.float32)  # (tokens, E)
+        if attention_mask is None:
+            weights = torch.ones_like(probabilities[:, :1])  # (tokens, 1)
+        else:
+            weights = attention_mask.flatten()[:, None].to(probabilities)
+        choices = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+        chosen = chosen + (choices * weights).sum(0)
+        probability = probability + (probabilities * weights).sum(0)
+        rows = rows + weights.sum()
+    return experts * torch.as_tensor(chosen / rows * (probability / rows)).sum()

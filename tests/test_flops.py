@@ -1,0 +1,44 @@
+"""Operations a token, counted from the shapes of the weights by hand."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from sft.flops import operations_a_token
+from tests.builders import tiny_llama
+
+# Of `tiny_llama`: width 64, 2 layers, 4 heads of 16 with 2 for keys and values, 128 in the middle.
+ATTENTION = 64 * 64 + 2 * 64 * 32 + 64 * 64
+LAYERS = 2 * (ATTENTION + 3 * 64 * 128 + 2 * 64) + 64
+HEAD = 100 * 64
+
+
+def test_six_a_weight_where_all_are_trained_and_none_for_the_table_of_embeddings() -> None:
+    assert operations_a_token(tiny_llama(100)) == 6 * (LAYERS + HEAD)
+
+
+def test_a_tied_table_is_multiplied_as_the_head() -> None:
+    assert operations_a_token(tiny_llama(100, tie_word_embeddings=True)) == 6 * (LAYERS + HEAD)
+
+
+def test_four_a_frozen_weight_and_six_one_of_the_adapter() -> None:
+    model = get_peft_model(tiny_llama(100), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert operations_a_token(model) == 4 * (LAYERS + HEAD) + 6 * 2 * (4 * 64 + 64 * 4)
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (8, 2)])
+def test_only_the_experts_that_a_token_goes_through_count(experts: int, chosen: int) -> None:
+    config = MixtralConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=chosen,
+    )
+    a_layer = ATTENTION + chosen * 3 * 64 * 128 + experts * 64 + 2 * 64
+    assert operations_a_token(MixtralForCausalLM(config)) == 6 * (2 * a_layer + 64 + HEAD)
