@@ -28,6 +28,7 @@ from sft.merging import merge
 from sft.model_files import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
 from sft.precision import Precision, choose_attention, choose_precision, device_facts
 from sft.quantization import bits_and_bytes_config, import_bitsandbytes, settle
+from sft.tokenizer_files import load_tokenizer_files
 from sft.tokenizers import add_special_tokens, set_pad_token
 from sft.trained_models import load_trained, save_companions, save_final_model
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
+    from sft.schema import ActivationKeys, LoraKeys, ModelKeys, QuantizationKeys
 
 __all__ = [
     "check_model",
@@ -44,6 +45,7 @@ __all__ = [
     "load_trained",
     "merge",
     "plan_precision",
+    "router_aux_loss_coef",
     "save_companions",
     "save_final_model",
 ]
@@ -82,13 +84,9 @@ def _read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
             )
         )
     reference = resolve_reference(name, key)
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            reference,
-            revision=keys.model_revision or "main",
-            trust_remote_code=keys.trust_remote_code,
+        tokenizer: Any = load_tokenizer_files(
+            reference, revision=keys.model_revision or "main", trust_remote_code=keys.trust_remote_code
         )
     except Exception as error:  # a broken tokenizer file makes the loader raise almost anything
         raise unavailable(reference, error, key, "tokenizer") from error
@@ -139,9 +137,10 @@ def plan_precision(
     """
     with _placed(keys):
         trains_everything = lora is None and quantization is None
-        precision = choose_precision(keys.dtype, trains_everything, bf16, fp16, device_facts())
+        facts = device_facts(measured=keys.dtype == "auto")
+        precision = choose_precision(keys.dtype, trains_everything, bf16, fp16, facts)
     logger.info("Precision: %s", precision.reason)
-    if trains_everything and precision.dtype != "float32":
+    if trains_everything and precision.dtype != "float32" and not precision.master_weights:
         logger.warning(
             "All weights are trained in %s: updates smaller than its rounding are lost; `dtype: float32` keeps them",
             precision.dtype,
@@ -223,6 +222,17 @@ def _model_class(config: Any) -> type | None:
     return mapping.get(type(config), None)  # type: ignore[no-any-return]
 
 
+def _attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) -> str:
+    from sft import document_attention
+
+    document_attention.register()
+    name, reason = choose_attention(
+        keys.attn_implementation, config, _model_class(config), precision.computes_in_half, device_facts()
+    )
+    logger.info("Attention: %s%s", name, f" over padded rows: {reason}" if reason else "")
+    return name
+
+
 def _from_pretrained(keys: ModelKeys, precision: Precision, quantization: QuantizationKeys | None) -> PreTrainedModel:
     """The pretrained weights, all of them.
 
@@ -235,7 +245,7 @@ def _from_pretrained(keys: ModelKeys, precision: Precision, quantization: Quanti
     reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
     config = _read_config(reference, keys)
     require_weights(reference, "model_name_or_path")
-    attention = choose_attention(keys.attn_implementation, _model_class(config), precision, device_facts())
+    attention = _attention(keys, config, precision)
     kwargs: dict[str, Any] = {}
     if quantization is not None:
         kwargs["quantization_config"] = bits_and_bytes_config(quantization, precision)
@@ -284,7 +294,7 @@ def _from_scratch(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision
         raise UserError(
             Problem(f"{config.model_type} is not a causal language model", key="from_scratch.model_type"),
         )
-    attention = choose_attention(keys.attn_implementation, model_class, precision, device_facts())
+    attention = _attention(keys, config, precision)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=precision.torch_dtype(), attn_implementation=attention
@@ -309,6 +319,23 @@ def check_model(keys: ModelKeys) -> None:
         reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
         _read_config(reference, keys)
         require_weights(reference, "model_name_or_path")
+
+
+def router_aux_loss_coef(model: PreTrainedModel | PeftModel, asked: float | None) -> float:
+    """The weight of the loss that balances a mixture of experts: `asked`, or the model's own where its config uses it.
+
+    Raises:
+        UserError: it is asked for and the model has no router.
+    """
+    from sft.router_loss import router_coefficient
+
+    if asked is None:
+        return router_coefficient(model.config)
+    config: Any = model.config.get_text_config()
+    if asked and getattr(config, "router_aux_loss_coef", None) is None:
+        message = f"{config.model_type} is no mixture of experts: there is no router to balance"
+        raise UserError(Problem(message, "Remove it.", key="router_aux_loss_coef"))
+    return asked
 
 
 def _untrained_tokens(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, rows_before: int) -> list[int]:
@@ -341,6 +368,7 @@ def load_model(
     lora: LoraKeys | None = None,
     quantization: QuantizationKeys | None = None,
     gradient_checkpointing: bool = False,
+    activation_checkpoint: ActivationKeys | None = None,
     for_training: bool = True,
 ) -> PreTrainedModel | PeftModel:
     """Any causal language model, ready to train; quantized, frozen and adapted as the config says.
@@ -350,6 +378,7 @@ def load_model(
         precision: from `plan_precision`.
         gradient_checkpointing: recompute activations in the backward pass, without reentrance (which would need a
             gradient at the frozen embeddings, and hides a graph that never reaches the adapters).
+        activation_checkpoint: the same with a choice of what is recomputed, and where the rest waits.
         for_training: false for evaluating the base as the config describes it.
 
     Raises:
@@ -363,7 +392,6 @@ def load_model(
             model = _from_scratch(keys, tokenizer, precision)
         else:
             model = _from_pretrained(keys, precision, quantization)
-        logger.info("Attention: %s", model.config._attn_implementation)
         rows_before = embedding_rows(model)
         grown = resize_embeddings(model, len(tokenizer))
         if grown:
@@ -374,6 +402,10 @@ def load_model(
         model.config.use_cache = False
         if gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if activation_checkpoint is not None:
+            from sft.activation_memory import checkpoint_activations
+
+            checkpoint_activations(model, activation_checkpoint.mode, offload=activation_checkpoint.offload)
         adapted: PreTrainedModel | PeftModel = model
         if lora is not None:
             adapted = _attach(model, lora, _untrained_tokens(keys, tokenizer, rows_before))

@@ -9,7 +9,7 @@
     sft_main.py schema                                       JSON Schema of the config, for editors
 
 Overrides are written --learning_rate 1e-5, --lora_config.r=32 or lora_config.r=32.
-Exit codes: 0 done; 2 the config or the data is wrong; 1 anything else.
+Exit codes: 0 done; 2 the config or the data is wrong; 3 training went wrong and was stopped; 1 anything else.
 """
 
 from __future__ import annotations
@@ -198,7 +198,10 @@ def evaluate(argv: list[str]) -> int:
 
     folder = options.model or config.output_dir
     model, tokenizer = model_manager.load_trained(
-        folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        folder,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
     )
     data = _prepare(config, tokenizer, training=False)
     if not data.evals:
@@ -308,6 +311,8 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
     from sft.batch_plan import plan_batches
     from sft.callbacks import ConsoleProgress, MetricsFile
     from sft.console import console
+    from sft.losses import Objective
+    from sft.optimizers import require_optimizer
     from sft.schema import ModelKeys, TrainingKeys
     from sft.stream_state import StreamProgress
 
@@ -329,6 +334,7 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         lora=config.lora_config,
         quantization=config.quantization_config,
         gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
+        activation_checkpoint=config.activation_checkpoint,
     )
     arguments = trainer_utils.training_arguments(
         keys.training_arguments(),
@@ -338,13 +344,34 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         logging_dir=config.logging_dir,
         wandb_project=config.wandb_project,
     )
+    require_optimizer(arguments)
     callbacks = [
         MetricsFile(Path(config.output_dir) / "logs"),
         ConsoleProgress(console, bars=not config.disable_tqdm),
     ]
-    progress = StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None
+    objective = Objective(
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing_factor,
+        z_loss=config.z_loss_coef,
+        router_aux=model_manager.router_aux_loss_coef(model, config.router_aux_loss_coef),
+        entropy=config.log_entropy,
+    )
     return trainer_utils.SFTTrainer(
-        model, arguments, tokenizer, data.train, data.evals, data.end_token_ids, callbacks, plan.total_steps, progress
+        model,
+        arguments,
+        tokenizer,
+        data.train,
+        data.evals,
+        data.end_token_ids,
+        callbacks,
+        total_steps=plan.total_steps,
+        progress=StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None,
+        objective=objective,
+        loss_chunk_size=config.loss_chunk_size,
+        master_weights=precision.master_weights,
+        on_nonfinite=config.on_nonfinite,
+        nonfinite_limit=config.nonfinite_limit,
+        from_scratch=config.from_scratch is not None,
     )
 
 

@@ -3,84 +3,51 @@
 from __future__ import annotations
 
 import logging
-import os
+import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
 
-from sft import artifacts, run_shape, stream_state
-from sft.batch_plan import BatchPlan
+from sft import artifacts, fused_head, run_shape, stream_state
 from sft.callbacks import ConsoleProgress, FollowConfig, FollowEpoch
-from sft.collation import PACKED, Collator, EvenRows, row_lengths
+from sft.collation import PACKED, Collator, EvenRows, even_multiple, row_lengths
+from sft.document_attention import attention_inputs, takes_documents
+from sft.errors import TrainingStopped
+from sft.flops import operations_a_token
 from sft.isolation import require_isolation
-from sft.losses import TokenLoss, token_loss
+from sft.loss_spikes import LossSpikes
+from sft.losses import Objective, TokenLoss, token_loss
+from sft.master_weights import MasterWeights
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
+from sft.neftune import Neftune
+from sft.nonfinite import NonfiniteGuard, clip_gradients, gradient_norm, require_finite
+from sft.optimizers import with_master_weights
 from sft.run_shape import RunShape, describe_adapter, digest_lengths
 from sft.sampling import EpochSampler
 from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress
 from sft.streaming import STEP, TrainingStream
+from sft.token_evaluation import TokenEvaluation
 from sft.trained_models import save_companions
+from sft.trainer_arguments import training_arguments
+from sft.trust_checks import TrustChecks
 
 logger = logging.getLogger("sft")
-
-_NOT_FOR_THE_MODEL = ("labels", "lengths", PACKED)
 
 __all__ = ["SFTTrainer", "set_seed", "training_arguments"]
 
 
-def training_arguments(
-    given: Mapping[str, Any],
-    *,
-    bf16: bool,
-    fp16: bool,
-    plan: BatchPlan | None,
-    logging_dir: str | None = None,
-    wandb_project: str | None = None,
-) -> TrainingArguments:
-    """The Trainer's arguments: what the user gave, completed by what this pipeline knows better.
-
-    Args:
-        given: `Config.training_arguments()`.
-        bf16, fp16: the autocast that was chosen for the machine.
-        plan: the run's arithmetic; None where nothing is trained.
-        logging_dir: of the TensorBoard files; None is `logs/tensorboard` in the output folder.
-        wandb_project: None leaves it to the environment.
-    """
-    arguments = dict(given)
-    arguments |= {"bf16": bf16, "fp16": fp16}
-    if plan is not None:
-        arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
-        if plan.train_rows is None:  # a stream begins behind the rows that were trained
-            arguments["ignore_data_skip"] = True
-    # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
-    arguments.setdefault("ddp_find_unused_parameters", False)
-    if arguments.get("activation_checkpointing"):
-        arguments.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
-    if not torch.cuda.is_available():
-        # Without use_cpu accelerate does not look for a process group: each rank would train alone on the same rows.
-        arguments["use_cpu"] = True
-        arguments.setdefault("dataloader_pin_memory", False)  # there is no device to copy to
-    if not dist.is_initialized():
-        arguments.pop("ddp_backend", None)  # for one process upstream would look for a group that nobody made
-    # Upstream takes these two from the environment alone.
-    if wandb_project:
-        os.environ["WANDB_PROJECT"] = wandb_project
-    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(arguments["output_dir"]) / "logs" / "tensorboard")
-    return TrainingArguments(**arguments)
-
-
-class SFTTrainer(Trainer):
+class SFTTrainer(TokenEvaluation):
     """`transformers.Trainer` with this pipeline's loss, metrics, sampling and evaluation.
 
     Args:
@@ -93,6 +60,11 @@ class SFTTrainer(Trainer):
         callbacks: besides the Trainer's own; its two printers are left out.
         total_steps: optimizer steps of the whole run.
         progress: of the stream, where `train_dataset` is one.
+        objective: what is minimised; evaluation measures the plain cross entropy.
+        loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
+        on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
+        from_scratch: whether the model's weights are random on purpose.
     """
 
     def __init__(
@@ -106,13 +78,14 @@ class SFTTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         total_steps: int = 0,
         progress: StreamProgress | None = None,
+        objective: Objective | None = None,
+        loss_chunk_size: int | None = None,
+        master_weights: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        nonfinite_limit: int = 10,
+        from_scratch: bool = False,
     ) -> None:
-        collator = Collator(
-            int(tokenizer.pad_token_id),
-            pad_to_multiple_of=8 if args.device.type == "cuda" else 1,
-            # Flash attention takes documents for packed only in a batch of one row.
-            flatten="flash" in str(getattr(model.config, "_attn_implementation", "")),
-        )
+        collator = Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config))
         super().__init__(
             model=model,
             args=args,
@@ -132,17 +105,33 @@ class SFTTrainer(Trainer):
         if self.accelerator.num_processes != world_size:
             raise RuntimeError(f"{world_size} processes were joined, the Trainer sees {self.accelerator.num_processes}")
         datasets = [d for d in (train_dataset, *eval_datasets.values()) if d is not None]
-        if any(d.is_packed if isinstance(d, TrainingStream) else PACKED in d.column_names for d in datasets):
+        is_packed = any(d.is_packed if isinstance(d, TrainingStream) else PACKED in d.column_names for d in datasets)
+        if collator.flatten or is_packed:
             require_isolation(model, collator)
+        self._keeps_masters = master_weights
+        self._masters: MasterWeights | None = None
+        self._objective = objective or Objective()
+        self._eval_objective = Objective(entropy=self._objective.entropy)
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._reason_for_logits = fused_head.install(causal_lm, loss_chunk_size)
+        if self._reason_for_logits:
+            logger.info("All logits of a pass are held at once: %s", self._reason_for_logits)
         self._train_rows: Any = train_dataset
         self._progress = progress
         self._total_steps = total_steps
         self._end_token_ids = end_token_ids
-        self._last_evaluation: tuple[int, dict[str, float]] = (-1, {})
-        self._eval_names = list(eval_datasets)
-        self._sums = TokenSums(args.device)
+        self.eval_names = list(eval_datasets)
+        self._operations_a_token = operations_a_token(causal_lm)
+        self._sums, self._step_sums = TokenSums(args.device), TokenSums(args.device)
+        self._step_rows: list[torch.Tensor] = []
         self._counts = TokenCounts.zero()
         self._clock = time.perf_counter()
+        alpha, self.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None  # upstream's hook stays off
+        self._neftune = Neftune(model, alpha, args.seed, args.process_index) if alpha and train_dataset else None
+        self._guard = NonfiniteGuard(on_nonfinite, nonfinite_limit, tokenizer.decode, self._loss_alone)
+        vocab_size = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._checks = TrustChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=alpha)
+        self._spikes = LossSpikes()
 
     @staticmethod
     def _as_eval_dataset(eval_datasets: Mapping[str, Dataset]) -> Dataset | dict[str, Dataset] | None:
@@ -164,13 +153,39 @@ class SFTTrainer(Trainer):
         DDP averages gradients over the ranks, so the sum is multiplied by their number first:
         mean over ranks of (world_size · sum_r / N) = (sum of all sum_r) / N.
         """
-        outputs, result = self._forward(model, inputs)
-        self._sums.add(result, inputs["lengths"].sum())
-        denominator = torch.as_tensor(num_items_in_batch, device=result.objective.device).clamp(min=1)
-        loss = result.objective / denominator
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        if self._checks.is_open:
+            self._checks.before_pass(lambda: self._measure_evaluating(inputs))
+        count = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        scale = ranks / count
+        place = self.state.global_step, self._guard.passes
+        with self._neftune.training_pass(inputs, *place) if self._neftune else nullcontext():
+            result = self.measure(model, inputs, scale)
+        self._checks.after_pass(result)
+        self._step_sums.add(result, inputs["lengths"].sum())
+        self._step_rows.append(inputs["rows"])
+        loss = self._guard.watch(result.objective * scale, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def measure(
+        self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: torch.Tensor | None = None
+    ) -> TokenLoss:
+        """The sums of one batch; the model's logits are held a few rows at a time, where its head allows it.
+
+        Args:
+            gradient_scale: what the objective will be multiplied by, so that its gradients are rounded once.
+        """
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        if "documents" in inputs:
+            kept |= attention_inputs(self.model.config, inputs["documents"])
+        # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
+        objective = self._objective if model.training else self._eval_objective
+        if self._reason_for_logits is None:
+            labels = {name: inputs[name] for name in ("labels", "trained_positions")}
+            sums = model(**kept, **labels, objective=objective, gradient_scale=gradient_scale, use_cache=False)
+            return TokenLoss(**sums)
+        logits = model(**kept, use_cache=False).logits
+        return token_loss(logits, inputs["labels"], objective, inputs["trained_positions"])
 
     def training_step(
         self,
@@ -181,14 +196,60 @@ class SFTTrainer(Trainer):
         """Notes where a stream stands behind the batch, then trains on it."""
         if self._progress:
             self._progress.consume(inputs.pop(STEP))
-        return super().training_step(model, inputs, num_items_in_batch)
+        masters = self._masters
+        with masters.reducing(model, is_last=self.accelerator.sync_gradients) if masters else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # The Trainer adds these up for a summary of its own; of those that are not finite the guard knows already.
+        return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, TokenLoss]:
-        kept = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
-        # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
-        outputs = model(**kept, use_cache=False)
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        return outputs, token_loss(outputs.logits, inputs["labels"], smoothing)
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, over float32 values of bfloat16 weights where the run keeps them."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            if self._keeps_masters:
+                assert self.optimizer is not None
+                self.optimizer = self._masters = with_master_weights(self.optimizer)
+        return self.optimizer  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _measure_evaluating(self, inputs: dict[str, Any]) -> TokenLoss:
+        """The sums of one batch in evaluation mode, on this rank alone."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with self.accelerator.autocast():
+                return self.measure(model, inputs)
+        finally:
+            model.train(was_training)
+
+    def _loss_alone(self, inputs: dict[str, Any]) -> torch.Tensor:
+        return self._measure_evaluating(inputs).objective
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> None:
+        """Waits for `_get_grad_norm`, which comes next: gradients are judged before they are scaled."""
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
+        """Judges the step, then clips its gradients; their norm is the step's before clipping.
+
+        What the passes of a step add up to counts only once the step is made.
+        """
+        self.accelerator.unscale_gradients()
+        norm = gradient_norm(model.parameters())
+        step, named = self.state.global_step, list(self.model.named_parameters())  # type: ignore[union-attr]
+        rows, self._step_rows = self._step_rows, []
+        if self._guard.judge(norm, named, step + 1, scaled=self.accelerator.scaler is not None):
+            self._step_sums.clear()
+            return norm
+        if self._checks.is_open:
+            self._checks.look(step, self._step_sums.total())
+        rates = [group["lr"] for group in self.optimizer.param_groups]  # type: ignore[union-attr]
+        self._checks.look_at_rates(step - self._initial_global_step, self._total_steps - step, rates)
+        self._spikes.note(step + 1, self._step_sums.objective_and_tokens, rows)
+        self._sums.absorb(self._step_sums)
+        if self.args.max_grad_norm > 0:
+            clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
 
     def fit(self, checkpoint: Path | None) -> None:
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
@@ -197,6 +258,7 @@ class SFTTrainer(Trainer):
             if self._progress:
                 self._progress.load(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self._guard.skipped = next((e["skipped_steps"] for e in state.log_history[::-1] if "skipped_steps" in e), 0)
             if state.global_step >= self._total_steps:
                 logger.info("%s is at step %d: nothing is left to train", checkpoint, state.global_step)
                 self._load_from_checkpoint(str(checkpoint))
@@ -205,10 +267,22 @@ class SFTTrainer(Trainer):
         self._clock = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            require_finite(self.model.named_parameters(), "the final model")  # type: ignore[union-attr]
+        except TrainingStopped:
+            self._leave_logs()
+            raise
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ConsoleProgress):
                     callback.close()
+
+    def _leave_logs(self) -> None:
+        """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""
+        if self.state.global_step > self._globalstep_last_logged:
+            self.log({"loss": math.nan})
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(Path(str(self.args.output_dir)) / "trainer_state.json"))
+        self.callback_handler.on_train_end(self.args, self.state, self.control)  # trackers write what they hold
 
     def _shape(self) -> RunShape:
         data: dict[str, Any] = {"train_rows": 0, "row_lengths": ""}
@@ -223,6 +297,7 @@ class SFTTrainer(Trainer):
             seed=self._order_seed(),
             adapter=describe_adapter(self.model),
             train_sampling_strategy=self.args.train_sampling_strategy,
+            master_weights=self._keeps_masters,
             **data,
         )
 
@@ -231,10 +306,11 @@ class SFTTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
         # Called again for a smaller batch (auto_find_batch_size), after an attempt whose sums count for nothing.
-        self._sums = TokenSums(self.args.device)
+        self._sums, self._step_sums, self._step_rows = TokenSums(self.args.device), TokenSums(self.args.device), []
+        self._guard.forget()
         if self._progress:
             return self._stream_loader(self._progress)
-        multiple = 1 if self.args.dataloader_drop_last else self._even(self._train_batch_size)
+        multiple = 1 if self.args.dataloader_drop_last else even_multiple(self._train_batch_size, self.args.world_size)
         self.train_dataset: Any = EvenRows(self._train_rows, multiple)
         return super().get_train_dataloader()
 
@@ -252,10 +328,6 @@ class SFTTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
-    def _even(self, batch_size: int) -> int:
-        """What the number of rows must be a multiple of; one process can end with a smaller batch."""
-        return batch_size * self.args.world_size if self.args.world_size > 1 else 1
-
     def _order_seed(self) -> int:
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
@@ -271,97 +343,6 @@ class SFTTrainer(Trainer):
         self.add_callback(FollowEpoch(sampler))
         return sampler
 
-    # Evaluation
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Metrics weighted by tokens: of each set under its name and, where there are several, of all together."""
-        started = time.perf_counter()
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated: list[TokenCounts] = []
-        metrics: dict[str, float] = {}
-        if isinstance(eval_dataset, dict):
-            for name, dataset in eval_dataset.items():
-                metrics |= super().evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            together = sum(self._evaluated[1:], start=self._evaluated[0])
-            total = self._named(together, metric_key_prefix)
-            self.log(dict(total))
-            metrics |= total
-        else:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._last_evaluation = (self.state.global_step, metrics)
-        self._clock += time.perf_counter() - started  # evaluation does not count into training's tokens a second
-        return metrics
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Batches of this rank, every row on exactly one rank."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        # Upstream keeps the loader with persistent workers for all sets under one name.
-        getattr(self, "_eval_dataloaders", {}).clear()
-        return super().get_eval_dataloader(EvenRows(rows, self._even(self.args.eval_batch_size)))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
-        return SequentialSampler(eval_dataset)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Adds up the sums of all batches and ranks; logits never leave their batch."""
-        model: Any = self.model
-        was_training = model.training
-        self.callback_handler.eval_dataloader = dataloader
-        model.eval()
-        sums = TokenSums(self.args.device)
-        try:
-            with torch.no_grad():
-                for batch in dataloader:
-                    inputs = self._prepare_inputs(batch)
-                    with self.accelerator.autocast():
-                        _, result = self._forward(model, inputs)
-                    sums.add(result, inputs["lengths"].sum())
-                    self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        finally:
-            model.train(was_training)
-        counts = sums.take()
-        self._evaluated.append(counts)
-        rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
-        return EvalLoopOutput(
-            predictions=None,  # type: ignore[arg-type]
-            label_ids=None,
-            metrics=self._named(counts, metric_key_prefix),
-            num_samples=rows,
-        )
-
-    @staticmethod
-    def _named(counts: TokenCounts, prefix: str) -> dict[str, float]:
-        return {**counts.metrics(f"{prefix}_"), f"{prefix}_tokens": counts.tokens}
-
-    def evaluate_all(self) -> dict[str, Any]:
-        """SPEC's result of `evaluate`: the metrics of all sets together, and of each set under `datasets`."""
-        if self.eval_dataset is None:
-            return {}
-        # The evaluation of the last step stands, unless the best checkpoint has been loaded since.
-        step, metrics = self._last_evaluation
-        if step != self.state.global_step or self.args.load_best_model_at_end:
-            metrics = self.evaluate()
-        kept = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "tokens")
-
-        def named(prefix: str) -> dict[str, float]:
-            return {f"eval_{name}": metrics[f"{prefix}_{name}"] for name in kept if f"{prefix}_{name}" in metrics}
-
-        sets = self._eval_names
-        each = {name: named(f"eval_{name}" if len(sets) > 1 else "eval") for name in sets}
-        return {**named("eval"), "datasets": each}
-
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -369,9 +350,13 @@ class SFTTrainer(Trainer):
         if "loss" in logs:
             self._count_tokens()
             counts, self._counts = self._counts, TokenCounts.zero()
-            seconds = time.perf_counter() - self._clock
-            self._clock = time.perf_counter()
-            logs |= counts.metrics()
+            seconds = time.perf_counter() - self._clock - self.seconds_evaluating
+            self._clock, self.seconds_evaluating = time.perf_counter(), 0.0
+            logs |= counts.metrics() or {"loss": math.nan}  # each step was left out
+            if self._guard.skipped:
+                logs["skipped_steps"] = self._guard.skipped
+            for spike in self._spikes.read():
+                logger.warning("%s", spike)
             logs["num_tokens"] = self.state.num_input_tokens_seen
             logs["tokens_per_second"] = counts.input_tokens / seconds
             logs["memory_gb"] = peak_memory_gb(self.args.device)
@@ -384,8 +369,14 @@ class SFTTrainer(Trainer):
         if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts them itself
             self.state.num_input_tokens_seen += counts.input_tokens
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 a weight and token; 2 less a frozen weight, whose gradient is not made. Attention is not counted."""
+        return self._operations_a_token * inputs["input_ids"].numel()
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         started = time.perf_counter()
+        named = self.model.named_parameters()  # type: ignore[union-attr]
+        require_finite(named, f"checkpoint-{self.state.global_step}")
         self._count_tokens()  # so that num_tokens goes on from the right number after a resume
         streamed = self._progress.gather() if self._progress else None
         if streamed:

@@ -1,4 +1,4 @@
-"""From samples to one batch: padded on the right to its longest row, and no further."""
+"""From samples to one batch: all tokens end to end in one row, or, for models that need it, padded rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from sft.boundaries import Boundaries
 from sft.documents import IGNORE_INDEX
 
 FILLER = "filler"
+NUMBER = "number"  # of a row in its data set
 PACKED = "seq_lengths"  # the column of packed rows: tokens of each document
 
 
@@ -20,45 +22,61 @@ PACKED = "seq_lengths"  # the column of packed rows: tokens of each document
 class Collator:
     """Joins rows of `input_ids` and `labels` into tensors.
 
-    Unpacked rows get an `attention_mask`. Packed rows (those with `seq_lengths`) get none: a mask would switch off the
-    isolation of documents by position, so each padding token stands as a document of its own.
+    Flattened, there is no padding at all: the documents of all rows follow each other in a single row and attention
+    is told where each ends.
+
+        rows         a a a | b b        flattened    a a a b b      padded    a a a
+                                        positions    0 1 2 0 1                b b .
+
+    Padded unpacked rows get an `attention_mask`. Padded packed rows (those with `seq_lengths`) get none: a mask would
+    switch off the isolation of documents by position, so each padding token stands as a document of its own.
 
     Attributes:
         pad_token_id: what fills short rows; it is never trained and never attended to.
-        pad_to_multiple_of: row length is rounded up to this, 1 for exact; tensor cores like 8.
-        flatten: packed rows are joined to one row of B·T tokens, without padding.
+        flatten: all rows in one; for a model whose attention keeps documents apart.
     """
 
     pad_token_id: int
-    pad_to_multiple_of: int = 1
     flatten: bool = False
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch: `input_ids`, `labels` (B, T), `attention_mask` or `position_ids` (B, T), `lengths` (B,).
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The batch, B = 1 where it is flattened.
 
-        `lengths` counts the real tokens of each row; a filler row counts none. Packed rows hand on their boundaries
-        as well: `seq_lengths` (B, documents), filled up with zeros.
+        Returns:
+            `input_ids`, `labels` (B, T); `lengths` (rows,), the real tokens of each row, none for a filler;
+            `rows` (rows,), the number of each row in its data, -1 where it has none;
+            `trained_positions` (N,), where in the flattened labels the trained tokens stand. Flattened rows have
+            `position_ids` (1, T) and `documents`, packed ones `position_ids` (B, T), others `attention_mask` (B, T).
         """
-        is_packed = PACKED in rows[0]
-        if is_packed:
-            rows = [{**row, "position_ids": positions(row[PACKED])} for row in rows]
-        lengths = [len(row["input_ids"]) for row in rows]
-        real = [0 if row.get(FILLER) else n for row, n in zip(rows, lengths, strict=True)]
-        if self.flatten and is_packed:
-            names = ("input_ids", "labels", "position_ids", PACKED)
-            joined = {name: np.concatenate([row[name] for row in rows]).astype(np.int64)[None] for name in names}
-            return {**{n: torch.from_numpy(a) for n, a in joined.items()}, "lengths": torch.tensor(real)}
-        width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        batch = self._flat(rows) if self.flatten else self._padded(rows)
+        batch["lengths"] = torch.tensor([0 if row.get(FILLER) else len(row["input_ids"]) for row in rows])
+        batch["rows"] = torch.tensor([row.get(NUMBER, -1) for row in rows])
+        batch["trained_positions"] = (batch["labels"].flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+        return batch
+
+    @staticmethod
+    def _flat(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lengths = np.concatenate([row.get(PACKED, [len(row["input_ids"])]) for row in rows]).astype(np.int64)
+        joined = {
+            name: np.concatenate([row[name] for row in rows]).astype(np.int64) for name in ("input_ids", "labels")
+        }
+        joined["labels"][np.cumsum(lengths) - lengths] = IGNORE_INDEX  # what stands before is another document
+        joined["position_ids"] = positions(lengths)
+        tensors = {name: torch.from_numpy(array[None]) for name, array in joined.items()}
+        return {**tensors, "documents": Boundaries.of(lengths.tolist())}
+
+    def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
         batch = {
             "input_ids": self._stack([row["input_ids"] for row in rows], width, self.pad_token_id),
             "labels": self._stack([row["labels"] for row in rows], width, IGNORE_INDEX),
         }
-        if is_packed:
-            batch["position_ids"] = self._stack([row["position_ids"] for row in rows], width, 0)
-            batch[PACKED] = self._stack([row[PACKED] for row in rows], max(len(row[PACKED]) for row in rows), 0)
+        batch["labels"][:, 0] = IGNORE_INDEX  # nothing predicts a row's first token
+        if PACKED in rows[0]:
+            batch["position_ids"] = self._stack([positions(row[PACKED]) for row in rows], width, 0)
         else:
-            batch["attention_mask"] = self._stack([np.ones(n, dtype=np.int64) for n in lengths], width, 0)
-        batch["lengths"] = torch.tensor(real)
+            masks = [np.ones(len(row["input_ids"]), dtype=np.int64) for row in rows]
+            batch["attention_mask"] = self._stack(masks, width, 0)
         return batch
 
     @staticmethod
@@ -87,12 +105,17 @@ class EvenRows(torch.utils.data.Dataset):
         if index >= len(self):
             raise IndexError(index)  # ends an iteration by index
         if index < len(self.rows):
-            return self.rows[index]
+            return {**self.rows[index], NUMBER: index}
         first = self.rows[0]
         filler: dict[str, Any] = {"input_ids": first["input_ids"][:1], "labels": np.array([IGNORE_INDEX]), FILLER: True}
         if PACKED in first:
             filler[PACKED] = np.ones(1, dtype=np.int32)
         return filler
+
+
+def even_multiple(batch_size: int, world_size: int) -> int:
+    """What the number of rows must be a multiple of; one process can end with a smaller batch."""
+    return batch_size * world_size if world_size > 1 else 1
 
 
 def positions(seq_lengths: np.ndarray) -> np.ndarray:

@@ -201,6 +201,9 @@ def _needs_of_training(config: Config) -> Iterator[Problem]:
         if before is not None and now is not None and before != now:
             message = f"is {shown(before)}, but {new}, its new name, is {shown(now)}"
             yield config.problem(old, message, "Keep one of them.")
+    if config.activation_checkpoint is not None and (config.activation_checkpointing or config.gradient_checkpointing):
+        message = "is given beside activation_checkpointing, which would overrule it"
+        yield config.problem("activation_checkpoint", message, "Keep one of them.")
     if config.dataloader_prefetch_factor is not None and config.dataloader_num_workers == 0:
         hint = "Write dataloader_num_workers: 1 or more."
         yield config.problem("dataloader_prefetch_factor", "needs worker processes that fetch ahead", hint)

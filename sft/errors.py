@@ -51,3 +51,9 @@ class UserError(Exception):
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
         super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class TrainingStopped(UserError):
+    """Training went wrong and was stopped before it did damage (a loss that is not finite, say), exit code 3."""
+
+    exit_code = 3

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+WORTHWHILE = 1.3
+"""From this speedup on a CPU computes in bfloat16. Native kernels give 3 to 5, emulated ones 0.1 to 0.5: the
+threshold stands where no measurement wavers."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,13 @@ class DeviceFacts:
 
     Attributes:
         kind: `cuda` or `cpu`.
-        bf16: whether the device computes in bfloat16 natively (not emulated).
+        bf16: whether the device can compute in bfloat16 (on a GPU: natively, not emulated).
+        bf16_speedup: of a CPU: how many times faster its matrix products are in bfloat16 than in float32.
     """
 
     kind: str
     bf16: bool
+    bf16_speedup: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class Precision:
         dtype: of the weights at rest: `float32`, `bfloat16` or `float16`.
         bf16, fp16: whether the Trainer is to compute under autocast in that format.
         reason: in words, for the console.
+        master_weights: whether the optimizer is to keep float32 values of the weights (`sft.master_weights`).
     """
 
     dtype: str
     bf16: bool
     fp16: bool
     reason: str
+    master_weights: bool = False
 
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch's own object."""
@@ -54,13 +61,22 @@ class Precision:
         return self.bf16 or self.fp16 or self.dtype != "float32"
 
 
-def device_facts() -> DeviceFacts:
-    """The machine this process runs on."""
+def device_facts(measured: bool = False) -> DeviceFacts:
+    """The machine this process runs on.
+
+    Args:
+        measured: whether to time a CPU's matrix products (50 ms, once in a process). The first rank's measurement
+            then holds for all ranks, which all must call it.
+    """
     import torch
 
     if torch.cuda.is_available():
         return DeviceFacts("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
-    return DeviceFacts("cpu", bf16=True)
+    if not measured:
+        return DeviceFacts("cpu", bf16=True)
+    from sft.matmul_speed import bf16_speedup
+
+    return DeviceFacts("cpu", bf16=True, bf16_speedup=bf16_speedup())
 
 
 def _check_flags(dtype_key: str, bf16: bool | None, fp16: bool | None, device: DeviceFacts) -> None:
@@ -83,54 +99,104 @@ def _check_flags(dtype_key: str, bf16: bool | None, fp16: bool | None, device: D
 
 
 def choose_precision(
-    dtype_key: str, trains_everything: bool, bf16: bool | None, fp16: bool | None, device: DeviceFacts
+    dtype_key: str,
+    trains_everything: bool,
+    bf16: bool | None,
+    fp16: bool | None,
+    device: DeviceFacts,
+    *,
+    sharded: bool = False,
 ) -> Precision:
-    """Weights and autocast for one run.
+    """Weights, autocast and master weights for one run.
 
     Frozen weights lose nothing in 16 bits, so that adapters sit on a bfloat16 base (and are float32 themselves). When
     every weight is trained, updates are smaller than bfloat16's 8 bits of mantissa can hold (a step of 1e-5 on a weight
-    of 1.0 rounds to nothing), so that the master weights stay float32 and only the computation is in 16 bits
-    (Micikevicius et al., "Mixed Precision Training", 2018).
+    of 1.0 rounds to nothing). The optimizer therefore keeps float32 values, of which the bfloat16 weights are the
+    rounding (Micikevicius et al., "Mixed Precision Training", 2018, section 3.1). float32 weights under autocast would
+    need the same memory, for autocast's casts live until the backward pass; but they are cast anew in each pass, and
+    the activations between the matrix products would take 4 bytes a number instead of 2.
 
     Args:
         dtype_key: the `dtype` setting: `auto` or a format, which is honoured.
         trains_everything: full fine-tuning or pretraining, as opposed to an adapter on frozen weights.
-        bf16, fp16: the settings of that name; None where the user has said nothing.
+        bf16, fp16: the settings of that name; None where the user has said nothing. `bf16` without a dtype means
+            computing in bfloat16 by whichever means is fastest, with `dtype: float32` it means autocast.
+        sharded: whether FSDP shards the weights, whose own mixed precision keeps float32 shards and gathers them in
+            bfloat16: the optimizer then has nothing to keep beside them.
 
     Raises:
         UserError: the settings exclude each other, or the device cannot do it.
     """
     _check_flags(dtype_key, bf16, fp16, device)
-    if device.kind == "cpu":
-        dtype = "float32" if dtype_key == "auto" else dtype_key
-        return Precision(dtype, bool(bf16), False, f"{dtype} weights{', bf16 autocast' if bf16 else ''} on the CPU")
+    keeps_masters = trains_everything and not sharded
+    if device.kind == "cpu" and not sharded:
+        return _on_cpu(dtype_key, trains_everything, bf16, device.bf16_speedup)
     undecided = bf16 is None and fp16 is None and dtype_key in ("auto", "bfloat16" if device.bf16 else "float16")
     use_bf16 = bool(bf16) or (undecided and device.bf16)
     use_fp16 = bool(fp16) or (undecided and not device.bf16)
+    autocast = ", bf16 autocast" if use_bf16 else ", fp16 autocast" if use_fp16 else ""
+    if keeps_masters and use_bf16 and dtype_key == "auto":
+        return _half_weights(trains_everything, "the GPU computes in bfloat16, and casts nothing on the way")
+    if keeps_masters and not use_fp16 and dtype_key == "bfloat16":
+        return _half_weights(trains_everything, "as the config says")
     if dtype_key != "auto":
         dtype, why = dtype_key, "as the config says"
     elif trains_everything:
-        dtype, why = "float32", "because every weight is trained and small updates need its mantissa"
+        dtype = "float32"
+        why = "because every weight is trained and small updates need its mantissa"
     elif use_bf16 or use_fp16:
         dtype, why = "bfloat16" if use_bf16 else "float16", "because the base is frozen"
     else:
         dtype, why = "float32", "because bf16 and fp16 are off"
-    autocast = ", bf16 autocast" if use_bf16 else ", fp16 autocast" if use_fp16 else ""
     return Precision(dtype, use_bf16, use_fp16, f"{dtype} weights {why}{autocast}")
 
 
-def choose_attention(key: str, model_class: Any, precision: Precision, device: DeviceFacts) -> str:
-    """The `attn_implementation` for `auto`: flash attention where it is installed and can run, else SDPA, else eager.
+def _on_cpu(dtype_key: str, trains_everything: bool, bf16: bool | None, speedup: float) -> Precision:
+    measured = f"this CPU multiplies {speedup:.1f} times as fast in bfloat16 as in float32"
+    if dtype_key == "bfloat16":
+        return _half_weights(trains_everything, "as the config says")
+    if dtype_key == "float32":
+        autocast = ", bf16 autocast" if bf16 else ""
+        return Precision("float32", bool(bf16), False, f"float32 weights as the config says{autocast}")
+    if bf16 is False:
+        return Precision("float32", False, False, "float32 weights because bf16 is off")
+    if speedup >= WORTHWHILE or bf16:
+        return _half_weights(trains_everything, measured if bf16 is None else f"because bf16 is on; {measured}")
+    return Precision("float32", False, False, f"float32 weights: {measured}")
+
+
+def _half_weights(trains_everything: bool, why: str) -> Precision:
+    """bfloat16 weights without autocast: nothing is left that it could cast."""
+    if trains_everything:
+        held = "bfloat16 weights, of which the optimizer keeps float32 values so that no update is lost"
+    else:
+        held = "bfloat16 weights, which are frozen, under float32 adapters"
+    return Precision("bfloat16", False, False, f"{held}: {why}", master_weights=trains_everything)
+
+
+def choose_attention(
+    key: str, config: Any, model_class: Any, computes_in_half: bool, device: DeviceFacts
+) -> tuple[str, str | None]:
+    """The `attn_implementation` for `auto`: flash attention where it is installed and can run, else ours, else SDPA.
 
     Args:
-        model_class: the class of the model, or None where only transformers can tell (remote code): then SDPA is
-            left to it.
+        config: the model's.
+        model_class: the class of the model, or None where only transformers can tell (remote code).
+        computes_in_half: whether matrix products run in 16 bits, which is what flash attention needs.
+
+    Returns:
+        The implementation, and why it is one that needs padding and masks; None where it needs neither.
     """
     if key != "auto":
-        return key
+        return key, None
     from transformers.utils import is_flash_attn_2_available
 
-    can_flash = device.kind == "cuda" and precision.computes_in_half and is_flash_attn_2_available()
-    if can_flash and getattr(model_class, "_supports_flash_attn", False):
-        return "flash_attention_2"
-    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+    from sft import document_attention
+
+    reason = document_attention.supports_documents(config, model_class)
+    can_flash = device.kind == "cuda" and computes_in_half and is_flash_attn_2_available()
+    if can_flash and reason is None and getattr(model_class, "_supports_flash_attn", False):
+        return "flash_attention_2", None
+    if reason is None:
+        return document_attention.NAME, None
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager", reason

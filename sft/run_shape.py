@@ -37,6 +37,7 @@ class RunShape:
     seed: int
     adapter: str | None
     train_sampling_strategy: str
+    master_weights: bool = False
     dataloader_num_workers: int | None = None
     streaming_window: int | None = None
     streamed_data: str | None = None

@@ -141,6 +141,15 @@ class DataKeys(Keys):
     """Folder for prepared data; null is $SFT_CACHE, or sft_pipeline in the user's cache folder."""
 
 
+class ActivationKeys(Keys):
+    """What the forward pass keeps for the backward pass."""
+
+    mode: Literal["none", "selective", "full"] = "full"
+    """Keep everything; compute norms and gates again and keep matrix products; or keep each layer's input alone."""
+    offload: Bool = False
+    """Move what is kept to main memory while it waits (GPU, `selective` or `full`)."""
+
+
 class TrainingKeys(TrainingArgumentsKeys):
     """Every key of `transformers.TrainingArguments`, and ours beside them."""
 
@@ -160,6 +169,8 @@ class TrainingKeys(TrainingArgumentsKeys):
     """A checkpoint folder to go on from; `auto` (or true) takes the newest whole one in `output_dir`."""
     warmup_ratio: Share | None = None
     """Share of the optimizer steps in which the learning rate rises; excludes `warmup_steps`."""
+    activation_checkpoint: ActivationKeys | None = None
+    """What is kept for the backward pass; null leaves it to `activation_checkpointing`, and excludes it."""
     global_batch_size: Positive | None = None
     """Rows per optimizer step over all processes; sets `gradient_accumulation_steps`, and excludes it."""
 
@@ -185,6 +196,26 @@ class TrainingKeys(TrainingArgumentsKeys):
         if self.parallelism_config is not None:
             arguments["parallelism_config"] = _instance(self.parallelism_config)
         return arguments
+
+
+class LossKeys(Keys):
+    """What is minimised, besides `label_smoothing_factor` of the Trainer's own keys."""
+
+    loss_type: Literal["nll", "dft"] = "nll"
+    """Cross entropy, or that weighted by each token's own probability (dynamic fine-tuning, arXiv:2508.05629)."""
+    loss_chunk_size: Positive | None = None
+    """Trained tokens whose logits are held at a time; null takes what suits the machine."""
+    z_loss_coef: Annotated[Number, Field(ge=0)] = 0.0
+    """Weight of the squared log of the softmax's denominator, which keeps logits small (arXiv:2204.02311)."""
+    router_aux_loss_coef: Annotated[Number, Field(ge=0)] | None = None
+    """Weight of the loss that balances a mixture of experts (arXiv:2101.03961); null takes the model's own, if its
+    config has `output_router_logits`."""
+    log_entropy: Bool = False
+    """Measure the entropy of the predicted distribution as well, in nats a token."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: end the run (exit code 3), or leave out its step."""
+    nonfinite_limit: Positive = 10
+    """How many steps `on_nonfinite: skip` may leave out; at the next one the run ends all the same."""
 
 
 class LoraKeys(LoraConfigKeys):
@@ -259,7 +290,7 @@ class WatchKeys(Keys):
     """Validation rows answered greedily before and after training and compared with the right answer."""
 
 
-class Config(ModelKeys, DataKeys, TrainingKeys, AdapterKeys, DistributionKeys, WatchKeys):
+class Config(ModelKeys, DataKeys, TrainingKeys, LossKeys, AdapterKeys, DistributionKeys, WatchKeys):
     """The whole config of a run."""
 
     def section(self, group: type[Group]) -> Group:
@@ -274,6 +305,7 @@ GROUPS: tuple[type[Keys], ...] = (
     ModelKeys,
     DataKeys,
     TrainingKeys,
+    LossKeys,
     AdapterKeys,
     DistributionKeys,
     WatchKeys,

@@ -235,6 +235,7 @@ def load_trained(
     merge_for_speed: bool = False,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerFast]:
     """A trained model from its folder, whole or adapter, in evaluation mode on the GPU if there is one.
 
@@ -242,6 +243,7 @@ def load_trained(
         merge_for_speed: fold an adapter into the weights in memory: one matrix product a layer instead of three. A
             quantized base stays quantized with its adapter beside it, for folding would round it again.
         dtype: of the weights; `auto` is what they were trained or saved in.
+        attn_implementation: as for training, for a model that measures whole batches; None is transformers' choice.
 
     Raises:
         UserError: the folder holds no model, or its base is gone.
@@ -270,5 +272,20 @@ def load_trained(
             raise unavailable(str(folder), error, "--model", "model") from error
     if not getattr(model, "is_quantized", False):
         model.to(inference_device())
+    if attn_implementation is not None:
+        _attend(model, attn_implementation)
     model.eval()
     return model, tokenizer
+
+
+def _attend(model: Any, attn_implementation: str) -> None:
+    import torch
+
+    from sft import document_attention
+    from sft.precision import choose_attention, device_facts
+
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    in_half = causal_lm.dtype != torch.float32
+    document_attention.register()
+    name, _ = choose_attention(attn_implementation, causal_lm.config, type(causal_lm), in_half, device_facts())
+    causal_lm.set_attn_implementation(name)

@@ -1,8 +1,9 @@
-"""Batches are padded to their longest row; packed rows keep their documents apart; fillers weigh nothing."""
+"""Batches have no padding where the model keeps documents apart, and little elsewhere; fillers weigh nothing."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 
@@ -13,42 +14,58 @@ def row(*ids: int, **more: object) -> dict:
     return {"input_ids": np.array(ids), "labels": np.array([-100, *ids[1:]]), **more}
 
 
-def test_rows_are_padded_on_the_right_to_the_longest() -> None:
+def test_all_tokens_stand_end_to_end_and_documents_say_where_each_row_ends() -> None:
+    batch = Collator(9, flatten=True)([row(1, 2, 3), row(4, 5)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["documents"].lengths == (3, 2)
+    assert batch["documents"].cu_seqlens.tolist() == [0, 3, 5]
+    assert batch["lengths"].tolist() == [3, 2]
+    assert batch["trained_positions"].tolist() == [1, 2, 4]
+    assert "attention_mask" not in batch
+
+
+def test_packed_rows_hand_on_their_documents() -> None:
+    packed = row(1, 2, 3, 4, seq_lengths=np.array([1, 3]))
+    batch = Collator(0, flatten=True)([packed, row(5, 6, seq_lengths=np.array([2]))])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1]]
+    assert batch["documents"].lengths == (1, 3, 2)
+    assert batch["lengths"].tolist() == [4, 2]
+
+
+def test_no_document_predicts_the_first_token_of_the_next() -> None:
+    """Texts are trained from their first token on, as far as the labels of a lone row go."""
+    text = {"input_ids": np.array([1, 2]), "labels": np.array([1, 2])}
+    for flatten in (True, False):
+        batch = Collator(0, flatten)([text, text])
+        assert batch["labels"].flatten().tolist() == [-100, 2, -100, 2]
+        assert batch["trained_positions"].tolist() == [1, 3]
+
+
+def test_a_model_that_cannot_tell_documents_apart_gets_rows_padded_on_the_right_to_the_longest() -> None:
     batch = Collator(pad_token_id=9)([row(1, 2, 3), row(4, 5)])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["lengths"].tolist() == [3, 2]
-    assert "position_ids" not in batch
+    assert batch["trained_positions"].tolist() == [1, 2, 4]
+    assert not {"position_ids", "documents"} & batch.keys()
 
 
-def test_the_width_is_rounded_up_where_the_device_likes_it() -> None:
-    batch = Collator(0, pad_to_multiple_of=8)([row(1, 2, 3)])
-    assert batch["input_ids"].shape == (1, 8)
-    assert batch["lengths"].tolist() == [3]
+@pytest.mark.parametrize("flatten", [True, False])
+def test_a_pad_token_that_is_also_the_end_token_stays_trained_where_it_ends_an_answer(flatten: bool) -> None:
+    batch = Collator(2, flatten)([row(1, 7, 2), row(1, 2)])
+    assert batch["labels"].flatten()[batch["trained_positions"]].tolist() == [7, 2, 2]
 
 
-def test_a_pad_token_that_is_also_the_end_token_stays_trained_where_it_ends_an_answer() -> None:
-    batch = Collator(pad_token_id=2)([row(1, 7, 2), row(1, 2)])
-    assert batch["labels"].tolist() == [[-100, 7, 2], [-100, 2, -100]]
-
-
-def test_packed_rows_get_positions_and_no_mask_and_padding_stands_alone() -> None:
+def test_packed_rows_side_by_side_get_positions_and_no_mask_and_padding_stands_alone() -> None:
     first = row(1, 2, 3, 4, seq_lengths=np.array([1, 2, 1]))
     second = row(5, 6, seq_lengths=np.array([2]))
     batch = Collator(0)([first, second])
     assert "attention_mask" not in batch
     assert batch["position_ids"].tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
-    assert batch["seq_lengths"].tolist() == [[1, 2, 1], [2, 0, 0]]
-
-
-def test_packed_rows_are_joined_without_padding_for_flash_attention() -> None:
-    first = row(1, 2, 3, 4, seq_lengths=np.array([1, 3]))
-    batch = Collator(0, flatten=True)([first, row(5, 6, seq_lengths=np.array([2]))])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
-    assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1]]
-    assert batch["seq_lengths"].tolist() == [[1, 3, 2]]
-    assert batch["lengths"].tolist() == [4, 2]
 
 
 def test_fillers_make_rows_even_and_train_nothing() -> None:

@@ -1,34 +1,85 @@
-"""Packed documents must not see each other; a model in which they do is refused before it trains."""
+"""Documents in one row must not see each other; a model in which they do is refused before it trains."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from transformers import AutoModelForCausalLM, OPTConfig, set_seed
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig, NemotronConfig, OPTConfig, set_seed
 
 from sft.collation import Collator
+from sft.document_attention import NAME, register
 from sft.errors import UserError
-from sft.isolation import measure_leak, require_isolation
+from sft.isolation import Leak, measure_leak, require_isolation
 from tests.builders import tiny_llama
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_rotary_attention_keeps_documents_apart(flatten: bool) -> None:
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+
+
+def build(config: Any, attention: str) -> Any:
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def opt(attention: str) -> Any:
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return build(OPTConfig(vocab_size=50, max_position_embeddings=64, **sizes), attention)
+
+
+def mamba() -> Any:
+    set_seed(0)
+    config = MambaConfig(vocab_size=50, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(("attention", "flatten"), [(NAME, True), ("sdpa", True), ("sdpa", False), ("eager", False)])
+def test_rotary_attention_keeps_documents_apart(attention: str, flatten: bool) -> None:
     model = tiny_llama(50)
-    assert measure_leak(model, Collator(0, flatten=flatten)) < 1e-5
+    model.set_attn_implementation(attention)
+    leak = measure_leak(model, Collator(0, flatten=flatten))
+    assert max(leak) < 1e-5
     require_isolation(model, Collator(0, flatten=flatten))
     assert model.training
 
 
-def test_a_model_that_leaks_is_refused_by_name() -> None:
-    set_seed(0)
-    config = OPTConfig(
-        vocab_size=50,
-        hidden_size=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+def test_a_model_in_bf16_is_not_refused_for_its_rounding() -> None:
+    model = tiny_llama(50).to(torch.bfloat16)
+    model.set_attn_implementation(NAME)
+    require_isolation(model, Collator(0, flatten=True))
+
+
+def test_learned_positions_are_kept_apart_where_the_attention_is_told() -> None:
+    """OPT searches no position_ids for documents, so that transformers' own mask lets them see each other."""
+    require_isolation(opt(NAME), Collator(1, flatten=True))
     with pytest.raises(UserError, match=r"packing: documents packed in one row see each other in this opt model"):
-        require_isolation(model, Collator(1))
+        require_isolation(opt("sdpa"), Collator(1))
+
+
+def test_recurrent_layers_leak() -> None:
+    model = mamba()
+    assert measure_leak(model, Collator(0)).from_neighbour > 1e-3
+    with pytest.raises(UserError, match=r"packing: documents packed in one row see each other in this mamba model"):
+        require_isolation(model, Collator(0))
+
+
+def test_a_model_that_does_not_hand_boundaries_on_is_refused_with_a_way_out() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = build(NemotronConfig(vocab_size=50, num_key_value_heads=2, **sizes), NAME)
+    with pytest.raises(UserError, match="NemotronAttention is not told where documents begin") as raised:
+        require_isolation(model, Collator(0, flatten=True))
+    problem = raised.value.problems[0]
+    assert problem.key == "attn_implementation"
+    assert problem.hint == "set attn_implementation: sdpa"
+
+
+@pytest.mark.parametrize(
+    ("leak", "in_float32", "in_bf16"),
+    [(Leak(0.0, 1e-6), False, False), (Leak(0.0, 1e-3), True, False), (Leak(0.02, 0.0), True, True), (Leak(0.0, 0.1), True, True)],
+)  # fmt: skip
+def test_rounding_is_told_from_a_leak(leak: Leak, in_float32: bool, in_bf16: bool) -> None:
+    assert leak.exceeds(precise=True) is in_float32
+    assert leak.exceeds(precise=False) is in_bf16

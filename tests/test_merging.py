@@ -28,7 +28,7 @@ LORA: dict[str, dict[str, Any]] = {
 
 
 def saved_adapter(
-    folder: Path, lora: dict[str, Any], quantization: dict[str, Any] | None, tied: bool, dtype: Any = "auto"
+    folder: Path, lora: dict[str, Any], quantization: dict[str, Any] | None, tied: bool, dtype: Any = "float32"
 ) -> tuple[Path, torch.Tensor, torch.Tensor]:
     """An adapter with two added tokens; returns its folder, probe tokens (1, T), and its logits on them."""
     tokenizer = byte_level_tokenizer()
@@ -108,7 +108,7 @@ def test_the_merged_folder_is_a_whole_model(tmp_path: Path) -> None:
 def test_an_adapter_that_does_nothing_is_said_aloud(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys, lora = ModelKeys(model_name_or_path=str(model_dir)), LoraKeys(r=2)
+    keys, lora = ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), LoraKeys(r=2)
     tokenizer = model_manager.load_tokenizer(keys)
     model = model_manager.load_model(
         keys, tokenizer, precision=model_manager.plan_precision(keys, lora, None), lora=lora

@@ -47,19 +47,19 @@ def backward(model: Any, last_id: int = 7) -> None:
 
 @pytest.fixture
 def named(model_dir: Path) -> ModelKeys:
-    return ModelKeys(model_name_or_path=str(model_dir))
+    return ModelKeys(model_name_or_path=str(model_dir), dtype="float32")
 
 
-def test_full_fine_tuning_trains_everything_in_float32(named: ModelKeys, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_fine_tuning_trains_everything(named: ModelKeys, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sft"):
         _, model = load(named)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert model.config.use_cache is False
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sft_documents"
     total = sum(p.numel() for p in model.parameters())
     assert f"{total:,} of {total:,} weights are trained (100 %)" in caplog.text
-    assert "Attention: sdpa" in caplog.text
-    assert "Precision: float32 weights on the CPU" in caplog.text
+    assert "Attention: sft_documents" in caplog.text
+    assert "Precision: float32 weights as the config says" in caplog.text
 
 
 def test_explicit_dtype_and_attention_are_honoured(model_dir: Path) -> None:

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from sft.schema import AdapterKeys, Config, DataKeys, DatasetKeys, DistributionKeys, ModelKeys, TrainingKeys, WatchKeys
+from sft.schema import (
+    AdapterKeys,
+    Config,
+    DataKeys,
+    DatasetKeys,
+    DistributionKeys,
+    LossKeys,
+    ModelKeys,
+    TrainingKeys,
+    WatchKeys,
+)
 from sft.upstream_schema import defaults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +35,11 @@ GIVES_KEYS = re.compile(r"\b(\w+Keys|Config|load_config|eval_datasets|datasets)\
 MAPPED = {"warmup_ratio"}
 
 OURS = [
-    *(key for group in (ModelKeys, DataKeys, AdapterKeys, DistributionKeys, WatchKeys) for key in group.model_fields),
+    *(
+        key
+        for group in (ModelKeys, DataKeys, LossKeys, AdapterKeys, DistributionKeys, WatchKeys)
+        for key in group.model_fields
+    ),
     *(key for key in TrainingKeys.model_fields if key not in defaults("TrainingArguments") and key not in MAPPED),
     "resume_from_checkpoint",
 ]

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sft.errors import UserError
-from sft.precision import DeviceFacts, choose_attention, choose_precision
+from sft.precision import DeviceFacts, choose_attention, choose_precision, device_facts
 
-CPU, OLD_GPU, GPU = DeviceFacts("cpu", True), DeviceFacts("cuda", False), DeviceFacts("cuda", True)
+CPU, OLD_GPU, GPU = DeviceFacts("cpu", True, 3.0), DeviceFacts("cuda", False), DeviceFacts("cuda", True)
+SLOW_CPU = DeviceFacts("cpu", True, 0.3)
+MASTERS = ("bfloat16", False, False, True)
+"""Weights in bfloat16 without autocast, and float32 values in the optimizer."""
 
 
 @pytest.mark.parametrize(
     ("dtype", "everything", "bf16", "fp16", "device", "expected"),
     [
-        ("auto", True, None, None, CPU, ("float32", False, False)),
-        ("auto", False, None, None, CPU, ("float32", False, False)),
-        ("bfloat16", False, None, None, CPU, ("bfloat16", False, False)),
-        ("auto", True, True, None, CPU, ("float32", True, False)),
-        ("auto", True, None, None, GPU, ("float32", True, False)),
-        ("auto", False, None, None, GPU, ("bfloat16", True, False)),
-        ("auto", True, False, None, GPU, ("float32", False, False)),
-        ("auto", False, False, None, GPU, ("float32", False, False)),
-        ("auto", False, None, True, GPU, ("float16", False, True)),
-        ("auto", True, None, True, GPU, ("float32", False, True)),
-        ("float32", False, None, None, GPU, ("float32", False, False)),
-        ("float32", True, True, None, GPU, ("float32", True, False)),
-        ("bfloat16", True, None, None, GPU, ("bfloat16", True, False)),
-        ("auto", True, None, None, OLD_GPU, ("float32", False, True)),
-        ("auto", False, None, None, OLD_GPU, ("float16", False, True)),
+        ("auto", True, None, None, CPU, MASTERS),
+        ("auto", False, None, None, CPU, ("bfloat16", False, False, False)),
+        ("auto", True, None, None, SLOW_CPU, ("float32", False, False, False)),
+        ("auto", False, None, None, SLOW_CPU, ("float32", False, False, False)),
+        ("auto", True, True, None, CPU, MASTERS),
+        ("auto", True, True, None, SLOW_CPU, MASTERS),
+        ("auto", True, False, None, CPU, ("float32", False, False, False)),
+        ("auto", False, False, None, CPU, ("float32", False, False, False)),
+        ("bfloat16", False, None, None, SLOW_CPU, ("bfloat16", False, False, False)),
+        ("bfloat16", True, None, None, SLOW_CPU, MASTERS),
+        ("float32", True, None, None, CPU, ("float32", False, False, False)),
+        ("float32", True, True, None, CPU, ("float32", True, False, False)),
+        ("auto", True, None, None, GPU, MASTERS),
+        ("auto", True, True, None, GPU, MASTERS),
+        ("auto", False, None, None, GPU, ("bfloat16", True, False, False)),
+        ("auto", True, False, None, GPU, ("float32", False, False, False)),
+        ("auto", False, False, None, GPU, ("float32", False, False, False)),
+        ("auto", False, None, True, GPU, ("float16", False, True, False)),
+        ("auto", True, None, True, GPU, ("float32", False, True, False)),
+        ("float32", False, None, None, GPU, ("float32", False, False, False)),
+        ("float32", True, True, None, GPU, ("float32", True, False, False)),
+        ("bfloat16", True, None, None, GPU, MASTERS),
+        ("bfloat16", True, True, None, GPU, MASTERS),
+        ("auto", True, None, None, OLD_GPU, ("float32", False, True, False)),
+        ("auto", False, None, None, OLD_GPU, ("float16", False, True, False)),
     ],
 )
 def test_the_choice(
@@ -38,11 +50,30 @@ def test_the_choice(
     bf16: bool | None,
     fp16: bool | None,
     device: DeviceFacts,
-    expected: tuple[str, bool, bool],
+    expected: tuple[str, bool, bool, bool],
 ) -> None:
     chosen = choose_precision(dtype, everything, bf16, fp16, device)
-    assert (chosen.dtype, chosen.bf16, chosen.fp16) == expected
+    assert (chosen.dtype, chosen.bf16, chosen.fp16, chosen.master_weights) == expected
     assert chosen.reason.startswith(expected[0])
+
+
+def test_the_reason_names_what_was_measured() -> None:
+    assert "3.0 times as fast" in choose_precision("auto", True, None, None, CPU).reason
+    assert "0.3 times as fast" in choose_precision("auto", True, None, None, SLOW_CPU).reason
+    assert "float32 values" in choose_precision("auto", True, None, None, CPU).reason
+    assert "frozen" in choose_precision("auto", False, None, None, CPU).reason
+
+
+def test_sharded_weights_are_kept_in_float32_by_their_sharding() -> None:
+    chosen = choose_precision("auto", True, None, None, GPU, sharded=True)
+    assert (chosen.dtype, chosen.bf16, chosen.master_weights) == ("float32", True, False)
+
+
+def test_the_machine_is_measured_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sft.matmul_speed.bf16_speedup", lambda: 2.5)
+    assert device_facts() == DeviceFacts("cpu", True, 1.0)
+    assert device_facts(measured=True) == DeviceFacts("cpu", True, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +92,15 @@ def test_what_excludes_itself(dtype: str, bf16: bool | None, fp16: bool | None, 
     assert caught.value.problems[0].key == key
 
 
-def test_attention_is_flash_only_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = SimpleNamespace(_supports_flash_attn=True, _supports_sdpa=True)
-    eager = SimpleNamespace(_supports_flash_attn=False, _supports_sdpa=False)
-    half = choose_precision("auto", True, None, None, GPU)
-    full = choose_precision("float32", True, None, None, GPU)
-    for installed, expected in ((False, "sdpa"), (True, "flash_attention_2")):
+def test_attention_is_flash_where_it_runs_then_ours_then_what_takes_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LlamaConfig()
+    for installed, expected in ((False, "sft_documents"), (True, "flash_attention_2")):
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda installed=installed: installed)
-        assert choose_attention("auto", both, half, GPU) == expected
-    assert choose_attention("auto", both, full, GPU) == "sdpa"
-    assert choose_attention("auto", both, half, CPU) == "sdpa"
-    assert choose_attention("auto", eager, half, GPU) == "eager"
-    assert choose_attention("flex_attention", both, half, CPU) == "flex_attention"
+        assert choose_attention("auto", plain, LlamaForCausalLM, True, GPU) == (expected, None)
+    assert choose_attention("auto", plain, LlamaForCausalLM, False, GPU) == ("sft_documents", None)
+    assert choose_attention("auto", plain, LlamaForCausalLM, True, CPU) == ("sft_documents", None)
+    assert choose_attention("flex_attention", plain, LlamaForCausalLM, True, CPU) == ("flex_attention", None)
+    name, reason = choose_attention("auto", MambaConfig(), MambaForCausalLM, True, GPU)
+    assert name in ("sdpa", "eager")
+    assert reason
+    assert "Mamba" in reason

@@ -23,6 +23,7 @@ def config_file(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
     return write_config(
         tmp_path / "run.yaml",
         model_name_or_path=str(model_dir),
+        dtype="float32",
         train_file=str(rows),
         validation_split=0.1,
         output_dir=str(tmp_path / "out"),

@@ -23,6 +23,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pa
     return write_config(
         folder / "run.yaml",
         model_name_or_path=str(model_dir),
+        dtype="float32",
         datasets=[
             {"path": str(write_rows(folder / "large.jsonl", rows))},
             {"path": str(write_rows(folder / "small.jsonl", arithmetic(20, start=500)))},

@@ -63,7 +63,7 @@ def test_a_base_with_sampling_settings_beside_greedy_can_be_saved(tmp_path: Path
 def test_a_saved_model_is_whole_and_stops_on_the_trained_token(
     model_dir: Path, tmp_path: Path, lora: LoraKeys | None
 ) -> None:
-    model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir)), lora)
+    model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), lora)
     model_manager.save_final_model(model, tokenizer, tmp_path, [IM_END])
     files = {path.name for path in tmp_path.iterdir()}
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
@@ -103,7 +103,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_adapters_of_each_kind_load_as_they_were(model_dir: Path, tmp_path: Path, case: str) -> None:
     settings, quantization = CASES[case]
-    keys = ModelKeys(model_name_or_path=str(model_dir), special_tokens=["<|a|>", "<|b|>"])
+    keys = ModelKeys(model_name_or_path=str(model_dir), special_tokens=["<|a|>", "<|b|>"], dtype="float32")
     model, tokenizer = trained(
         keys, LoraKeys(r=2, **settings), QuantizationKeys(**quantization) if quantization else None
     )
@@ -128,7 +128,7 @@ def test_an_adapter_finds_its_base_from_another_folder_and_after_a_move(
     tree = tmp_path / "tree"
     shutil.copytree(model_dir, tree / "base")
     monkeypatch.chdir(tree)
-    model, tokenizer = trained(ModelKeys(model_name_or_path="base"), LoraKeys(r=2))
+    model, tokenizer = trained(ModelKeys(model_name_or_path="base", dtype="float32"), LoraKeys(r=2))
     model_manager.save_final_model(model, tokenizer, "run/out", [IM_END])
     expected = logits(model)
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_an_adapter_finds_its_base_from_another_folder_and_after_a_move(
 
 
 def test_a_checkpoint_of_peft_alone_loads(model_dir: Path, tmp_path: Path) -> None:
-    keys = ModelKeys(model_name_or_path=str(model_dir))
+    keys = ModelKeys(model_name_or_path=str(model_dir), dtype="float32")
     model, tokenizer = trained(keys, LoraKeys(r=2))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_peft_alone_loads(model_dir: Path, tmp_path: Path) -> No
 def test_an_adapter_that_is_not_whole_is_refused(model_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir)), LoraKeys(r=2))
+    model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), LoraKeys(r=2))
     model_manager.save_final_model(model, tokenizer, tmp_path, [IM_END])
     weights = load_file(tmp_path / "adapter_model.safetensors")
     weights.pop(sorted(weights)[0])

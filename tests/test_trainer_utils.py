@@ -35,6 +35,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pa
     return write_config(
         folder / "run.yaml",
         model_name_or_path=str(model_dir),
+        dtype="float32",
         train_file=str(folder / "train.jsonl"),
         eval_datasets=[{"path": str(folder / f"{name}.jsonl"), "name": name} for name in ("easy", "sums")],
         cache_dir=str(folder / "cache"),

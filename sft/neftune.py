@@ -1,0 +1,109 @@
+"""NEFTune: noise on the embeddings in training (Jain et al., 2023, arXiv:2310.05914, algorithm 1).
+
+    embeddings of a document + u · alpha / sqrt(L · d),    u uniform in (-1, 1), independently for each number
+
+L is the document's own length: where documents stand end to end in one row, or padding follows them, the length of the
+tensor is that of something else, and the noise of a short document would be far too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft.boundaries import Boundaries
+
+
+def noise_scale(
+    input_ids: torch.Tensor,
+    width: int,
+    alpha: float,
+    *,
+    documents: Boundaries | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The noise's bound for each token, alpha / sqrt(L · d), float32: (B, T, 1), or (B, 1, 1) for padded rows.
+
+    Args:
+        input_ids: (B, T); nothing but their shape and device counts.
+        width: d, numbers of an embedding.
+        alpha: NEFTune's scale; the paper takes 5 to 15.
+        documents: of a flattened batch, B = 1.
+        attention_mask: (B, T) of padded rows, one document each.
+        position_ids: (B, T) of padded rows with several documents each: they start from 0 with each.
+    """
+    if documents is not None:
+        lengths = torch.tensor(documents.lengths).to(input_ids.device, non_blocking=True)
+        each = torch.repeat_interleave(lengths, lengths, output_size=input_ids.shape[1])[None]  # (1, T)
+    elif attention_mask is not None:
+        each = attention_mask.sum(-1, keepdim=True)  # (B, 1)
+    elif position_ids is not None:
+        each = _lengths_by_position(position_ids)  # (B, T)
+    else:
+        each = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
+    return (alpha / (each.float() * width).sqrt())[..., None]
+
+
+def _lengths_by_position(position_ids: torch.Tensor) -> torch.Tensor:
+    """For each token the length of its document, whose positions count from 0: (B, T). Padding stands for itself."""
+    number = (position_ids == 0).flatten().cumsum(0) - 1  # (B · T,) of the document, counted from 0
+    lengths = torch.zeros_like(number).index_add_(0, number, torch.ones_like(number))
+    return lengths[number].view_as(position_ids)
+
+
+class Neftune:
+    """Adds the noise to a model's input embeddings, in the passes that are announced to it and in no others.
+
+    The noise is a function of the seed, the rank and the step, not of the random numbers that others draw: a resumed
+    run goes on with that of the run that never stopped, and each rank has its own.
+
+    Args:
+        model: wrapped with an adapter or not; its embeddings are taken as they are when it is called.
+        alpha: see `noise_scale`.
+        seed: of the run.
+        rank: of the data that this process trains on.
+    """
+
+    def __init__(self, model: Any, alpha: float, seed: int, rank: int = 0) -> None:
+        self._alpha, self._seed, self._rank = alpha, seed, rank
+        embeddings = model.get_input_embeddings()
+        self._weight: torch.Tensor = embeddings.weight
+        self._noise: torch.Tensor | None = None
+        self._generator = torch.Generator(self._weight.device)
+        self._hook = embeddings.register_forward_hook(self._add)
+
+    @contextmanager
+    def training_pass(self, inputs: Mapping[str, Any], step: int, number: int) -> Iterator[None]:
+        """The forward pass inside is one of training.
+
+        The noise is made before it, so that a compiled model meets one addition and no generator.
+
+        Args:
+            inputs: of the pass, as the collator makes them.
+            step: optimizer steps made before it.
+            number: of the pass in its step, counted from 0.
+        """
+        width = self._weight.shape[1]
+        layout = {name: inputs.get(name) for name in ("documents", "attention_mask", "position_ids")}
+        scale = noise_scale(inputs["input_ids"], width, self._alpha, **layout)
+        seeds = np.random.SeedSequence([self._seed, self._rank, step, number]).generate_state(2)
+        self._generator.manual_seed(int(seeds[0]) << 31 | int(seeds[1]) >> 1)
+        shape = (*inputs["input_ids"].shape, width)
+        noise = torch.empty(shape, dtype=self._weight.dtype, device=scale.device)
+        self._noise = noise.uniform_(-1, 1, generator=self._generator).mul_(scale.to(noise.dtype))
+        try:
+            yield
+        finally:
+            self._noise = None
+
+    def remove(self) -> None:
+        """Takes the noise off the model for good."""
+        self._hook.remove()
+
+    def _add(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if self._noise is None else output + self._noise.to(output.dtype)

@@ -1,0 +1,75 @@
+"""Which optimizers this machine can run, found out by one small step before the run; and master weights around them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from sft.errors import Problem, UserError
+from sft.master_weights import MasterWeights
+
+logger = logging.getLogger("sft")
+
+_PROBE = (128, 64)  # bitsandbytes keeps states of fewer than 4,096 numbers in float32
+_OF_THE_MODEL = ("params", "model", "optimizer_dict")  # what upstream returns for optimizers that take the model apart
+
+
+def require_optimizer(args: TrainingArguments) -> None:
+    """Makes one step of the `optim` that was asked for on a parameter of 8,192 numbers.
+
+    Raises:
+        UserError: a library is missing, a setting does not fit, or the step does not run on this device.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    try:
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        if isinstance(optimizer_class, type) and not any(key in kwargs for key in _OF_THE_MODEL):
+            state = _states_after_a_step(optimizer_class, kwargs, args.device)
+        else:
+            return
+    except UserError:
+        raise
+    except (ImportError, ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise _refusal(name, error, args.device) from error
+    if "8bit" in name and not any(value.dtype == torch.uint8 for value in state):
+        raise _refusal(name, RuntimeError("its states came out in float32"), args.device)
+    if "paged" in name and args.device.type == "cpu":
+        logger.warning("optim: %s: there is no GPU memory to page out of; the states lie in main memory", name)
+
+
+def _states_after_a_step(
+    optimizer_class: type[torch.optim.Optimizer], kwargs: dict[str, Any], device: torch.device
+) -> list[torch.Tensor]:
+    parameter = torch.nn.Parameter(torch.zeros(_PROBE, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = optimizer_class([parameter], **kwargs)
+    optimizer.step()
+    return [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+
+
+def _refusal(name: str, error: Exception, device: torch.device) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    where = "this GPU" if device.type == "cuda" else f"the {device.type.upper()}"
+    hint = "leave `optim` out for AdamW in one fused kernel, which runs everywhere"
+    return UserError(Problem(f"{name!r} does not run on {where}: {reason}", hint, "optim"))
+
+
+def with_master_weights(optimizer: torch.optim.Optimizer) -> MasterWeights:
+    """`optimizer` over float32 values of its bfloat16 parameters.
+
+    bitsandbytes remembers by parameter which ones keep their states in 32 bits (the embeddings, by the Trainer's
+    wish); their masters do likewise.
+    """
+    masters = MasterWeights(optimizer)
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        from bitsandbytes.optim import GlobalOptimManager
+
+        manager = GlobalOptimManager.get_instance()
+        master_of = {id(weight): master for weight, master in masters.pairs}
+        for module, name, settings in manager.module_weight_config_triple:
+            if (master := master_of.get(id(getattr(module, name)))) is not None:
+                manager.override_config(master, key_value_dict=dict(settings))
+    return masters

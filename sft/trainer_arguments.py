@@ -1,0 +1,55 @@
+"""What upstream's `TrainingArguments` are given: the user's keys, completed by what this pipeline knows better."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainingArguments
+
+from sft.batch_plan import BatchPlan
+
+
+def training_arguments(
+    given: Mapping[str, Any],
+    *,
+    bf16: bool,
+    fp16: bool,
+    plan: BatchPlan | None,
+    logging_dir: str | None = None,
+    wandb_project: str | None = None,
+) -> TrainingArguments:
+    """The Trainer's arguments.
+
+    Args:
+        given: `Config.training_arguments()`.
+        bf16, fp16: the autocast that was chosen for the machine.
+        plan: the run's arithmetic; None where nothing is trained.
+        logging_dir: of the TensorBoard files; None is `logs/tensorboard` in the output folder.
+        wandb_project: None leaves it to the environment.
+    """
+    arguments = dict(given)
+    arguments |= {"bf16": bf16, "fp16": fp16}
+    if plan is not None:
+        arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
+        if plan.train_rows is None:  # a stream begins behind the rows that were trained
+            arguments["ignore_data_skip"] = True
+    # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
+    arguments.setdefault("ddp_find_unused_parameters", False)
+    if arguments.get("activation_checkpointing"):
+        arguments.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
+    if not torch.cuda.is_available():
+        # Without use_cpu accelerate does not look for a process group: each rank would train alone on the same rows.
+        arguments["use_cpu"] = True
+        arguments.setdefault("dataloader_pin_memory", False)  # there is no device to copy to
+    if not dist.is_initialized():
+        arguments.pop("ddp_backend", None)  # for one process upstream would look for a group that nobody made
+    # Upstream takes these two from the environment alone.
+    if wandb_project:
+        os.environ["WANDB_PROJECT"] = wandb_project
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(arguments["output_dir"]) / "logs" / "tensorboard")
+    return TrainingArguments(**arguments)
