@@ -20,6 +20,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from sft.auto_packing import NEVER, AutoPacking
 from sft.data_sources import DataSource, training_sources, validation_sources
 from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
 from sft.documents import IGNORE_INDEX, Documents, DocumentStore
@@ -69,6 +70,7 @@ class PreparedData:
         end_token_ids: the tokens that end the trained answers, in the order of first use.
         sample: the preview of the first row that is not lost; None when only evaluation sets were prepared.
         from_cache: whether an earlier preparation was found.
+        packing: what `packing: auto` chose for the training rows, in words; empty where it was not asked.
         eval_ledgers: of the evaluation sets.
         known: fingerprints of the evaluation sets' rows, in hexadecimal.
     """
@@ -80,6 +82,7 @@ class PreparedData:
     end_token_ids: tuple[int, ...]
     sample: dict[str, Any] | None = None
     from_cache: bool = False
+    packing: str = ""
     eval_ledgers: dict[str, Ledger] = field(default_factory=dict)
     known: Sequence[str] = ()
 
@@ -87,6 +90,11 @@ class PreparedData:
     def is_stream(self) -> bool:
         """Whether `train` is read while training."""
         return self.train_tokens is None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether samples share rows."""
+        return bool(self.train.is_packed) if self.is_stream else "seq_lengths" in self.train.column_names
 
     @property
     def train_rows(self) -> int | None:
@@ -106,6 +114,7 @@ def prepare_data(
     *,
     seed: int,
     training: bool = True,
+    auto: AutoPacking = NEVER,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> PreparedData:
     """Prepares all data sets that `keys` names, or reads an earlier preparation of the same.
@@ -115,12 +124,13 @@ def prepare_data(
         tokenizer: with its chat template set.
         seed: what `shuffle_seed: null` stands for.
         training: False prepares the evaluation sets alone.
+        auto: what `packing: auto` goes by.
         on_rows: told how many rows have been prepared since it was last told.
 
     Raises:
         UserError: data that does not exist or cannot be read.
     """
-    plan = _Plan(keys, tokenizer, keys.shuffle_seed if keys.shuffle_seed is not None else seed, training, on_rows)
+    plan = _Plan(keys, tokenizer, keys.shuffle_seed if keys.shuffle_seed is not None else seed, training, auto, on_rows)
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
@@ -133,6 +143,7 @@ def prepare_data(
         end_token_ids=tuple(facts["end_token_ids"]),
         sample=facts["sample"],
         from_cache=from_cache,
+        packing=facts["packing"],
         eval_ledgers={name: from_state(state) for name, state in facts["eval_ledgers"].items()},
         known=facts["known"],
     )
@@ -165,10 +176,12 @@ class _Plan:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         training: bool,
+        auto: AutoPacking,
         on_rows: Callable[[int], None],
     ) -> None:
         self.keys = keys
         self.tokenizer, self.seed, self.training, self.on_rows = tokenizer, seed, training, on_rows
+        self.auto = auto
         self.train_packing = _packing(keys.packing)
         self.eval_packing = _packing(keys.packing if keys.eval_packing is None else keys.eval_packing)
         self.train_sources = training_sources(keys) if training or keys.validation_split else []
@@ -183,6 +196,7 @@ class _Plan:
             {
                 "keys": self.keys.model_dump(exclude=_NOT_IN_KEY),
                 "plan": [self.seed, self.train_packing, self.eval_packing, self.training],
+                "auto": self._auto_facts(),
                 "tokenizer": [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)],
                 "template": tokenizer.chat_template,
                 "libraries": [transformers.__version__, tokenizers.__version__],
@@ -191,11 +205,17 @@ class _Plan:
             _CODE,
         )
 
+    def _auto_facts(self) -> list[Any]:
+        """As much of what `auto` goes by as matters here."""
+        of_eval = [self.auto.obstacle] if "auto" in (self.train_packing, self.eval_packing) else []
+        return [*of_eval, self.auto.rows_a_step] if self.train_packing == "auto" and self.training else of_eval
+
     def make(self, folder: Path) -> None:
         """Prepares everything into `folder`."""
         self.folder, self.encoder = folder, RowEncoder(self.tokenizer, self.keys, self.on_rows)
         held = [self._held_out(number) for number in range(len(self.train_sources))]
         known: set[bytes] = set()
+        limit = self.keys.max_seq_length
         ledgers: dict[str, Ledger] = {}
         files: dict[str, str] = {}
         for number, (name, parts) in enumerate(self._eval_parts(held).items()):
@@ -203,14 +223,21 @@ class _Plan:
             encoded = self._encode(parts, seen, self.eval_packing)
             known |= seen.earlier
             files[name] = f"eval_{number}.arrow"
-            self._write(encoded, files[name], self.eval_packing)
+            packing = self.eval_packing
+            if packing == "auto":  # of evaluation there are no steps to be kept
+                packing, _ = replace(self.auto, rows_a_step=0).choose(encoded.documents.lengths, limit)
+            self._write(encoded, files[name], packing)
             ledgers[name] = total(encoded.ledgers)
         encoded = _Encoded.nothing()
         if self.training:
             # One memory for all training sets: a row may be a duplicate of another set's.
             parts = [(s, _others(h)) for s, h in zip(self.train_sources, held, strict=True)]
             encoded = self._encode(parts, Seen(set(), known), self.train_packing)
-        self._write(encoded, "train.arrow", self.train_packing, self._mixture(encoded))
+        packing, order, choice = self.train_packing, self._mixture(encoded), ""
+        if packing == "auto":
+            lengths = encoded.documents.lengths
+            packing, choice = self.auto.choose(lengths if order is None else lengths[order], limit)
+        self._write(encoded, "train.arrow", packing, order)
         names = [s.name for s in self.train_sources]
         trained = dict(zip(names, encoded.ledgers, strict=False))
         facts = {
@@ -222,6 +249,7 @@ class _Plan:
             "end_token_ids": self.encoder.end_token_ids,
             "train_tokens": sum(ledger.tokens for ledger in encoded.ledgers),
             # Kept here, so that a second start shows it without reading the sources again.
+            "packing": choice,
             "sample": next(preview(self.keys, self.tokenizer, 1, seed=self.seed), None) if self.training else None,
         }
         (folder / "facts.json").write_text(json.dumps(facts))
@@ -291,7 +319,7 @@ class _Plan:
 
 
 def _packing(value: str | bool) -> str | None:
-    return None if value in ("auto", False) else str(value)
+    return None if value is False else str(value)
 
 
 def _others(held: frozenset[int]) -> Wanted:
@@ -321,12 +349,13 @@ def stream_data(
     workers: int = 1,
     shuffle: bool = True,
     whole_window: bool = False,
+    auto: AutoPacking = NEVER,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> PreparedData:
     """The training data as a stream, and the evaluation sets prepared as always.
 
     Args:
-        keys, tokenizer, seed, on_rows: as for `prepare_data`.
+        keys, tokenizer, seed, auto, on_rows: as for `prepare_data`.
         rank, world_size: which process this is, of how many that train together.
         workers: processes that each of them has for its data; at least 1, for itself.
         shuffle: whether the rows of a window are shuffled.
@@ -337,13 +366,16 @@ def stream_data(
     """
     from sft.streaming import StreamPlan, TrainingStream
 
-    prepared = prepare_data(keys, tokenizer, seed=seed, training=False, on_rows=on_rows)
+    prepared = prepare_data(keys, tokenizer, seed=seed, training=False, auto=auto, on_rows=on_rows)
     sources = training_sources(keys)
     weights = tuple(source.weight for source in sources if source.weight is not None)
+    packing = _packing(keys.packing)
+    if packing == "auto":  # its steps are given, and a window has samples enough
+        packing = None if auto.obstacle else "bfd"
     plan = StreamPlan(
         sources=tuple(sources),
         weights=weights if len(weights) == len(sources) else None,
-        packing=_packing(keys.packing),
+        packing=packing,
         seed=keys.shuffle_seed if keys.shuffle_seed is not None else seed,
         shuffle=shuffle,
         known=set(map(bytes.fromhex, prepared.known)),

@@ -44,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "load_trained",
     "merge",
+    "obstacle_to_packing",
     "plan_precision",
     "router_aux_loss_coef",
     "save_companions",
@@ -319,6 +320,23 @@ def check_model(keys: ModelKeys) -> None:
         reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
         _read_config(reference, keys)
         require_weights(reference, "model_name_or_path")
+
+
+def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Why samples of the model that is named should not share a row; None: its attention keeps them apart at no cost.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    with _placed(keys):
+        if keys.from_scratch is not None:
+            config: Any = build_config(keys.from_scratch, tokenizer)
+        else:
+            config = _read_config(resolve_reference(keys.model_name_or_path or "", "model_name_or_path"), keys)
+    name, reason = choose_attention(keys.attn_implementation, config, _model_class(config), True, device_facts())
+    if reason or "flash" in name or name == "sft_documents":
+        return reason
+    return f"{name} attention would compute all pairs of tokens in a row"
 
 
 def router_aux_loss_coef(model: PreTrainedModel | PeftModel, asked: float | None) -> float:

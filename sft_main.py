@@ -31,6 +31,7 @@ from sft.errors import Problem, UserError
 # config answer in a fraction of a second.
 if TYPE_CHECKING:
     from data_handler import PreparedData
+    from sft.auto_packing import AutoPacking
     from sft.checking import Report
     from sft.conversation import Conversation
     from sft.schema import Config
@@ -192,8 +193,10 @@ def evaluate(argv: list[str]) -> int:
     import distributed_utils as distributed
     import model_manager
     import trainer_utils
+    from sft.auto_packing import AutoPacking
     from sft.callbacks import ConsoleProgress
     from sft.console import console
+    from sft.document_attention import takes_documents
     from sft.schema import TrainingKeys
 
     folder = options.model or config.output_dir
@@ -203,7 +206,8 @@ def evaluate(argv: list[str]) -> int:
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
-    data = _prepare(config, tokenizer, training=False)
+    obstacle = None if takes_documents(model.config) else "the model takes padded rows"
+    data = _prepare(config, tokenizer, training=False, auto=AutoPacking(obstacle))
     if not data.evals:
         hint = "give validation_file, validation_split or eval_datasets"
         raise UserError(Problem("there is no validation data", hint, "validation_file"))
@@ -311,6 +315,7 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
     from sft.batch_plan import plan_batches
     from sft.callbacks import ConsoleProgress, MetricsFile
     from sft.console import console
+    from sft.document_attention import takes_documents
     from sft.losses import Objective
     from sft.optimizers import require_optimizer
     from sft.schema import ModelKeys, TrainingKeys
@@ -341,6 +346,7 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         bf16=precision.bf16,
         fp16=precision.fp16,
         plan=plan,
+        pads=not (takes_documents(model.config) or data.is_packed),
         logging_dir=config.logging_dir,
         wandb_project=config.wandb_project,
     )
@@ -413,7 +419,7 @@ def _join(config: Config) -> None:
     distributed.init_process_group(backend, config.ddp_timeout)
 
 
-def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedData:
+def _prepare(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
     """The prepared data; the first rank shows its ledger and its first sample, and saves the ledger."""
     import data_handler
     import distributed_utils as distributed
@@ -423,13 +429,15 @@ def _prepare(config: Config, tokenizer: Any, training: bool = True) -> PreparedD
 
     keys = config.section(DataKeys)
     with counting("rows prepared:") as on_rows:
-        data = _data(config, tokenizer, training=training, on_rows=on_rows)
+        data = _data(config, tokenizer, training=training, on_rows=on_rows, **options)
     if distributed.is_main_process():
         show_ledger(data.ledger)
         if training:
             artifacts.write_ledger(Path(config.output_dir), data.ledger)
         if data.sample:
             show_sample(data.sample, tokenizer)
+    if data.packing:
+        logger.info("Packing: %s", data.packing)
     if training:
         data_handler.require_enough_rows(keys, data.ledger)
         if str(config.eval_strategy) != "no" and not data.evals:
@@ -445,6 +453,8 @@ def _data(config: Config, tokenizer: Any, training: bool = True, **options: Any)
     from sft.schema import DataKeys
 
     keys = config.section(DataKeys)
+    if "auto" in (keys.packing, keys.eval_packing):
+        options.setdefault("auto", _auto_packing(config, tokenizer))
     if not (training and keys.streaming):
         options.pop("whole_window", None)
         return data_handler.prepare_data(keys, tokenizer, seed=config.seed, training=training, **options)
@@ -458,6 +468,19 @@ def _data(config: Config, tokenizer: Any, training: bool = True, **options: Any)
         shuffle=config.train_sampling_strategy == "random",
         **options,
     )
+
+
+def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
+    """What `packing: auto` goes by: the model that the config names, and the rows of a step."""
+    import model_manager
+    from sft.auto_packing import AutoPacking
+    from sft.batch_plan import rows_a_step
+    from sft.hardware import visible_gpus
+    from sft.schema import ModelKeys, TrainingKeys
+
+    processes = int(os.environ.get("WORLD_SIZE", "0")) or config.num_gpus or max(1, visible_gpus())
+    obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
+    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), processes))
 
 
 def _account(config: Config, trainer: SFTTrainer, data: PreparedData) -> PreparedData:

@@ -112,7 +112,8 @@ class SFTTrainer(TokenEvaluation):
         self._masters: MasterWeights | None = None
         self._objective = objective or Objective()
         self._eval_objective = Objective(entropy=self._objective.entropy)
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._model_config = causal_lm.config
         self._reason_for_logits = fused_head.install(causal_lm, loss_chunk_size)
         if self._reason_for_logits:
             logger.info("All logits of a pass are held at once: %s", self._reason_for_logits)
@@ -175,9 +176,10 @@ class SFTTrainer(TokenEvaluation):
         Args:
             gradient_scale: what the objective will be multiplied by, so that its gradients are rounded once.
         """
-        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        names = ("input_ids", "attention_mask", "position_ids")
+        kept: dict[str, Any] = {name: inputs[name] for name in names if name in inputs}
         if "documents" in inputs:
-            kept |= attention_inputs(self.model.config, inputs["documents"])
+            kept |= attention_inputs(self._model_config, inputs["documents"])
         # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
         objective = self._objective if model.training else self._eval_objective
         if self._reason_for_logits is None:

@@ -51,6 +51,13 @@ class BatchPlan:
         )
 
 
+def rows_a_step(keys: TrainingKeys, world_size: int) -> int:
+    """Rows of an optimizer step over all processes."""
+    if keys.global_batch_size is not None:
+        return keys.global_batch_size
+    return keys.per_device_train_batch_size * keys.gradient_accumulation_steps * world_size
+
+
 def plan_batches(
     keys: TrainingKeys, train_rows: int | None, tokens_per_epoch: int | None, world_size: int
 ) -> BatchPlan:

@@ -120,7 +120,8 @@ class DataKeys(Keys):
     """What happens to a row longer than `max_seq_length`: stop, leave it out, cut a side off, or cut it in pieces."""
     packing: Packing = "auto"
     """Several rows in one training sequence: best-fit decreasing (`bfd`), a token stream cut at the limit (`wrapped`),
-    or not at all; `auto` does not pack and pads each batch to its longest row."""
+    or not at all. `auto` is `bfd` where the model keeps samples apart, two or more share a row, and an epoch keeps 50
+    steps."""
     eval_packing: Packing | None = None
     """The same for validation; null is as `packing`."""
     special_tokens_in_content: Literal["text", "allow", "error"] = "text"

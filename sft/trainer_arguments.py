@@ -20,6 +20,7 @@ def training_arguments(
     bf16: bool,
     fp16: bool,
     plan: BatchPlan | None,
+    pads: bool = False,
     logging_dir: str | None = None,
     wandb_project: str | None = None,
 ) -> TrainingArguments:
@@ -29,6 +30,7 @@ def training_arguments(
         given: `Config.training_arguments()`.
         bf16, fp16: the autocast that was chosen for the machine.
         plan: the run's arithmetic; None where nothing is trained.
+        pads: whether rows are padded to the longest of their pass, so that passes of like lengths compute less.
         logging_dir: of the TensorBoard files; None is `logs/tensorboard` in the output folder.
         wandb_project: None leaves it to the environment.
     """
@@ -38,6 +40,8 @@ def training_arguments(
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
         if plan.train_rows is None:  # a stream begins behind the rows that were trained
             arguments["ignore_data_skip"] = True
+    if pads:
+        arguments.setdefault("train_sampling_strategy", "group_by_length")
     # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
     arguments.setdefault("ddp_find_unused_parameters", False)
     if arguments.get("activation_checkpointing"):

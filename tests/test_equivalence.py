@@ -42,6 +42,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pa
         packing=False,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=4,
+        train_sampling_strategy="random",
         learning_rate=3e-3,
         max_steps=STEPS,
         logging_steps=1,

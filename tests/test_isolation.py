@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, MambaConfig, NemotronConfig, OPTConfig, set_seed
 
 from sft.collation import Collator
@@ -26,7 +25,7 @@ def build(config: Any, attention: str) -> Any:
 
 
 def opt(attention: str) -> Any:
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return build(OPTConfig(vocab_size=50, max_position_embeddings=64, **sizes), attention)
 
 
@@ -47,7 +46,7 @@ def test_rotary_attention_keeps_documents_apart(attention: str, flatten: bool) -
 
 
 def test_a_model_in_bf16_is_not_refused_for_its_rounding() -> None:
-    model = tiny_llama(50).to(torch.bfloat16)
+    model: Any = tiny_llama(50).bfloat16()
     model.set_attn_implementation(NAME)
     require_isolation(model, Collator(0, flatten=True))
 
@@ -67,8 +66,8 @@ def test_recurrent_layers_leak() -> None:
 
 
 def test_a_model_that_does_not_hand_boundaries_on_is_refused_with_a_way_out() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = build(NemotronConfig(vocab_size=50, num_key_value_heads=2, **sizes), NAME)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = build(NemotronConfig(vocab_size=50, num_attention_heads=4, num_key_value_heads=2, **sizes), NAME)
     with pytest.raises(UserError, match="NemotronAttention is not told where documents begin") as raised:
         require_isolation(model, Collator(0, flatten=True))
     problem = raised.value.problems[0]
@@ -78,8 +77,13 @@ def test_a_model_that_does_not_hand_boundaries_on_is_refused_with_a_way_out() ->
 
 @pytest.mark.parametrize(
     ("leak", "in_float32", "in_bf16"),
-    [(Leak(0.0, 1e-6), False, False), (Leak(0.0, 1e-3), True, False), (Leak(0.02, 0.0), True, True), (Leak(0.0, 0.1), True, True)],
-)  # fmt: skip
+    [
+        (Leak(0.0, 1e-6), False, False),
+        (Leak(0.0, 1e-3), True, False),
+        (Leak(0.02, 0.0), True, True),
+        (Leak(0.0, 0.1), True, True),
+    ],
+)
 def test_rounding_is_told_from_a_leak(leak: Leak, in_float32: bool, in_bf16: bool) -> None:
     assert leak.exceeds(precise=True) is in_float32
     assert leak.exceeds(precise=False) is in_bf16
