@@ -362,6 +362,14 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         router_aux=model_manager.router_aux_loss_coef(model, config.router_aux_loss_coef),
         entropy=config.log_entropy,
     )
+    settings = trainer_utils.StepSettings(
+        objective=objective,
+        loss_chunk_size=config.loss_chunk_size,
+        master_weights=precision.master_weights,
+        on_nonfinite=config.on_nonfinite,
+        nonfinite_limit=config.nonfinite_limit,
+        from_scratch=config.from_scratch is not None,
+    )
     return trainer_utils.SFTTrainer(
         model,
         arguments,
@@ -372,12 +380,7 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         callbacks,
         total_steps=plan.total_steps,
         progress=StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None,
-        objective=objective,
-        loss_chunk_size=config.loss_chunk_size,
-        master_weights=precision.master_weights,
-        on_nonfinite=config.on_nonfinite,
-        nonfinite_limit=config.nonfinite_limit,
-        from_scratch=config.from_scratch is not None,
+        settings=settings,
     )
 
 

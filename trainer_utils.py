@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,27 +25,45 @@ from sft.document_attention import attention_inputs, takes_documents
 from sft.errors import TrainingStopped
 from sft.flops import operations_a_token
 from sft.isolation import require_isolation
-from sft.loss_spikes import LossSpikes
 from sft.losses import Objective, TokenLoss, token_loss
 from sft.master_weights import MasterWeights
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
-from sft.neftune import Neftune
-from sft.nonfinite import NonfiniteGuard, clip_gradients, gradient_norm, require_finite
+from sft.nonfinite import clip_gradients, gradient_norm, require_finite
 from sft.optimizers import with_master_weights
 from sft.run_shape import RunShape, describe_adapter, digest_lengths
 from sft.sampling import EpochSampler
+from sft.step_watch import StepWatch
 from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress
 from sft.streaming import STEP, TrainingStream
 from sft.token_evaluation import TokenEvaluation
 from sft.trained_models import save_companions
 from sft.trainer_arguments import training_arguments
-from sft.trust_checks import TrustChecks
 
 logger = logging.getLogger("sft")
 
 __all__ = ["SFTTrainer", "set_seed", "training_arguments"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """How an optimizer step is made.
+
+    Attributes:
+        objective: what is minimised; evaluation measures the plain cross entropy.
+        loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
+        on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
+        from_scratch: whether the model's weights are random on purpose.
+    """
+
+    objective: Objective = field(default_factory=Objective)
+    loss_chunk_size: int | None = None
+    master_weights: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: int = 10
+    from_scratch: bool = False
 
 
 class SFTTrainer(TokenEvaluation):
@@ -60,11 +79,7 @@ class SFTTrainer(TokenEvaluation):
         callbacks: besides the Trainer's own; its two printers are left out.
         total_steps: optimizer steps of the whole run.
         progress: of the stream, where `train_dataset` is one.
-        objective: what is minimised; evaluation measures the plain cross entropy.
-        loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
-        master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
-        on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
-        from_scratch: whether the model's weights are random on purpose.
+        settings: how a step is made.
     """
 
     def __init__(
@@ -78,12 +93,7 @@ class SFTTrainer(TokenEvaluation):
         callbacks: Sequence[TrainerCallback] = (),
         total_steps: int = 0,
         progress: StreamProgress | None = None,
-        objective: Objective | None = None,
-        loss_chunk_size: int | None = None,
-        master_weights: bool = False,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
-        nonfinite_limit: int = 10,
-        from_scratch: bool = False,
+        settings: StepSettings | None = None,
     ) -> None:
         collator = Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config))
         super().__init__(
@@ -108,13 +118,12 @@ class SFTTrainer(TokenEvaluation):
         is_packed = any(d.is_packed if isinstance(d, TrainingStream) else PACKED in d.column_names for d in datasets)
         if collator.flatten or is_packed:
             require_isolation(model, collator)
-        self._keeps_masters = master_weights
+        self._settings = settings or StepSettings()
         self._masters: MasterWeights | None = None
-        self._objective = objective or Objective()
-        self._eval_objective = Objective(entropy=self._objective.entropy)
+        self._eval_objective = Objective(entropy=self._settings.objective.entropy)
         causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._model_config = causal_lm.config
-        self._reason_for_logits = fused_head.install(causal_lm, loss_chunk_size)
+        self._reason_for_logits = fused_head.install(causal_lm, self._settings.loss_chunk_size)
         if self._reason_for_logits:
             logger.info("All logits of a pass are held at once: %s", self._reason_for_logits)
         self._train_rows: Any = train_dataset
@@ -123,16 +132,22 @@ class SFTTrainer(TokenEvaluation):
         self._end_token_ids = end_token_ids
         self.eval_names = list(eval_datasets)
         self._operations_a_token = operations_a_token(causal_lm)
-        self._sums, self._step_sums = TokenSums(args.device), TokenSums(args.device)
-        self._step_rows: list[torch.Tensor] = []
+        self._sums = TokenSums(args.device)
         self._counts = TokenCounts.zero()
         self._clock = time.perf_counter()
-        alpha, self.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None  # upstream's hook stays off
-        self._neftune = Neftune(model, alpha, args.seed, args.process_index) if alpha and train_dataset else None
-        self._guard = NonfiniteGuard(on_nonfinite, nonfinite_limit, tokenizer.decode, self._loss_alone)
-        vocab_size = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        self._checks = TrustChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=alpha)
-        self._spikes = LossSpikes()
+        noise_alpha, self.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None  # upstream's hook stays off
+        self._watch = StepWatch(
+            model,
+            args.device,
+            tokenizer.decode,
+            self._measure_evaluating,
+            on_nonfinite=self._settings.on_nonfinite,
+            nonfinite_limit=self._settings.nonfinite_limit,
+            from_scratch=self._settings.from_scratch,
+            noise_alpha=noise_alpha if train_dataset else 0.0,
+            seed=args.seed,
+            rank=args.process_index,
+        )
 
     @staticmethod
     def _as_eval_dataset(eval_datasets: Mapping[str, Dataset]) -> Dataset | dict[str, Dataset] | None:
@@ -154,18 +169,13 @@ class SFTTrainer(TokenEvaluation):
         DDP averages gradients over the ranks, so the sum is multiplied by their number first:
         mean over ranks of (world_size · sum_r / N) = (sum of all sum_r) / N.
         """
-        if self._checks.is_open:
-            self._checks.before_pass(lambda: self._measure_evaluating(inputs))
         count = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         scale = ranks / count
-        place = self.state.global_step, self._guard.passes
-        with self._neftune.training_pass(inputs, *place) if self._neftune else nullcontext():
-            result = self.measure(model, inputs, scale)
-        self._checks.after_pass(result)
-        self._step_sums.add(result, inputs["lengths"].sum())
-        self._step_rows.append(inputs["rows"])
-        loss = self._guard.watch(result.objective * scale, inputs)
+        result = self._watch.measure_pass(
+            inputs, self.state.global_step, lambda: self.measure(model, inputs, gradient_scale=scale)
+        )
+        loss = self._watch.guard_loss(result.objective * scale, inputs)
         return (loss, {}) if return_outputs else loss
 
     def measure(
@@ -181,7 +191,7 @@ class SFTTrainer(TokenEvaluation):
         if "documents" in inputs:
             kept |= attention_inputs(self._model_config, inputs["documents"])
         # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
-        objective = self._objective if model.training else self._eval_objective
+        objective = self._settings.objective if model.training else self._eval_objective
         if self._reason_for_logits is None:
             labels = {name: inputs[name] for name in ("labels", "trained_positions")}
             sums = model(**kept, **labels, objective=objective, gradient_scale=gradient_scale, use_cache=False)
@@ -208,7 +218,7 @@ class SFTTrainer(TokenEvaluation):
         """The Trainer's optimizer, over float32 values of bfloat16 weights where the run keeps them."""
         if self.optimizer is None:
             super().create_optimizer(model)
-            if self._keeps_masters:
+            if self._settings.master_weights:
                 assert self.optimizer is not None
                 self.optimizer = self._masters = with_master_weights(self.optimizer)
         return self.optimizer  # type: ignore[return-value]
@@ -225,9 +235,6 @@ class SFTTrainer(TokenEvaluation):
         finally:
             model.train(was_training)
 
-    def _loss_alone(self, inputs: dict[str, Any]) -> torch.Tensor:
-        return self._measure_evaluating(inputs).objective
-
     def _clip_grad_norm(self, model: torch.nn.Module) -> None:
         """Waits for `_get_grad_norm`, which comes next: gradients are judged before they are scaled."""
 
@@ -238,19 +245,15 @@ class SFTTrainer(TokenEvaluation):
         """
         self.accelerator.unscale_gradients()
         norm = gradient_norm(model.parameters())
-        step, named = self.state.global_step, list(self.model.named_parameters())  # type: ignore[union-attr]
-        rows, self._step_rows = self._step_rows, []
-        if self._guard.judge(norm, named, step + 1, scaled=self.accelerator.scaler is not None):
-            self._step_sums.clear()
-            return norm
-        if self._checks.is_open:
-            self._checks.look(step, self._step_sums.total())
-        rates = [group["lr"] for group in self.optimizer.param_groups]  # type: ignore[union-attr]
-        self._checks.look_at_rates(step - self._initial_global_step, self._total_steps - step, rates)
-        self._spikes.note(step + 1, self._step_sums.objective_and_tokens, rows)
-        self._sums.absorb(self._step_sums)
-        if self.args.max_grad_norm > 0:
-            clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
+        made, optimizer = self.state.global_step, self.optimizer
+        assert isinstance(self.model, torch.nn.Module)
+        assert optimizer is not None
+        rates = [group["lr"] for group in optimizer.param_groups]
+        is_scaled = self.accelerator.scaler is not None
+        if self._watch.may_step(norm, self.model, made, self._total_steps - made, rates, scaled=is_scaled):
+            self._sums.absorb(self._watch.sums)
+            if self.args.max_grad_norm > 0:
+                clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
     def fit(self, checkpoint: Path | None) -> None:
@@ -260,7 +263,7 @@ class SFTTrainer(TokenEvaluation):
             if self._progress:
                 self._progress.load(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            self._guard.skipped = next((e["skipped_steps"] for e in state.log_history[::-1] if "skipped_steps" in e), 0)
+            self._watch.skipped = next((e["skipped_steps"] for e in state.log_history[::-1] if "skipped_steps" in e), 0)
             if state.global_step >= self._total_steps:
                 logger.info("%s is at step %d: nothing is left to train", checkpoint, state.global_step)
                 self._load_from_checkpoint(str(checkpoint))
@@ -299,7 +302,7 @@ class SFTTrainer(TokenEvaluation):
             seed=self._order_seed(),
             adapter=describe_adapter(self.model),
             train_sampling_strategy=self.args.train_sampling_strategy,
-            master_weights=self._keeps_masters,
+            master_weights=self._settings.master_weights,
             **data,
         )
 
@@ -308,8 +311,8 @@ class SFTTrainer(TokenEvaluation):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
         # Called again for a smaller batch (auto_find_batch_size), after an attempt whose sums count for nothing.
-        self._sums, self._step_sums, self._step_rows = TokenSums(self.args.device), TokenSums(self.args.device), []
-        self._guard.forget()
+        self._sums.clear()
+        self._watch.forget()
         if self._progress:
             return self._stream_loader(self._progress)
         multiple = 1 if self.args.dataloader_drop_last else even_multiple(self._train_batch_size, self.args.world_size)
@@ -355,9 +358,9 @@ class SFTTrainer(TokenEvaluation):
             seconds = time.perf_counter() - self._clock - self.seconds_evaluating
             self._clock, self.seconds_evaluating = time.perf_counter(), 0.0
             logs |= counts.metrics() or {"loss": math.nan}  # each step was left out
-            if self._guard.skipped:
-                logs["skipped_steps"] = self._guard.skipped
-            for spike in self._spikes.read():
+            if self._watch.skipped:
+                logs["skipped_steps"] = self._watch.skipped
+            for spike in self._watch.spikes():
                 logger.warning("%s", spike)
             logs["num_tokens"] = self.state.num_input_tokens_seen
             logs["tokens_per_second"] = counts.input_tokens / seconds

@@ -3,7 +3,7 @@
 A block of queries of one document is multiplied with the keys it may see, and with no others. The scores of one block
 are all that exists at a time; the backward pass computes them again (as in Dao et al., FlashAttention, 2022, but a
 block holds whole rows, so that the softmax is an ordinary one). On AVX512_BF16 this took 0.4 to 0.6 of the time of
-torch's CPU kernel called once a document in bf16, whose backward pass does not multiply in bf16, and 0.8 to 1.0 in
+torch's CPU kernel called once a document in bf16, whose backward pass does not multiply in bf16, and 0.8 to 1.1 in
 float32. Query heads that share a key head are rows of the same product, so no key is repeated.
 
 One operator and not a graph of small ones: autograd would write a full gradient for each slice, checkpointing by policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -44,7 +44,12 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
 }
 LAYERS = ["sliding_attention", "full_attention"]
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
@@ -61,8 +66,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "gpt_oss": {**EXPERTS, "sliding_window": 12, "layer_types": LAYERS},
     "deepseek_v2": {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 4,
-                    "v_head_dim": 8, "n_routed_experts": None, "first_k_dense_replace": 2,
-                    "num_key_value_heads": 4},
+                    "v_head_dim": 8, "n_routed_experts": 4, "first_k_dense_replace": 1, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 16, "num_key_value_heads": 4},
 }  # fmt: skip
 
 
@@ -119,7 +124,8 @@ def gradients(model: Any, logits: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and expected
+    assert expected
+    assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name
 
@@ -255,7 +261,7 @@ def test_no_mask_is_built_and_no_positions_are_searched(kind: str, monkeypatch: 
     with Largest() as largest:
         ids, positions, _ = row()
         model(input_ids=ids, position_ids=positions, use_cache=False)
-    assert "sdpa_mask" in calls and "find_packed_sequence_indices" in calls  # the spies do see them
+    assert set(calls) == {"sdpa_mask", "find_packed_sequence_indices"}  # the spies do see them
     assert largest.elements >= tokens * tokens
 
 
@@ -267,7 +273,7 @@ def test_the_mask_that_goes_along_takes_no_memory() -> None:
 
 def test_a_block_holds_at_most_128_queries_of_one_document_and_the_keys_they_see() -> None:
     for window in (None, 7, 300):
-        covered = []
+        covered: list[int] = []
         for (begin, end), blocks in zip(
             pairwise([0, 1, 128, 257, 1500]), document_kernel._blocks([0, 1, 128, 257, 1500], window), strict=True
         ):
@@ -328,25 +334,28 @@ def test_the_kernel_is_the_formula(options: dict[str, Any], with_sinks: bool) ->
     upstream = torch.randn(OFFSETS[-1], 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
     for function, offsets in ((attend, torch.tensor(OFFSETS)), (dense, OFFSETS)):
-        leaves = [tensor.clone().requires_grad_() for tensor in [*heads(), *([sinks] if with_sinks else [])]]
-        out = function(*leaves[:3], offsets, 0.3, sinks=leaves[3] if with_sinks else None, **options)
+        query, key, value = (tensor.clone().requires_grad_() for tensor in heads())
+        scores = sinks.clone().requires_grad_() if sinks is not None else None
+        out = cast(Any, function)(query, key, value, offsets, 0.3, sinks=scores, **options)
         out.backward(upstream)
+        leaves = [query, key, value, *([] if scores is None else [scores])]
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() <= 1e-6 * expected.norm()  # the sinks' gradients are summed in float32
+        assert (found - expected).norm() <= 1e-6 * expected.norm() + 1e-12  # the sinks' gradients are summed in float32
 
 
 def test_dropout_keeps_the_mean_and_its_gradient_is_exact() -> None:
     query, key, value = heads()
     offsets = torch.tensor(OFFSETS)
     set_seed(0)
-    mean = sum(attend(query, key, value, offsets, 0.3, dropout=0.5) for _ in range(400)) / 400
-    assert (mean - dense(query, key, value)).abs().mean() < 0.03
+    mean = sum(attend(query, key, value, offsets, 0.3, dropout=0.5) for _ in range(150)) / 150
+    assert (mean - dense(query, key, value)).abs().mean() < 0.05
     assert not torch.equal(*(attend(query, key, value, offsets, 0.3, dropout=0.5) for _ in range(2)))
 
     def repeated(*tensors: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return attend(*tensors, torch.tensor([0, 4, 20]), 0.3, dropout=0.3)
+        query, key, value = tensors
+        return attend(query, key, value, torch.tensor([0, 4, 20]), 0.3, dropout=0.3)
 
     few = [tensor[:, :20].clone().requires_grad_() for tensor in (query, key, value)]
     assert torch.autograd.gradcheck(repeated, few)
@@ -404,7 +413,7 @@ def test_compiled_models_take_any_documents_in_one_graph() -> None:
         ("mamba", {}, "recurrent layers"),
         ("qwen3_next", {}, "recurrent layers"),
         ("minimax", {}, "linear_attention"),
-        ("lfm2", {}, "conv"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "conv"),
         ("llama4_text", {}, "chunked_attention"),
         ("bloom", {}, "does not attend through transformers' attention interface"),
         ("gptj", {}, "does not attend through transformers' attention interface"),
@@ -416,7 +425,7 @@ def test_models_that_cannot_say_why(kind: str, settings: dict[str, Any], reason:
     config = AutoConfig.for_model(kind, **settings)
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     found = supports_documents(config, model_class)
-    assert found is not None and reason in found
+    assert reason in str(found)
 
 
 def test_code_that_comes_with_a_model_is_not_trusted_with_documents() -> None:
@@ -513,9 +522,10 @@ def by_documents(
     assert (cu_q.dtype, cu_k.dtype) == (torch.int32, torch.int32)
     assert max_q == max_k == int(cu_q.diff().max())
     left, right = options["window_size"]
-    assert right == 0 and options["enable_gqa"] is (query.shape[1] != key.shape[1])
-    tensors = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    return dense(*tensors, cu_q.tolist(), options["scale"], None if left == -1 else left + 1)
+    assert right == 0
+    assert options["enable_gqa"] is (query.shape[1] != key.shape[1])
+    query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    return dense(query, key, value, cu_q.tolist(), options["scale"], None if left == -1 else left + 1)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7])

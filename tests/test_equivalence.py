@@ -79,7 +79,7 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     """The same losses, gradients, token counts and evaluation, at each step."""
     curves = losses(one), losses(other)
     assert len(curves[0]) == STEPS
-    assert curves[0][-1] < 0.5 * curves[0][0], "little was learned, so that little was compared"
+    assert curves[0][-1] < 0.9 * curves[0][0], "nothing was learned, so that nothing was compared"
     assert curves[0] == pytest.approx(curves[1], abs=tolerance)
     assert grad_norms(one) == pytest.approx(grad_norms(other), rel=1e-3)
     for name in ("num_tokens", "token_accuracy", "sequence_accuracy"):

@@ -1,0 +1,117 @@
+"""Everything that watches an optimizer step while it is made: what it adds up to, and whether it may be made at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+
+from sft.loss_spikes import LossSpikes
+from sft.losses import TokenLoss
+from sft.metrics import TokenSums
+from sft.neftune import Neftune
+from sft.nonfinite import NonfiniteGuard
+from sft.trust_checks import TrustChecks
+
+Inputs = dict[str, Any]
+
+
+class StepWatch:
+    """The sums of one optimizer step, its rows, the guard against numbers that are not finite, and the first checks.
+
+    Args:
+        model: as it is trained, with its adapter.
+        device: of the sums.
+        decode: token ids to text, for messages.
+        evaluate: the sums of one batch in evaluation mode, on this rank alone.
+        on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
+        from_scratch: whether the model's weights are random on purpose.
+        noise_alpha: of NEFTune; 0 for none.
+        seed, rank: of NEFTune's noise.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        decode: Callable[[Any], Any],
+        evaluate: Callable[[Inputs], TokenLoss],
+        *,
+        on_nonfinite: Literal["stop", "skip"],
+        nonfinite_limit: int,
+        from_scratch: bool,
+        noise_alpha: float,
+        seed: int,
+        rank: int,
+    ) -> None:
+        self.sums = TokenSums(device)
+        self._rows: list[torch.Tensor] = []
+        self._evaluate = evaluate
+        self._neftune = Neftune(model, noise_alpha, seed, rank) if noise_alpha else None
+        self._guard = NonfiniteGuard(
+            on_nonfinite, nonfinite_limit, decode, lambda inputs: evaluate(dict(inputs)).objective
+        )
+        vocab_size = model.get_output_embeddings().weight.shape[0]
+        self._checks = TrustChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=noise_alpha)
+        self._spikes = LossSpikes()
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out so far."""
+        return self._guard.skipped
+
+    @skipped.setter
+    def skipped(self, count: int) -> None:
+        self._guard.skipped = count
+
+    def forget(self) -> None:
+        """Drops the passes of a step that will not be made."""
+        self.sums.clear()
+        self._rows = []
+        self._guard.forget()
+
+    def measure_pass(self, inputs: Inputs, step: int, measure: Callable[[], TokenLoss]) -> TokenLoss:
+        """One pass of the step that comes after `step` others; its sums count once the step is made."""
+        if self._checks.is_open:
+            self._checks.before_pass(lambda: self._evaluate(inputs))
+        noise = self._neftune.training_pass(inputs, step, self._guard.passes) if self._neftune else nullcontext()
+        with noise:
+            result = measure()
+        self._checks.after_pass(result)
+        self.sums.add(result, inputs["lengths"].sum())
+        self._rows.append(inputs["rows"])
+        return result
+
+    def guard_loss(self, loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """`loss`, whose backward makes every gradient NaN on all ranks where it is not finite."""
+        return self._guard.watch(loss, inputs)
+
+    def may_step(
+        self, norm: torch.Tensor, model: torch.nn.Module, made: int, left: int, rates: list[float], *, scaled: bool
+    ) -> bool:
+        """Whether the step may be made whose passes have been measured.
+
+        Args:
+            norm: of its gradients, not clipped yet.
+            made, left: optimizer steps of the run, before this one and from this one on.
+            rates: learning rates of the step.
+            scaled: whether an fp16 scaler judges the gradients as well.
+
+        Raises:
+            TrainingStopped: a loss or gradient is not finite, and the run is to end for it.
+        """
+        rows, self._rows = self._rows, []
+        if self._guard.judge(norm, list(model.named_parameters()), made + 1, scaled=scaled):
+            self.sums.clear()
+            return False
+        if self._checks.is_open:
+            self._checks.look(made, self.sums.total())
+        self._checks.look_at_rates(made, left, rates)
+        self._spikes.note(made + 1, self.sums.objective_and_tokens, rows)
+        return True
+
+    def spikes(self) -> list[str]:
+        """Losses far above those before them since the last call, in words; reads the device."""
+        return [str(spike) for spike in self._spikes.read()]
