@@ -22,7 +22,8 @@ from tests.runs import arithmetic, log_history, losses, run, write_config, write
 
 STEPS = 50
 FULL = ["learning_rate=3e-3"]
-LORA = ["learning_rate=1e-2", "lora_config.r=8"]
+# A higher rate doubts the first digits: while B is zero, Adam divides the rounding of A's gradient by itself.
+LORA = ["learning_rate=1e-3", "lora_config.r=8"]
 Curve = Callable[..., list[float]]
 
 
