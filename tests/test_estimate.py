@@ -236,10 +236,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sft.allocation_trace import as_fake, fake_batch
 from sft.collation import Collator
 from sft.estimate import estimate_memory, optimizer_memory
-from sft.memory import held_bytes, peak_bytes
+from sft.memory import held_bytes, map_large_blocks, peak_bytes
 from tests.test_out_of_memory import rows
 
 kind = sys.argv[1]
+assert map_large_blocks()
 cpu = torch.device("cpu")
 config = LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
                      num_attention_heads=8, num_key_value_heads=4)

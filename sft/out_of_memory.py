@@ -1,0 +1,137 @@
+"""An optimizer step that runs out of memory is done again in smaller passes, and the run goes on.
+
+The loss of a step is a sum over its rows divided by a number that stands before the first pass, so that it is the same
+in whatever pieces the rows come. What a failed backward pass has already added to some of the gradients cannot be told
+from what earlier passes added; so all the passes of the step are done again.
+
+What can be caught is an allocator that says no: a CUDA device that is full, or a limit of the process's address space.
+On a CPU without such a limit Linux grants every request and kills the process when the pages are touched (the
+"OOM killer", exit code 137), which nothing in the process can catch.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sft.errors import Problem, UserError
+
+logger = logging.getLogger("sft")
+
+_SAID_BY_ALLOCATORS = (
+    "can't allocate memory",  # torch's on the CPU
+    "out of memory",  # CUDA, cuBLAS, NCCL and oneDNN
+    "std::bad_alloc",
+    "cannot allocate memory",  # the system's own words (errno 12)
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "could not create a memory",  # oneDNN's scratch space
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID_BY_ALLOCATORS)
+
+
+class ShrinkingPasses:
+    """The passes of optimizer steps, each cut into 2ᵏ pieces, where k grows by one whenever memory runs out.
+
+    `begin` stands before each optimizer step and `run` in the place of each pass. Passes must not talk to other ranks
+    (under DDP they run inside `no_sync`), so that a rank which does them again keeps nobody waiting but at the
+    reduction of the gradients, which belongs behind the last pass.
+
+    Args:
+        run_pass: forward and backward on one piece; adds to the gradients and returns the loss's part, a scalar.
+        halves: a piece as two, or None when it cannot be cut any further.
+        clear: forgets the gradients of the step so far.
+        counts: reads what is counted besides (metrics), in a form that `put_back` takes.
+        put_back: sets it again.
+    """
+
+    def __init__(
+        self,
+        run_pass: Callable[[Any], torch.Tensor],
+        halves: Callable[[Any], tuple[Any, Any] | None],
+        clear: Callable[[], None],
+        counts: Callable[[], Any],
+        put_back: Callable[[Any], None],
+    ) -> None:
+        self._run_pass, self._halves, self._clear = run_pass, halves, clear
+        self._counts, self._put_back = counts, put_back
+        self._earlier: list[Any] = []  # the passes of this step that are done
+        self.cuts = 0
+
+    def begin(self, cuts: int = 0) -> None:
+        """A new optimizer step. `cuts`: of the rank that has cut most, for all to go on alike."""
+        self._earlier = []
+        self.cuts = max(self.cuts, cuts)
+
+    def run(self, batch: Any) -> torch.Tensor:
+        """The loss of the pass, a scalar without graph, once its gradients stand beside those of the step so far.
+
+        Raises:
+            UserError: memory runs out for pieces that cannot be cut any further.
+        """
+        before = self._counts()
+        loss = self._attempt([batch])
+        while loss is None:
+            # Here the error is gone, and with it the frames that held the pass's tensors.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._cut(batch)
+            self._clear()
+            self._put_back(before)
+            if self._attempt(self._earlier) is None:
+                continue
+            self._put_back(before)  # the earlier passes have been counted already
+            loss = self._attempt([batch])
+        self._earlier.append(batch)
+        return loss
+
+    def _attempt(self, batches: Sequence[Any]) -> torch.Tensor | None:
+        """The summed loss of the batches; None when memory ran out on the way."""
+        total = torch.zeros(())
+        try:
+            for batch in batches:
+                for piece in self._pieces(batch):
+                    loss = self._run_pass(piece).detach()
+                    total = total.to(loss.device) + loss
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("Out of memory: %s", str(error).strip().splitlines()[0][:200])
+            return None
+        return total
+
+    def _pieces(self, batch: Any) -> list[Any]:
+        pieces = [batch]
+        for _ in range(self.cuts):
+            pieces = [part for piece in pieces for part in (self._halves(piece) or (piece,))]
+        return pieces
+
+    def _cut(self, batch: Any) -> None:
+        """One cut more.
+
+        Raises:
+            UserError: it would cut nothing.
+        """
+        passes = [*self._earlier, batch]
+        before = [len(self._pieces(p)) for p in passes]
+        self.cuts += 1
+        if [len(self._pieces(p)) for p in passes] == before:
+            message = "memory runs out on a pass of a single row"
+            hint = "shorten max_seq_length, set gradient_checkpointing: true, or train an adapter (lora_config)"
+            raise UserError(Problem(message, hint, "max_seq_length"))
+        logger.warning(
+            "The optimizer step is done again in passes of 1/%d of the rows, as are those after it; a smaller "
+            "per_device_train_batch_size would have spared the time",
+            2**self.cuts,
+        )

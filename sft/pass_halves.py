@@ -1,0 +1,64 @@
+"""A collated pass as two of half its rows, or of half its documents."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from sft.boundaries import Boundaries
+from sft.losses import trained_positions
+
+
+def halves(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The two halves; None when there is one row or document, which must stay whole.
+
+    A flattened pass is cut between two documents, where both sides come nearest to the same length; a padded one
+    between two rows.
+
+        documents  a a a | b b | c c c c | d        (1, 10)
+        halves     a a a | b b      c c c c | d     (1, 5) and (1, 5)
+
+    Args:
+        batch: from `collation.Collator`. Together the halves have its tokens, its `lengths` in their sum, and its
+            trained tokens.
+    """
+    documents = batch.get("documents")
+    if isinstance(documents, Boundaries):
+        return _between_documents(batch, documents)
+    rows = len(batch["input_ids"])
+    if rows < 2:
+        return None
+    return _rows(batch, slice(None, rows // 2)), _rows(batch, slice(rows // 2, None))
+
+
+def _rows(batch: dict[str, Any], side: slice) -> dict[str, Any]:
+    part = {name: value[side] for name, value in batch.items() if name != "trained_positions"}
+    return {**part, "trained_positions": trained_positions(part["labels"])}
+
+
+def _between_documents(batch: dict[str, Any], documents: Boundaries) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    if len(documents.lengths) < 2:
+        return None
+    ends = list(accumulate(documents.lengths))
+    cut = min(range(1, len(ends)), key=lambda count: abs(2 * ends[count - 1] - ends[-1]))
+    middle = ends[cut - 1]
+    # Rows of a packed pass are not told apart here; what counts is the sum. Fillers, which count nothing, come last.
+    first = batch["lengths"].sum().clamp(max=middle)[None]
+    return (
+        _documents(batch, slice(None, middle), documents.lengths[:cut], first),
+        _documents(batch, slice(middle, None), documents.lengths[cut:], batch["lengths"].sum()[None] - first),
+    )
+
+
+def _documents(
+    batch: dict[str, Any], tokens: slice, documents: tuple[int, ...], lengths: torch.Tensor
+) -> dict[str, Any]:
+    part = {name: batch[name][:, tokens] for name in ("input_ids", "labels", "position_ids")}
+    return {
+        **part,
+        "documents": Boundaries.of(documents).to(lengths.device),
+        "lengths": lengths,
+        "trained_positions": trained_positions(part["labels"]),
+    }
