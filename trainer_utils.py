@@ -23,7 +23,7 @@ from sft.callbacks import ConsoleProgress, FollowConfig, FollowEpoch
 from sft.collation import PACKED, Collator, EvenRows, even_multiple, row_lengths
 from sft.document_attention import attention_inputs, takes_documents
 from sft.errors import TrainingStopped
-from sft.flops import operations_a_token
+from sft.flops import operations_a_token, peak_of
 from sft.isolation import require_isolation
 from sft.losses import Objective, TokenLoss, token_loss
 from sft.master_weights import MasterWeights
@@ -132,6 +132,7 @@ class SFTTrainer(TokenEvaluation):
         self._end_token_ids = end_token_ids
         self.eval_names = list(eval_datasets)
         self._operations_a_token = operations_a_token(causal_lm)
+        self._peak_operations = peak_of(args.device)
         self._sums = TokenSums(args.device)
         self._counts = TokenCounts.zero()
         self._clock = time.perf_counter()
@@ -364,6 +365,9 @@ class SFTTrainer(TokenEvaluation):
                 logger.warning("%s", spike)
             logs["num_tokens"] = self.state.num_input_tokens_seen
             logs["tokens_per_second"] = counts.input_tokens / seconds
+            if self._peak_operations:
+                operations = logs["tokens_per_second"] * self._operations_a_token / self.args.world_size
+                logs["mfu"] = operations / self._peak_operations
             logs["memory_gb"] = peak_memory_gb(self.args.device)
         super().log(logs, start_time)
 

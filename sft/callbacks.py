@@ -193,6 +193,7 @@ _FORMATS = {
     "learning_rate": "lr {:.2e}",
     "grad_norm": "grad {:.3g}",
     "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
     "memory_gb": "{:.1f} GiB",
 }
 

@@ -2,7 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+# Dense bfloat16 operations a second by a part of the device's name, from NVIDIA's and AMD's data sheets.
+_PEAKS = {
+    r"H200|GH200": 989.4e12,
+    r"H100.*PCIe": 756e12,
+    r"H100": 989.4e12,
+    r"H20\b": 148e12,
+    r"B200|GB200": 2250e12,
+    r"B300|GB300": 2250e12,
+    r"A100|A800": 312e12,
+    r"L40S": 362e12,
+    r"\bL4\b": 121e12,
+    r"RTX 4090": 165.2e12,
+    r"RTX 3090": 71e12,
+    r"A10\b|A10G": 125e12,
+    r"MI300X": 1307e12,
+}
+
+
+def peak_operations(device_name: str) -> float | None:
+    """Dense bfloat16 operations a second that the data sheet promises; None for a device that is not known here."""
+    return next((peak for pattern, peak in _PEAKS.items() if re.search(pattern, device_name)), None)
+
+
+def peak_of(device: Any) -> float | None:
+    """The same for a torch device; None where nobody promises anything, as of a CPU."""
+    import torch
+
+    return peak_operations(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def operations_a_token(model: Any) -> int:

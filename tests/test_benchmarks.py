@@ -9,11 +9,23 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from benchmarks._gpu_report import all_figures as gpu_figures
+from benchmarks._gpu_report import targets as gpu_targets
 from benchmarks._inputs import log_normal_lengths, read_questions, write_chats
 from benchmarks._measure import ROOT, run_worker
+from benchmarks._models import GPU_SHAPES, Shape, square
 from benchmarks._report import Figures, write_section
+from benchmarks._train_contestants import clocked, real_tokens
+from benchmarks._training_inputs import write_pairs
+from benchmarks._training_report import figures, plot_sweeps
+from benchmarks._training_report import targets as training_targets
 from benchmarks.data import targets
+from benchmarks.profile_step import imports
+from sft.flops import peak_operations
+from tests.builders import tiny_llama
 
 
 def chats(file):
@@ -113,3 +125,214 @@ def test_the_data_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
     assert not [
         path for path in tmp_path.iterdir() if path.name not in ("out", "all.json")
     ]  # no temporary file is left
+
+
+def test_pairs_hold_what_the_chats_hold(tmp_path):
+    questions = [{"question": "1 + 9?", "answer": "10"}, {"question": "why?", "answer": "so"}]
+    write_pairs(tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl", questions, 3, joined=2)
+    assert chats(tmp_path / "chats.jsonl") == [["1 + 9?\nwhy?", "10\nso"]] * 3
+    messages = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [pair["prompt"] + pair["completion"] for pair in pairs] == messages
+
+
+@pytest.mark.parametrize("shape", [square(2, 128, 500), square(2, 128, 500, tied=True), GPU_SHAPES["tiny"]["0.6B"]])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_are_those_of_the_weights_that_are_multiplied(shape, frozen):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape.config())
+    multiplied = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert shape.operations(frozen) == (4 if frozen else 6) * multiplied
+
+
+@pytest.mark.parametrize(("size", "billions"), [("0.6B", 0.596), ("1.7B", 1.721), ("8B", 8.030)])
+def test_gpu_models_have_the_sizes_that_they_are_named_for(size, billions):
+    shape = GPU_SHAPES["real"][size]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape.config())
+    assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=5e-4)
+    assert Shape(**shape.as_dict()) == shape
+
+
+def test_padding_is_never_counted():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    assert real_tokens({"input_ids": torch.zeros(2, 4), "attention_mask": mask}) == 5
+    assert real_tokens({"input_ids": torch.zeros(1, 9)}) == 9
+
+
+def test_the_clock_starts_behind_the_warm_up(tmp_path):
+    model = tiny_llama(50)
+    rows = [{"input_ids": [1] * n, "attention_mask": [1] * n, "labels": [1] * n} for n in (5, 7) * 6]
+    trainer_class, report = clocked(Trainer, warm_up=2)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=5, per_device_train_batch_size=1, gradient_accumulation_steps=2, use_cpu=True,
+        report_to="none", train_sampling_strategy="sequential", save_strategy="no",
+    )  # fmt: skip
+    trainer = trainer_class(model=model, args=arguments, train_dataset=rows, callbacks=[trainer_class.clock])
+    trainer.train()
+    assert report["steps"] == 3
+    assert report["tokens"] == 3 * (5 + 7)
+    assert report["seconds"] > 0
+
+
+def run_of(tokens_per_second, wall=10.0, peak=1000.0):
+    return {"tokens": tokens_per_second * 2, "seconds": 2, "steps": 4, "wall_s": wall, "peak_mib": peak, "loss": 9.0}
+
+
+def test_training_targets_are_medians_of_the_ratios_within_a_round():
+    rounds = {
+        "ours": [run_of(900), run_of(300), run_of(800)],
+        "TRL": [run_of(100), run_of(100), run_of(100)],
+        "bare loop": [run_of(900), run_of(400), run_of(800)],
+    }
+    found = training_targets({"speed": {"full": {"rounds": rounds, "heats": {}}}})
+    assert [(t["what"], t["reached"], t["met"]) for t in found] == [
+        ("full: tokens/s, times those of TRL", 8.0, True),
+        ("full: tokens/s, times those of bare loop", 1.0, True),
+    ]
+
+
+def test_memory_and_whole_runs_have_their_targets():
+    memory = {"ours": [run_of(100, peak=300)], "Trainer, bf16": [run_of(200, peak=1000)]}
+    process = {"ours": [run_of(1, wall=10)], "TRL": [run_of(1, wall=15)], "TRL, packed": [run_of(1, wall=30)]}
+    found = training_targets({"memory": memory, "process": process})
+    assert [(t["what"], t["reached"], t.get("met")) for t in found] == [
+        ("whole run, times faster than TRL", 1.5, False),
+        ("whole run, times faster than TRL, packed", 3.0, None),
+        ("peak memory with the large vocabulary, share of Trainer, bf16", 0.3, True),
+        ("tokens/s with it, times those of Trainer, bf16", 0.5, False),
+    ]
+
+
+def test_figures_are_medians_and_ranges():
+    table = figures("T", {"ours": [run_of(900), run_of(1300), run_of(1000)]})
+    assert table.rows == [("ours", "1,000", "900–1,300", "450", "10.0", "1,000", "9.000")]
+
+
+def test_the_sweeps_are_drawn_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = {"32000": {"ours": run_of(900), "TRL": run_of(100)}, "64000": {"ours": run_of(800)}}
+    for name in ("one.svg", "two.svg"):
+        assert plot_sweeps(tmp_path / name, {"vocabulary": points, "rows": points})
+    text = (tmp_path / "one.svg").read_text()
+    assert text == (tmp_path / "two.svg").read_text()
+    assert "32,000" in text
+    assert "peak MiB" in text
+
+
+def gpu_results(name, **changed):
+    one = {"size": "8B", "length": 4096, "operations_a_token": 40_000_000_000}
+
+    def of(method, who, speed, peak_gb):
+        run = {**run_of(speed), "device_peak_mib": peak_gb * 1e9 / 2**20}
+        return {**one, "method": method, "name": who, "runs": [run]}
+
+    return {
+        "device": {"name": name, "memory_gib": 79.2, "peak": peak_operations(name)},
+        "options": {"pass_tokens": "8192"},
+        "train": [
+            of("lora", "ours", 12_000, 30),
+            of("lora", "TRL", 6_000, 30),
+            {**one, "method": "lora", "name": "TRL, packed", "runs": [{"failed": "out of memory"}]},
+            of("qlora", "ours", 10_800, 12),
+        ],
+        **changed,
+    }
+
+
+def test_a_gpus_figures_state_mfu_and_what_did_not_fit():
+    (table,) = gpu_figures(gpu_results("Some card"))[1:]
+    assert table.rows[0] == ("lora", "4,096", "ours", "12,000", "", "30.0")  # no peak is known: no MFU
+    (table,) = gpu_figures(gpu_results("NVIDIA H100 80GB HBM3"))[1:]
+    assert table.rows[0] == ("lora", "4,096", "ours", "12,000", "48.5%", "30.0")
+    assert table.rows[2] == ("lora", "4,096", "TRL, packed", "out of memory", "", "")
+
+
+def test_absolute_targets_are_those_of_an_h100():
+    ratios = [
+        ("8B lora 4,096: times TRL's default", 2.0, ">=", 1.5),
+        ("8B lora 4,096: times TRL's best (TRL)", 2.0, ">=", 1.15),
+        ("8B qlora 4,096: share of LoRA's tokens/s", 0.9, ">=", 0.85),
+    ]
+    assert gpu_targets(gpu_results("NVIDIA A100-SXM4-80GB")) == ratios
+    head = {"ours": [{"ms": 80.0, "device_peak_mib": 2.9e9 / 2**20}]}
+    found = gpu_targets(gpu_results("NVIDIA H100 80GB HBM3", head=head, head_shape=[16_384, 248_320, 2048]))
+    assert found == [
+        ("8B lora 4,096: tokens/s", 12_000, ">=", 13_500),
+        *ratios,
+        ("head and loss: ms", 80.0, "<=", 90),
+        ("head and loss: peak GB", pytest.approx(2.9), "<=", 3.0),
+    ]
+
+
+def test_the_longest_imports_come_first():
+    said = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:       100 |       2000 |   torch.nn\nimport time:    500000 |    1600000 | torch\n"
+    )
+    assert imports(said, 1).splitlines()[1] == "    1.60     0.50  torch"
+    assert imports(said, 5).splitlines()[2].split() == ["0.00", "0.00", "torch.nn"]
+
+
+def command(script, *options):
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)],
+        cwd=ROOT.parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+SMALL = ("--layers", 1, "--width", 64, "--data", "nowhere.jsonl")
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
+    (tmp_path / "RESULTS.md").write_text("# Results\n\n## Data\n\nkept\n")
+    sizes = ("--rows", 100, "--max-length", 256, "--step-tokens", 512, "--methods", "lora")
+    steps = ("--rounds", 1, "--steps", 2, "--warm-up", 1, "--sweep-steps", 2)
+    sweeps = ("--sweep-vocabulary", "--sweep-size", "--sweep-rows", "--sweep-joined", 1)
+    places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--without-trl")
+    command("train.py", *SMALL, "--parts", "speed", "sweeps", *sizes, *steps, *sweeps, *places)
+    found = json.loads((tmp_path / "all.json").read_text())
+    reports = {name: of_it[0] for name, of_it in found["speed"]["lora"]["rounds"].items()}
+    assert set(reports) == {"ours", "bare loop", "Trainer, bf16", "Trainer, float32"}
+    for report in reports.values():
+        assert report["steps"] == 1
+        assert 200 < report["tokens"] <= 700  # one step of about 512
+        assert 9 < report["loss"] < 12  # ln(32,000) = 10.4
+        assert 0 < report["seconds"] < report["wall_s"]
+    ((length, point),) = found["sweeps"]["length"].items()
+    assert 100 < int(length) < 256
+    assert set(point) == {"ours", "Trainer, bf16"}
+    results = (tmp_path / "RESULTS.md").read_text()
+    assert "## Data\n\nkept" in results
+    assert "## Training" in results
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_can_be_tried_without_a_gpu(tmp_path):
+    sizes = ("--sizes", "0.6B", "--methods", "full", "qlora", "--lengths", 256, "--pass-tokens", 256)
+    steps = ("--step-tokens", 512, "--steps", 2, "--warm-up", 1, "--rows", 60, "--head", 64, 640, 32, "--repeats", 1)
+    places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--data", "nowhere.jsonl")
+    command("gpu.py", "--device", "cpu", "--scale", "tiny", *sizes, *steps, *places)
+    found = json.loads((tmp_path / "all.json").read_text())
+    ours = [one["method"] for one in found["train"] if one["name"] == "ours"]
+    assert ours == ["full", "qlora"]
+    for one in found["train"]:
+        assert not [run for run in one["runs"] if "failed" in run], one
+    losses = [runs[0]["loss"] for name, runs in found["head"].items() if name in ("ours", "torch_plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    results = (tmp_path / "RESULTS.md").read_text()
+    assert "## One GPU" in results
+    assert "no GPU: a trial of the script" in results
+
+
+@pytest.mark.slow
+def test_the_profile_names_imports_stages_and_operations(tmp_path):
+    command("profile_step.py", *SMALL, "--steps", 1, "--warm-up", 1, "--out", tmp_path / "profile.txt")
+    text = (tmp_path / "profile.txt").read_text()
+    assert " torch\n" in text
+    assert "Batches:" in text
+    assert "aten::mm" in text

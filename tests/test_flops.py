@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from sft.flops import operations_a_token
+from sft.flops import operations_a_token, peak_of, peak_operations
 from tests.builders import tiny_llama
 
 # Of `tiny_llama`: width 64, 2 layers, 4 heads of 16 with 2 for keys and values, 128 in the middle.
@@ -42,3 +43,11 @@ def test_only_the_experts_that_a_token_goes_through_count(experts: int, chosen: 
     )
     a_layer = ATTENTION + chosen * 3 * 64 * 128 + experts * 64 + 2 * 64
     assert operations_a_token(MixtralForCausalLM(config)) == 6 * (2 * a_layer + 64 + HEAD)
+
+
+def test_the_peak_is_that_of_the_data_sheet_or_none() -> None:
+    assert peak_operations("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert peak_operations("NVIDIA H100 PCIe") == 756e12
+    assert peak_operations("NVIDIA L40S") == 362e12
+    assert peak_operations("NVIDIA GeForce GTX 1080") is None
+    assert peak_of(torch.device("cpu")) is None

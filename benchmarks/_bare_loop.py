@@ -1,0 +1,119 @@
+"""A training loop written by hand around this pipeline's attention, loss, packed rows and optimizer, and nothing else.
+
+What the command is slower than this is what Trainer, callbacks, logs and checks cost.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+LEARNING_RATE = 2e-4
+
+
+def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any]:
+    """The model that is trained, and the causal LM beneath its adapter (the same without one), on the device."""
+    from transformers import AutoModelForCausalLM
+
+    from sft import document_attention, fused_head
+    from sft.precision import choose_precision, device_facts
+
+    document_attention.register()
+    precision = choose_precision("auto", adapter is None, None, None, device_facts(measured=True))
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(
+        arguments["model"], dtype=precision.torch_dtype(), attn_implementation=document_attention.NAME
+    )
+    causal_lm.to(arguments["device"])
+    model = causal_lm
+    if adapter is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(causal_lm, adapter)
+    if reason := fused_head.install(causal_lm):
+        raise RuntimeError(f"the head stays apart from the loss: {reason}")
+    return model.train(), causal_lm
+
+
+def batches(arguments: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """For each optimizer step the collated batches of its passes, packed and shuffled."""
+    import torch
+    from transformers import AutoTokenizer
+
+    import data_handler
+    from sft.collation import Collator
+    from sft.schema import DataKeys
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments["model"])
+    keys = DataKeys(
+        train_file=arguments["chats"],
+        packing="bfd",
+        max_seq_length=arguments["max_length"],
+        truncation="right",
+        cache_dir=str(Path(arguments["scratch"]) / "cache"),
+    )
+    rows = data_handler.prepare_data(keys, tokenizer, seed=0).train
+    collate = Collator(int(tokenizer.pad_token_id), flatten=True)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    size, passes = arguments["packed_rows"], arguments["passes"]
+
+    def batch(number: int) -> dict[str, Any]:
+        return collate([rows[order[(number * size + n) % len(order)]] for n in range(size)])
+
+    return [[batch(step * passes + n) for n in range(passes)] for step in range(arguments["steps"])]
+
+
+def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
+    """Trains for `arguments["steps"]`, the learning rate falling to 0, clipping at 1."""
+    import torch
+
+    from sft.document_attention import attention_inputs
+    from sft.losses import Objective
+    from sft.optimizers import with_master_weights
+
+    device = torch.device(arguments["device"])
+    torch.manual_seed(0)
+    model, causal_lm = load(arguments, adapter)
+    prepared = batches(arguments)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    if any(weight.dtype != torch.float32 for weight in weights):
+        optimizer = with_master_weights(optimizer)
+    objective = Objective()
+    began, seconds, tokens = 0.0, 0.0, 0
+    total = torch.zeros((), device=device)
+    for step, passes in enumerate(prepared):
+        trained = sum(len(batch["trained_positions"]) for batch in passes)
+        total = torch.zeros((), device=device)
+        for batch in passes:
+            names = ("input_ids", "position_ids", "labels", "trained_positions")
+            on_device = {name: batch[name].to(device, non_blocking=True) for name in names}
+            attention = attention_inputs(causal_lm.config, batch["documents"].to(device, non_blocking=True))
+            outputs = model(**on_device, **attention, objective=objective, use_cache=False)
+            loss = outputs["objective"] / trained
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 - step / len(prepared))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step + 1 == arguments["warm_up"]:
+            wait(device)
+            began = time.perf_counter()
+        elif began:
+            tokens += sum(batch["input_ids"].numel() for batch in passes)
+    wait(device)
+    seconds = time.perf_counter() - began
+    if arguments["save"]:
+        model.save_pretrained(Path(arguments["scratch"]) / "run")
+    steps = arguments["steps"] - arguments["warm_up"]
+    return {"seconds": seconds, "tokens": tokens, "steps": steps, "loss": float(total)}
+
+
+def wait(device: Any) -> None:
+    """Until the device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,134 @@
+"""Tables and targets of the GPU benchmark."""
+
+from __future__ import annotations
+
+import re
+from statistics import median
+from typing import Any
+
+from benchmarks._report import Figures
+
+# What one H100 with 80 GB is to reach: tokens a second of full, LoRA and other training at any of the lengths.
+H100_SPEEDS = {
+    ("8B", "lora"): 13_500,
+    ("8B", "full 8-bit"): 8_500,
+    ("1.7B", "full"): 34_000,
+    ("0.6B", "full"): 70_000,
+}
+H100_HEAD_MS, H100_HEAD_GB, H100_HEAD_SHAPE = 90, 3.0, [16_384, 248_320, 2048]
+H100_8BIT_GB = 72
+H100_QLORA_GIB, QLORA_OF_LORA = 7.0, 0.85  # the memory at 2 rows of 2,048
+TIMES_TRL, TIMES_TRL_BEST = 1.5, 1.15
+Measured = dict[str, Any]
+
+
+def device_line(results: Measured) -> str:
+    """The machine, and the conventions by which the figures are to be read."""
+    at, device = results["machine"], results["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    memory = f", {device['memory_gib']} GiB" if device["memory_gib"] else ""
+    peak = f"{device['peak'] / 1e12:,.1f} TFLOP/s" if device["peak"] else "unknown: no MFU"
+    return (
+        f"{device['name']}{memory}; {at['cpu']}, {at['system']}; {versions}. Rows: {results['data']}.\n\n"
+        "Operations of a token: 6 N for full training, 4 N where the weights are frozen; N counts the weights that it "
+        "is multiplied with, the output layer among them, without embeddings, adapters, attention's own products and "
+        f"what checkpointing computes again. Dense bfloat16 peak by the data sheet: {peak}."
+    )
+
+
+def tokens_per_second(one: Measured) -> float | None:
+    """The median over the runs that came through, None where none did."""
+    speeds = [run["tokens"] / run["seconds"] for run in one["runs"] if "failed" not in run]
+    return median(speeds) if speeds else None
+
+
+def _failure(runs: list[Measured]) -> str:
+    return next((run["failed"] for run in runs if "failed" in run), "")
+
+
+def _peak_gb(runs: list[Measured]) -> float | None:
+    peaks = [run["device_peak_mib"] for run in runs if run.get("device_peak_mib") is not None]
+    return max(peaks) * 2**20 / 1e9 if peaks else None
+
+
+def all_figures(results: Measured) -> list[Figures]:
+    """The targets, where the device is the one they are for; training by size; the head."""
+    tables = []
+    if found := targets(results):
+        lines = [
+            (what, f"{reached:,.3g}", f"{sign} {limit:,}", _met(reached, sign, limit))
+            for what, reached, sign, limit in found
+        ]
+        tables.append(Figures("Targets", ("", "reached", "target", "met"), lines))
+    for size in dict.fromkeys(one["size"] for one in results.get("train", [])):
+        tables.append(training_figures(size, results))
+    if "head" in results:
+        tables.append(head_figures(results["head"], results["head_shape"]))
+    return tables
+
+
+def _met(reached: float, sign: str, limit: float) -> str:
+    return "yes" if (reached >= limit if sign == ">=" else reached <= limit) else "no"
+
+
+def training_figures(size: str, results: Measured) -> Figures:
+    """One size of model, all methods and lengths."""
+    peak = results["device"]["peak"]
+    lines = []
+    for one in results["train"]:
+        if one["size"] != size:
+            continue
+        speed, held = tokens_per_second(one), _peak_gb(one["runs"])
+        mfu = f"{speed * one['operations_a_token'] / peak:.1%}" if speed and peak else ""
+        shown = f"{speed:,.0f}" if speed else _failure(one["runs"])
+        lines.append((one["method"], f"{one['length']:,}", one["name"], shown, mfu, f"{held:.1f}" if held else ""))
+    return Figures(size, ("", "row", "who", "tokens/s", "MFU", "peak GB"), lines)
+
+
+def head_figures(runs: dict[str, list[Measured]], shape: list[int]) -> Figures:
+    """The output layer and the loss alone."""
+    lines = []
+    for name, of_it in runs.items():
+        times, held = [run["ms"] for run in of_it if "ms" in run], _peak_gb(of_it)
+        shown = f"{median(times):.1f}" if times else _failure(of_it)
+        lines.append((name, shown, f"{held:.2f}" if held else ""))
+    tokens, vocabulary, width = shape
+    title = f"Output layer and loss, forward and backward: {tokens:,} tokens x {vocabulary:,} x {width:,}"
+    return Figures(title, ("", "ms", "peak GB"), lines)
+
+
+def targets(results: Measured) -> list[tuple[str, float, str, float]]:
+    """What, what was reached, the sign, what was promised: ratios to peers on any GPU, absolute figures on an H100."""
+    is_h100 = re.search("H100", results["device"]["name"]) is not None
+    found: list[tuple[str, float, str, float]] = []
+    places: dict[tuple[str, str, int], dict[str, Measured]] = {}
+    for one in results.get("train", []):
+        places.setdefault((one["size"], one["method"], one["length"]), {})[one["name"]] = one
+    for (size, method, length), by_name in places.items():
+        what, ours = f"{size} {method} {length:,}", by_name["ours"]
+        reached = tokens_per_second(ours)
+        if reached is None or results["device"]["memory_gib"] is None:
+            continue
+        if is_h100 and (promised := H100_SPEEDS.get((size, method))):
+            found.append((f"{what}: tokens/s", reached, ">=", promised))
+        if is_h100 and (size, method) == ("8B", "full 8-bit") and (held := _peak_gb(ours["runs"])):
+            found.append((f"{what}: peak GB", held, "<=", H100_8BIT_GB))
+        small = length == 2048 and results["options"]["pass_tokens"] == "4096"
+        if small and (size, method) == ("8B", "qlora") and (held := _peak_gb(ours["runs"])):
+            found.append((f"{what}: peak GiB", held * 1e9 / 2**30, "<=", H100_QLORA_GIB))
+        lora = places.get((size, "lora", length), {}) if method == "qlora" else {}
+        if lora and (beside := tokens_per_second(lora["ours"])):
+            found.append((f"{what}: share of LoRA's tokens/s", reached / beside, ">=", QLORA_OF_LORA))
+        rivals = {
+            name: speed for name, one in by_name.items() if name[:3] == "TRL" and (speed := tokens_per_second(one))
+        }
+        if "TRL" in rivals:
+            found.append((f"{what}: times TRL's default", reached / rivals["TRL"], ">=", TIMES_TRL))
+            best = max(rivals, key=lambda name: rivals[name])
+            found.append((f"{what}: times TRL's best ({best})", reached / rivals[best], ">=", TIMES_TRL_BEST))
+    head = [run for run in results.get("head", {}).get("ours", []) if "ms" in run]
+    if is_h100 and head and list(results["head_shape"]) == H100_HEAD_SHAPE:
+        found.append(("head and loss: ms", median(run["ms"] for run in head), "<=", H100_HEAD_MS))
+        if (held := _peak_gb(head)) is not None:
+            found.append(("head and loss: peak GB", held, "<=", H100_HEAD_GB))
+    return found

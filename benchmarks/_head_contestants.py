@@ -1,0 +1,161 @@
+"""The output layer and the loss alone: `python -m benchmarks._head_contestants NAME ARGUMENTS`, alone in a process.
+
+Hidden states and weight are drawn at random; every token is trained; forward and backward are timed, with gradients
+of both. Each reports
+
+    ms               median time of a forward and a backward
+    device_peak_mib  the most that they added to what the inputs take, gradients included; None where it is unknown
+    loss             mean over the tokens, the same for all
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks._bare_loop import wait
+from benchmarks._measure import peak_of_this_process
+
+Loss = Callable[[Any, Any, Any], Any]  # hidden (N, D), weight (V, D), targets (N,): the mean loss
+
+
+def ours() -> Loss:
+    """`sft.fused_head`, as the trainer calls it."""
+    import torch
+
+    from sft.fused_head import head_loss
+    from sft.losses import Objective
+    from sft.output_head import LogitTransform, OutputHead
+
+    def loss(hidden: Any, weight: Any, targets: Any) -> Any:
+        where = OutputHead(decoder="", linear="lm_head", transform=LogitTransform(), vocab_size=len(weight))
+        model = torch.nn.Module()
+        model.lm_head = torch.nn.Linear(1, 1, bias=False, device="meta")
+        model.lm_head.weight = weight
+        # Position t predicts token t + 1: one position more, whose hidden state nobody reads.
+        row = torch.cat([hidden, hidden[-1:].detach()])[None]
+        labels = torch.cat([targets[:1], targets])[None]
+        positions = torch.arange(1, len(targets) + 1, device=targets.device)
+        return head_loss(model, where, row, labels, Objective(), positions).objective / len(targets)
+
+    return loss
+
+
+def torch_plain() -> Loss:
+    """What transformers does: all logits, their float32 copy, cross entropy."""
+    import torch.nn.functional as F
+
+    return lambda hidden, weight, targets: F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def torch_compiled() -> Loss:
+    """The same, compiled."""
+    import torch
+
+    return torch.compile(torch_plain())
+
+
+def liger() -> Loss:
+    """Liger Kernel's fused linear cross entropy."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, targets: fused(weight, hidden, targets)
+
+
+def cut_cross_entropy() -> Loss:
+    """Apple's cut-cross-entropy."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets)
+
+
+def trl() -> Loss:
+    """TRL's fused output layer, with the outputs that its SFTTrainer asks for."""
+    import types
+
+    import torch
+    from transformers import LlamaConfig
+    from trl.trainer.utils import add_fused_lm_head
+
+    class Decoder(torch.nn.Module):
+        def forward(self, hidden: Any, **_: Any) -> Any:
+            return types.SimpleNamespace(last_hidden_state=hidden)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = LlamaConfig()
+            self.base_model = Decoder()
+            self.lm_head = torch.nn.Linear(1, 1, bias=False, device="meta")
+
+        def get_output_embeddings(self) -> Any:
+            return self.lm_head
+
+        def forward(self, hidden: Any) -> Any:
+            """Replaced below."""
+
+    model = Model()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+    def loss(hidden: Any, weight: Any, targets: Any) -> Any:
+        model.lm_head.weight = weight
+        return model(hidden[None], shift_labels=targets[None], fused_lm_head=True).loss
+
+    return loss
+
+
+def measure(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Times one contestant."""
+    import torch
+
+    device = torch.device(arguments["device"])
+    dtype = torch.bfloat16
+    torch.manual_seed(0)
+    shape = (arguments["tokens"], arguments["width"])
+    hidden = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(arguments["vocabulary"], shape[1], device=device, dtype=dtype) * 0.02)
+    targets = torch.randint(arguments["vocabulary"], shape[:1], device=device)
+    loss = HEADS[name]()
+    times, value = [], None
+    for repeat in range(arguments["repeats"] + 2):  # the first ones compile and tune
+        hidden.grad = weight.grad = None
+        wait(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        started = time.perf_counter()
+        value = loss(hidden, weight, targets)
+        value.backward()
+        wait(device)
+        if repeat > 1:
+            times.append((time.perf_counter() - started) * 1000)
+    peak = (torch.cuda.max_memory_allocated() - held) / 2**20 if device.type == "cuda" else None
+    if hidden.grad is None or weight.grad is None:
+        raise RuntimeError("a gradient is missing")
+    assert value is not None
+    return {"ms": statistics.median(times), "device_peak_mib": peak, "loss": float(value.detach())}
+
+
+HEADS: dict[str, Callable[[], Loss]] = {
+    head.__name__: head for head in (ours, torch_plain, torch_compiled, liger, cut_cross_entropy, trl)
+}
+
+
+def main() -> None:
+    name, given, result, _ = sys.argv[1:]
+    arguments = json.loads(given)
+    if arguments["device"] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    report = measure(name, arguments)
+    Path(result).write_text(json.dumps({**report, "own_peak_mib": peak_of_this_process()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The models that are trained: shapes, how many operations a token costs, and what a GPU can do in a second."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder like Llama's or Qwen3's.
+
+    Attributes:
+        family: the `model_type`.
+        width: of the hidden states; heads are `head_width` wide.
+        inner: width of the feed-forward layers.
+        tied: whether the output layer shares the embeddings' weights.
+    """
+
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    family: str = "llama"
+    head_width: int = 64
+    tied: bool = False
+
+    def config(self, positions: int = 8192) -> Any:
+        """The model's config in transformers."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(
+            self.family,
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_width,
+            max_position_embeddings=positions,
+            tie_word_embeddings=self.tied,
+            bos_token_id=None,
+            eos_token_id=2,  # <|im_end|> of the benchmarks' tokenizer
+            pad_token_id=0,
+        )
+
+    def multiplied_parameters(self) -> int:
+        """N: weights that each token is multiplied with, those of the output layer among them, embeddings not."""
+        attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.width * self.inner) + self.width * self.vocabulary
+
+    def operations(self, frozen: bool) -> int:
+        """Floating point operations of a token's forward and backward: 6 N, or 4 N where the weights are frozen.
+
+        Each weight costs a multiplication and an addition for the output, as many for the gradient of the input, and
+        as many again for its own gradient, which frozen weights have not. The products of attention itself, the
+        adapters, and what is computed twice under checkpointing do not count.
+        """
+        return (4 if frozen else 6) * self.multiplied_parameters()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a worker's arguments; `Shape(**...)` reads it."""
+        return asdict(self)
+
+
+def square(layers: int, width: int, vocabulary: int, tied: bool = False) -> Shape:
+    """A small Llama with heads of 64 and a feed-forward layer of 2.75 times the width, as Llama 2's is 2.69."""
+    heads = width // 64
+    inner = round(width * 2.75 / 64) * 64
+    return Shape(layers, width, inner, heads, max(1, heads // 2), vocabulary, tied=tied)
+
+
+QWEN = {"family": "qwen3", "head_width": 128, "vocabulary": 151_936}
+GPU_SHAPES: dict[str, dict[str, Shape]] = {
+    "real": {
+        "0.6B": Shape(28, 1024, 3072, 16, 8, **QWEN, tied=True),  # type: ignore[arg-type]  # Qwen3-0.6B
+        "1.7B": Shape(28, 2048, 6144, 16, 8, **QWEN, tied=True),  # type: ignore[arg-type]  # Qwen3-1.7B
+        "8B": Shape(32, 4096, 14_336, 32, 8, 128_256, head_width=128),  # Llama 3.1 8B
+    },
+    # For trying the script out: every path, no figure of interest.
+    "tiny": {
+        "0.6B": Shape(2, 64, 128, 4, 2, 640, family="qwen3", head_width=32, tied=True),
+        "1.7B": Shape(2, 64, 128, 4, 2, 640, family="qwen3", head_width=32, tied=True),
+        "8B": Shape(2, 64, 128, 2, 1, 640, head_width=32),
+    },
+}
+
+
+def save_model(
+    folder: Path,
+    shape: Shape,
+    tokenizer_folder: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> None:
+    """A model folder as a user names it in `model_name_or_path`: weights drawn at random, and the tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(shape.config(), dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)

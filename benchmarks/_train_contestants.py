@@ -1,0 +1,264 @@
+"""Who trains in the training benchmark: `python -m benchmarks._train_contestants NAME ARGUMENTS`, alone in a process.
+
+All get the same model folder, the same chats, AdamW, clipping at 1, and as many tokens in an optimizer step as their
+way of batching allows. Each reports
+
+    seconds, tokens   of the steps behind the first `warm_up` ones; real tokens only, counted in the batches themselves
+    steps             that these are
+    loss              of the last log
+    wall_s            of the whole process, from its start to its end (`run_worker` adds it where a contestant does not)
+    own_peak_mib      the most memory that it ever had
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _bare_loop
+from benchmarks._bare_loop import LEARNING_RATE
+from benchmarks._measure import ROOT, peak_of_this_process
+from benchmarks._training_inputs import inputs, model_on_device
+
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+def ours(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The command as a user starts it, with the defaults that it ships with; `settings` adds keys to the config."""
+    scratch = Path(arguments["scratch"])
+    config = {
+        "model_name_or_path": arguments["model"],
+        "train_file": arguments["chats"],
+        "output_dir": str(scratch / "run"),
+        "cache_dir": str(scratch / "cache"),
+        "max_seq_length": arguments["max_length"],
+        "truncation": "right",  # as the others do
+        "per_device_train_batch_size": arguments["packed_rows"],
+        "gradient_accumulation_steps": arguments["passes"],
+        "max_steps": arguments["steps"],
+        "learning_rate": LEARNING_RATE,
+        "logging_steps": arguments["warm_up"],
+        **({} if arguments["save"] else {"save_strategy": "no"}),
+        **({"lora_config": {}} if arguments["lora"] else {}),
+        **({"quantization_config": {"load_in_4bit": True}} if arguments["quantized"] else {}),
+        **arguments["settings"],
+    }
+    file = scratch / "config.json"  # JSON is YAML
+    file.write_text(json.dumps(config))
+    started = time.perf_counter()
+    command = [sys.executable, str(ROOT / "sft_main.py"), "--config_file", str(file)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wall = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(f"the command ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    lines = [json.loads(line) for line in (scratch / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    logs = [line for line in lines if "loss" in line]
+    first, last = logs[0], logs[-1]
+    return {
+        "seconds": last["time"] - first["time"],
+        "tokens": last["num_tokens"] - first["num_tokens"],
+        "steps": last["step"] - first["step"],
+        "loss": last["loss"],
+        "wall_s": wall,
+        **({"device_peak_mib": last["memory_gb"] * 1024} if arguments["device"] == "cuda" else {}),
+        "child_peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+    }
+
+
+def real_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of a collated batch without padding; without a mask there is none to count."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
+
+
+def clocked(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
+    """A Trainer's subclass that counts what it trains on, and the report that it fills."""
+    from transformers import TrainerCallback
+
+    report: dict[str, Any] = {"tokens": 0, "steps": 0, "seconds": 0.0}
+    begun: dict[str, float] = {}
+
+    class Clocked(trainer_class):  # type: ignore[misc]
+        clock: type
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if begun:
+                report["tokens"] += real_tokens(inputs)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (warm_up, state.max_steps):
+                _bare_loop.wait(args.device)
+            if state.global_step == warm_up:
+                begun["at"] = time.perf_counter()
+            elif begun:
+                report["seconds"] = time.perf_counter() - begun["at"]
+                report["steps"] = state.global_step - warm_up
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            if logs and "loss" in logs:
+                report["loss"] = float(logs["loss"])
+
+    Clocked.clock = Clock
+    return Clocked, report
+
+
+def adapter(arguments: dict[str, Any]) -> Any:
+    """The same adapter for all, or None for full training."""
+    if not arguments["lora"]:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(**LORA, task_type="CAUSAL_LM")
+
+
+def quantization(arguments: dict[str, Any]) -> Any:
+    """QLoRA's 4 bits (arXiv:2305.14314), or None."""
+    if not arguments["quantized"]:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=arguments["dtype"],
+    )
+
+
+def with_device_peak(report: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Adds the most memory that tensors took on a GPU."""
+    if arguments["device"] == "cuda":
+        import torch
+
+        report["device_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return report
+
+
+def trainer_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What plain Trainer and TRL are told alike; batches of at most 8 rows, which is their default."""
+    rows = max(1, round(arguments["step_tokens"] / arguments["mean_length"]))
+    micro = min(rows, arguments["micro_rows"])
+    return {
+        "output_dir": f"{arguments['scratch']}/run",
+        "max_steps": arguments["steps"],
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": max(1, round(rows / micro)),
+        "learning_rate": LEARNING_RATE,
+        "logging_steps": arguments["warm_up"],
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+        "use_cpu": arguments["device"] == "cpu",
+        **({} if arguments["save"] else {"save_strategy": "no"}),
+    }
+
+
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`transformers.Trainer` as its manual shows it: rows tokenized by `map`, batches padded to their longest row."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments["model"])
+    max_length = arguments["max_length"]
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        options = {"tokenize": True, "return_dict": False}
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **options)[:max_length]
+        return {"input_ids": ids, "labels": ([-100] * len(prompt) + ids[len(prompt) :])[:max_length]}
+
+    rows = load_dataset("json", data_files=arguments["pairs"], split="train")
+    rows = rows.map(encode, remove_columns=rows.column_names)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        arguments["model"], dtype=getattr(torch, arguments["dtype"]), quantization_config=quantization(arguments)
+    )
+    if arguments["cut_cross_entropy"]:
+        from cut_cross_entropy.transformers import cce_patch
+
+        model = cce_patch(model)
+    if arguments["lora"]:
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        if arguments["quantized"]:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = get_peft_model(model, adapter(arguments))
+    trainer_class, report = clocked(Trainer, arguments["warm_up"])
+    trainer = trainer_class(
+        model=model,
+        args=TrainingArguments(**{**trainer_settings(arguments), **arguments["settings"]}),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[trainer_class.clock],
+    )
+    return finish(trainer, arguments, report)
+
+
+def trl(arguments: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer on a model's name, as its manual shows it; `settings` are given to SFTConfig.
+
+    Packed rows are taken one at a time, so that attention's dense mask is the smallest possible.
+    """
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    settings = {**trainer_settings(arguments), "max_length": arguments["max_length"], **arguments["settings"]}
+    if settings.get("packing"):
+        passes = max(1, round(arguments["step_tokens"] / settings["max_length"]))
+        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": passes}
+    trainer_class, report = clocked(SFTTrainer, arguments["warm_up"])
+    trainer = trainer_class(
+        model=arguments["model"],
+        args=SFTConfig(**settings),
+        train_dataset=load_dataset("json", data_files=arguments["pairs"], split="train"),
+        processing_class=AutoTokenizer.from_pretrained(arguments["model"]),
+        peft_config=adapter(arguments),
+        quantization_config=quantization(arguments),
+        callbacks=[trainer_class.clock],
+    )
+    return finish(trainer, arguments, report)
+
+
+def finish(trainer: Any, arguments: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Trains; saves the final model where the run is measured as a whole, as the command does."""
+    trainer.train()
+    if arguments["save"]:
+        trainer.save_model()
+    return with_device_peak(report, arguments)
+
+
+def bare(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The loop written by hand: no Trainer, no command."""
+    return with_device_peak(_bare_loop.train(arguments, adapter(arguments)), arguments)
+
+
+WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    worker.__name__: worker for worker in (inputs, model_on_device, ours, plain, trl, bare)
+}
+
+
+def main() -> None:
+    name, given, result, scratch = sys.argv[1:]
+    arguments = {**json.loads(given), "scratch": scratch}
+    if arguments.get("device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported, which has not happened yet
+    report = WORKERS[name](arguments)
+    report["own_peak_mib"] = max(peak_of_this_process(), report.pop("child_peak_mib", 0.0))
+    Path(result).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What the training benchmark reads: the same chats for each contestant in the form it takes, and their mean length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks._inputs import build_tokenizer, read_questions
+from benchmarks._models import Shape, save_model
+
+
+def write_pairs(chats: Path, pairs: Path, questions: list[dict[str, str]], rows: int, joined: int = 1) -> None:
+    """Writes `rows` chats in two forms, going through `questions` again and again.
+
+    Args:
+        chats: gets `messages` of one question and one answer.
+        pairs: gets the same as `prompt` and `completion`, whose answers TRL trains alone.
+        joined: questions that one row asks at once, for long rows.
+    """
+    with chats.open("w", encoding="utf-8") as one, pairs.open("w", encoding="utf-8") as other:
+        for row in range(rows):
+            asked = [questions[(row * joined + n) % len(questions)] for n in range(joined)]
+            question = {"role": "user", "content": "\n".join(item["question"] for item in asked)}
+            answer = {"role": "assistant", "content": "\n".join(item["answer"] for item in asked)}
+            one.write(json.dumps({"messages": [question, answer]}, ensure_ascii=False) + "\n")
+            other.write(json.dumps({"prompt": [question], "completion": [answer]}, ensure_ascii=False) + "\n")
+
+
+def mean_length(chats: Path, tokenizer: Any, looked_at: int = 1000) -> float:
+    """Tokens of a row with all that the template adds, from the first `looked_at`."""
+    with chats.open(encoding="utf-8") as lines:
+        messages = [json.loads(line)["messages"] for line, _ in zip(lines, range(looked_at), strict=False)]
+    texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in messages]
+    return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) / len(texts)
+
+
+def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Makes the tokenizer, the model folders and the files of rows.
+
+    Args:
+        arguments: `work`, `source`; `shapes` by the names of their folders; `files`: for each name its `rows` and
+            how many questions are `joined` in one.
+
+    Returns:
+        `tokenizer`, `data`, and `means`: tokens of a row by the file's name.
+    """
+    from transformers import AutoTokenizer
+
+    work, source = Path(arguments["work"]), Path(arguments["source"])
+    questions = read_questions(source)
+    folder = work / "tokenizer"
+    names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
+    texts = [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
+    build_tokenizer(folder, texts, questions)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    means = {}
+    for name, of_it in arguments["files"].items():
+        chats = work / f"{name}.jsonl"
+        write_pairs(chats, work / f"{name}.pairs.jsonl", questions, **of_it)
+        means[name] = mean_length(chats, tokenizer)
+    for name, shape in arguments["shapes"].items():
+        save_model(work / name, Shape(**shape), str(folder))
+    return {
+        "tokenizer": str(folder),
+        "data": source.parent.name if source.is_file() else "generated text",
+        "means": means,
+    }
+
+
+def model_on_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Draws a large model's weights on the device itself, in bfloat16, and saves them: seconds instead of minutes."""
+    save_model(
+        Path(arguments["folder"]),
+        Shape(**arguments["shape"]),
+        arguments["tokenizer"],
+        device=arguments["device"],
+        dtype="bfloat16",
+    )
+    return {}

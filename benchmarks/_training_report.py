@@ -1,0 +1,157 @@
+"""Tables, targets and the plot of the training benchmark."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks._measure import median, speed
+from benchmarks._report import Figures
+
+Reports = dict[str, list[dict[str, Any]]]
+Sweeps = dict[str, dict[str, dict[str, dict[str, Any]]]]  # axis, value, contestant: its report
+OURS, BARE, PLAIN, PLAIN_32, TRL, TRL_PACKED = (
+    "ours",
+    "bare loop",
+    "Trainer, bf16",
+    "Trainer, float32",
+    "TRL",
+    "TRL, packed",
+)
+_MEASURES = (("tokens/s", "tokens_per_s"), ("whole run, s", "wall_s"), ("peak MiB", "peak_mib"))
+
+
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was promised beside what was reached, from what was measured; a figure without a target is for the eye."""
+    found: list[tuple[str, float, str, float]] = []
+    for method, parts in results.get("speed", {}).items():
+        found += _speed_targets(method, parts["rounds"])
+    process = results.get("process", {})
+    for rival in (name for name in process if name != OURS):
+        ratio = median(process[rival], "wall_s") / median(process[OURS], "wall_s")
+        found.append((f"whole run, times faster than {rival}", ratio, *((">=", 2) if rival == TRL else ("", 0))))
+    memory = results.get("memory", {})
+    for rival in (name for name in memory if name != OURS):
+        share = median(memory[OURS], "peak_mib") / median(memory[rival], "peak_mib")
+        limit = ("<=", 0.35) if rival in (PLAIN, PLAIN_32) else ("", 0)
+        found.append((f"peak memory with the large vocabulary, share of {rival}", share, *limit))
+        ratio = speed(memory[OURS]) / speed(memory[rival])
+        limit = (">=", 1) if rival in (PLAIN, PLAIN_32) else ("", 0)
+        found.append((f"tokens/s with it, times those of {rival}", ratio, *limit))
+    met = {">=": lambda reached, limit: reached >= limit, "<=": lambda reached, limit: reached <= limit}
+    return [
+        {"what": what, "reached": reached}
+        | ({"target": f"{sign} {limit}", "met": met[sign](reached, limit)} if sign else {})
+        for what, reached, sign, limit in found
+    ]
+
+
+def _speed_targets(method: str, reports: Reports) -> list[tuple[str, float, str, float]]:
+    limits = {TRL: 8, TRL_PACKED: 3.5, PLAIN: 3, BARE: 0.95} if method == "full" else {BARE: 0.95}
+    found: list[tuple[str, float, str, float]] = []
+    for rival, theirs in reports.items():
+        if rival != OURS:
+            # The ratio of each round, whose turns lie next to each other, and of these the median.
+            rounds = min(len(theirs), len(reports[OURS]))
+            ratios = sorted(
+                speed([one]) / speed([other])
+                for one, other in zip(reports[OURS][:rounds], theirs[:rounds], strict=True)
+            )
+            middle = ratios[rounds // 2] if rounds % 2 else (ratios[rounds // 2 - 1] + ratios[rounds // 2]) / 2
+            limit = (">=", limits[rival]) if rival in limits else ("", 0)
+            found.append((f"{method}: tokens/s, times those of {rival}", middle, *limit))
+    return found
+
+
+def target_figures(found: list[dict[str, Any]]) -> Figures:
+    """The targets as a table."""
+    verdicts = {True: "yes", False: "no", None: ""}
+    lines = [(t["what"], f"{t['reached']:.3g}", t.get("target", ""), verdicts[t.get("met")]) for t in found]
+    return Figures("Targets", ("", "reached", "target", "met"), lines)
+
+
+def figures(title: str, reports: Reports) -> Figures:
+    """Medians by contestant, and the range of its speeds."""
+    head = ("", "tokens/s", "slowest–fastest", "tokens a step", "whole run, s", "peak MiB", "last loss")
+    lines = []
+    for name, of_it in reports.items():
+        speeds = sorted(speed([one]) for one in of_it)
+        lines.append(
+            (
+                name,
+                f"{speed(of_it):,.0f}",
+                f"{speeds[0]:,.0f}–{speeds[-1]:,.0f}",
+                f"{of_it[0]['tokens'] / of_it[0]['steps']:,.0f}",
+                f"{median(of_it, 'wall_s'):.1f}",
+                f"{median(of_it, 'peak_mib'):,.0f}",
+                f"{of_it[0]['loss']:.3f}" if "loss" in of_it[0] else "",
+            )
+        )
+    return Figures(title, head, lines)
+
+
+def sweep_figures(axis: str, points: dict[str, dict[str, dict[str, Any]]]) -> Figures:
+    """One axis of the sweeps."""
+    lines = [
+        (name, value, f"{speed([one]):,.0f}", f"{one['wall_s']:.1f}", f"{one['peak_mib']:,.0f}")
+        for value, reports in points.items()
+        for name, one in reports.items()
+    ]
+    return Figures(f"Along {axis}, one run a point", ("", axis, *(title for title, _ in _MEASURES)), lines)
+
+
+def all_figures(results: dict[str, Any]) -> list[Figures]:
+    """Every table of a run, the targets first."""
+    tables = [target_figures(results["targets"])] if results["targets"] else []
+    for method, parts in results.get("speed", {}).items():
+        rounds = len(parts["rounds"][OURS])
+        title = f"{'Full training' if method == 'full' else 'LoRA'}, medians of {rounds} round{'s' * (rounds > 1)}"
+        tables.append(figures(title, parts["rounds"]))
+        if parts["heats"]:
+            tables.append(figures(f"TRL's settings, one run each ({method})", parts["heats"]))
+    if "process" in results:
+        tables.append(figures("Short runs from process start to end", results["process"]))
+    if "memory" in results:
+        tables.append(figures("A large vocabulary, a step's tokens in one pass", results["memory"]))
+    return tables + [sweep_figures(axis, points) for axis, points in results.get("sweeps", {}).items()]
+
+
+def plot_sweeps(file: Path, sweeps: Sweeps) -> bool:
+    """Draws each measure along each axis, one line a contestant; returns False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "train", "svg.fonttype": "none", "font.size": 8}):
+        size = (2.4 * len(sweeps), 5.4)
+        figure, grid = pyplot.subplots(len(_MEASURES), len(sweeps), figsize=size, layout="constrained", squeeze=False)
+        for column, (axis, points) in enumerate(sweeps.items()):
+            names = list(dict.fromkeys(name for reports in points.values() for name in reports))
+            for row, (title, key) in enumerate(_MEASURES):
+                axes = grid[row][column]
+                for name in names:
+                    at = [number for number, value in enumerate(points) if name in points[value]]
+                    axes.plot(at, [_measured(list(points.values())[n][name], key) for n in at], marker="o", label=name)
+                axes.set_xticks(range(len(points)), [_short(value) for value in points])
+                axes.set_ylim(bottom=0)
+                axes.grid(alpha=0.3)
+                if not column:
+                    axes.set_ylabel(title)
+            grid[-1][column].set_xlabel(axis)
+        grid[0][0].legend(fontsize=6)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, metadata={"Date": None})
+        pyplot.close(figure)
+    return True
+
+
+def _measured(report: dict[str, Any], key: str) -> float:
+    return speed([report]) if key == "tokens_per_s" else float(report[key])
+
+
+def _short(value: str) -> str:
+    return re.sub(r"(?<=\d)(?=(\d{3})+$)", ",", value) if value.isdigit() else value

@@ -1,0 +1,259 @@
+"""How fast and how small training is on one GPU, beside the peers that are installed.
+
+    benchmarks/gpu.sh                                              # everything; hours
+    python benchmarks/gpu.py --sizes 0.6B --methods full --lengths 4096
+    python benchmarks/gpu.py --device cpu --scale tiny             # tries every path without a GPU
+
+What is measured and how: benchmarks/README.md. The figures go to the terminal, to the section `## One GPU` of
+RESULTS.md in `--out`, and with `--json FILE` to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/gpu.py`
+
+from benchmarks._gpu_report import all_figures, device_line
+from benchmarks._measure import ROOT, machine, run_worker
+from benchmarks._models import GPU_SHAPES, Shape
+from benchmarks._report import write_section
+from sft.flops import peak_operations
+
+METHODS = ("full", "full 8-bit", "lora", "qlora")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger_kernel", "cut_cross_entropy", "flash_attn")
+WORKERS, HEADS = "benchmarks._train_contestants", "benchmarks._head_contestants"
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who trains: a worker, what it is told beyond what all are told, and the packages without which it stays away."""
+
+    name: str
+    worker: str
+    needs: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _attention() -> str:
+    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def contestants() -> list[Contestant]:
+    """All that can take part, whether they are installed or not; those of the same settings stand together."""
+    half = {
+        "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": _attention()},
+        "packing": True,
+        "packing_strategy": "bfd",
+    }
+    fast = {**half, "gradient_checkpointing": False}
+    return [
+        Contestant("ours", "ours"),
+        Contestant("bare loop", "bare"),
+        Contestant("Trainer, bf16", "plain"),
+        Contestant("Trainer, Liger", "plain", ("liger_kernel",), {"use_liger_kernel": True}),
+        Contestant("Trainer, CCE", "plain", ("cut_cross_entropy",), extra={"cut_cross_entropy": True}),
+        Contestant("TRL", "trl", ("trl",)),
+        Contestant("TRL, packed", "trl", ("trl",), half),
+        Contestant("TRL, packed, no checkpointing", "trl", ("trl",), fast),
+        Contestant("TRL, packed, Liger", "trl", ("trl", "liger_kernel"), {**fast, "use_liger_kernel": True}),
+    ]
+
+
+HEAD_CONTESTANTS = {
+    "ours": (),
+    "torch_plain": (),
+    "torch_compiled": (),
+    "liger": ("liger_kernel",),
+    "cut_cross_entropy": ("cut_cross_entropy",),
+    "trl": ("trl",),
+}
+
+
+def is_installed(packages: tuple[str, ...]) -> bool:
+    """Whether all of them can be imported."""
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
+class Benchmark:
+    """The measurements, one after another, each in a process of its own.
+
+    Args:
+        work: a folder for the rows and for one model at a time.
+    """
+
+    def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
+        self._options, self._work, self._console = options, work, console
+        arguments = {"work": str(work), "source": str(options.data.resolve()), "shapes": {}}
+        arguments["files"] = {"rows": {"rows": options.rows, "joined": 1}}
+        console.print("making the rows ...")
+        made = run_worker(WORKERS, "inputs", arguments, work)
+        self.data, self._mean, self._tokenizer = made["data"], made["means"]["rows"], made["tokenizer"]
+
+    def train(self) -> list[dict[str, Any]]:
+        """Every contestant at every size, method and length; a model's folder is there only while its size is on."""
+        found = []
+        for size in self._options.sizes:
+            shape = self._fitting(GPU_SHAPES[self._options.scale][size])
+            folder = self._work / size
+            given = {"folder": str(folder), "shape": shape.as_dict(), "tokenizer": self._tokenizer}
+            run_worker(WORKERS, "model_on_device", {**given, "device": self._options.device}, self._work)
+            for method in self._options.methods:
+                for length in self._options.lengths:
+                    found += self._compare(size, shape, method, length)
+            shutil.rmtree(folder)
+        return found
+
+    def _fitting(self, shape: Shape) -> Shape:
+        """The tiny shapes get as many tokens as the rows' tokenizer has."""
+        return replace(shape, vocabulary=32_000) if self._options.scale == "tiny" else shape
+
+    def _compare(self, size: str, shape: Shape, method: str, length: int) -> list[dict[str, Any]]:
+        who = [c for c in contestants() if is_installed(c.needs) and self._can(c, method)]
+        runs: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in who}
+        for _ in range(self._options.rounds):
+            for contestant in who:
+                if not any("failed" in run for run in runs[contestant.name]):  # it would only fail again
+                    runs[contestant.name].append(self._run(contestant, size, method, length))
+        operations = shape.operations(frozen=method in ("lora", "qlora"))
+        at = {"size": size, "method": method, "length": length, "operations_a_token": operations}
+        return [{**at, "name": name, "runs": of_it} for name, of_it in runs.items()]
+
+    @staticmethod
+    def _can(contestant: Contestant, method: str) -> bool:
+        return contestant.worker != "bare" or method in ("full", "lora")
+
+    def _run(self, who: Contestant, size: str, method: str, length: int) -> dict[str, Any]:
+        options = self._options
+        packed_rows = max(1, options.pass_tokens // length)
+        eight_bits = {"optim": "adamw_8bit"} if method == "full 8-bit" else {}
+        arguments = {
+            "device": options.device,
+            "model": str(self._work / size),
+            "chats": str(self._work / "rows.jsonl"),
+            "pairs": str(self._work / "rows.pairs.jsonl"),
+            "mean_length": self._mean,
+            "max_length": length,
+            "step_tokens": options.step_tokens,
+            "packed_rows": packed_rows,
+            "passes": max(1, options.step_tokens // (packed_rows * length)),
+            "micro_rows": max(1, round(options.pass_tokens / self._mean)),
+            "steps": options.steps,
+            "warm_up": options.warm_up,
+            "dtype": "bfloat16",
+            "settings": {**who.settings, **eight_bits, **(options.ours if who.worker == "ours" else {})},
+            "save": False,
+            "lora": method in ("lora", "qlora"),
+            "quantized": method == "qlora",
+            "cut_cross_entropy": False,
+            **who.extra,
+        }
+        return self._record(f"{size} {method} {length:,} {who.name}", WORKERS, who.worker, arguments)
+
+    def head(self) -> dict[str, list[dict[str, Any]]]:
+        """The output layer and the loss alone, at one shape."""
+        tokens, vocabulary, width = self._options.head
+        arguments = {"device": self._options.device, "tokens": tokens, "vocabulary": vocabulary, "width": width}
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(self._options.rounds):
+            for name, needs in HEAD_CONTESTANTS.items():
+                if is_installed(needs) and not any("failed" in run for run in runs.get(name, [])):
+                    report = self._record(f"head {name}", HEADS, name, {**arguments, "repeats": self._options.repeats})
+                    runs.setdefault(name, []).append(report)
+        return runs
+
+    def _record(self, label: str, module: str, worker: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A run's report; a run that ends badly is a result as well."""
+        try:
+            report = run_worker(module, worker, arguments, self._work)
+        except RuntimeError as error:
+            lacks = "out of memory" in str(error).lower() or "outofmemory" in str(error).lower()
+            report = {"failed": OUT_OF_MEMORY if lacks else str(error).strip().splitlines()[-1]}
+            self._console.print(label, report["failed"] if lacks else str(error), markup=False, highlight=False)
+            return report
+        took = f"{report['ms']:.1f} ms" if "ms" in report else f"{report['tokens'] / report['seconds']:,.0f} tokens/s"
+        self._console.print(f"{label}: {took}", highlight=False)
+        return report
+
+
+def read_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--scale", choices=tuple(GPU_SHAPES), default="real", help="tiny: every path, no real figure")
+    parser.add_argument("--parts", nargs="+", choices=("train", "head"), default=("train", "head"))
+    parser.add_argument("--sizes", nargs="+", choices=tuple(GPU_SHAPES["real"]), default=tuple(GPU_SHAPES["real"]))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="tokens of a packed row")
+    parser.add_argument("--pass-tokens", type=int, default=8192, help="tokens that go through the model together")
+    parser.add_argument("--step-tokens", type=int, default=16_384, help="tokens of an optimizer step")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warm-up", type=int, default=8, help="first steps that are not timed")
+    parser.add_argument("--rounds", type=int, default=1, help="turns that each contestant takes")
+    parser.add_argument("--rows", type=int, default=20_000, help="chats to train on")
+    head = [16_384, 248_320, 2048]
+    parser.add_argument("--head", nargs=3, type=int, default=head, metavar=("TOKENS", "VOCABULARY", "WIDTH"))
+    parser.add_argument("--repeats", type=int, default=20, help="timed passes for `head`")
+    parser.add_argument("--ours", type=json.loads, default={}, help="config keys for ours beside its defaults, as JSON")
+    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+    parser.add_argument("--work", type=Path, help="folder for temporary files; 17 GB for the largest model")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    options = parser.parse_args(argv)
+    if options.steps < 2 * options.warm_up:
+        parser.error("--steps must be at least twice --warm-up: logs are written every --warm-up steps")
+    return options
+
+
+def describe_device(kind: str) -> dict[str, Any]:
+    """The GPU's name, its memory, and what its data sheet promises in bfloat16, where that is known."""
+    import torch
+
+    if kind == "cpu":
+        return {"name": "no GPU: a trial of the script", "memory_gib": None, "peak": None}
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU is here; `--device cpu --scale tiny` tries the script without one")
+    facts = torch.cuda.get_device_properties(0)
+    memory = round(facts.total_memory / 2**30, 1)
+    return {"name": facts.name, "memory_gib": memory, "peak": peak_operations(facts.name)}
+
+
+def main() -> int:
+    options = read_options()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    results: dict[str, Any] = {"machine": machine(PACKAGES), "device": describe_device(options.device)}
+    results |= {"options": {key: str(value) for key, value in vars(options).items()}, "head_shape": options.head}
+    with tempfile.TemporaryDirectory(prefix="gpu_benchmark_", dir=options.work) as work:
+        benchmark = Benchmark(options, Path(work), console)
+        results["data"] = benchmark.data
+        for part in options.parts:
+            results[part] = getattr(benchmark, part)()
+    tables = all_figures(results)
+    for table in tables:
+        table.show(console)
+    text = [device_line(results), *(table.markdown() for table in tables)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_section(options.out / "RESULTS.md", "One GPU", "\n\n".join(text))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    ours = [one["runs"] for one in results.get("train", []) if one["name"] == "ours"]
+    ours.append(results.get("head", {}).get("ours", []))
+    return int(any(run.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for runs in ours for run in runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""How fast and how small training is, beside plain transformers.Trainer, TRL's SFTTrainer and a bare PyTorch loop.
+
+    python benchmarks/train.py             # everything; the better part of an hour on two cores
+    python benchmarks/train.py --quick     # the speeds of full training, one round: some two minutes
+
+What is measured and how: benchmarks/README.md. The figures go to the terminal, to the section `## Training` of
+RESULTS.md and to train.svg in `--out`, and with `--json FILE` to a file. TRL takes part when it is installed
+(requirements-bench.txt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/train.py`
+
+from benchmarks._measure import ROOT, machine, run_worker
+from benchmarks._models import Shape, square
+from benchmarks._report import write_section
+from benchmarks._training_report import Reports, Sweeps, all_figures, plot_sweeps, targets
+
+PARTS = ("speed", "process", "memory", "sweeps")
+METHODS = ("full", "lora")
+WORKERS = "benchmarks._train_contestants"
+PACKAGES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who trains, how the weights are held, and what it is told beyond what all are told."""
+
+    name: str
+    worker: str
+    dtype: str = "bfloat16"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+OURS = Contestant("ours", "ours")
+BARE = Contestant("bare loop", "bare")  # the dtype is what ours finds best
+PLAIN = Contestant("Trainer, bf16", "plain")
+PLAIN_32 = Contestant("Trainer, float32", "plain", dtype="float32")
+TRL = Contestant("TRL", "trl")
+_HALF = {
+    "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "sdpa"},
+    "bf16": False,  # the weights are bfloat16; autocast on top only costs time
+    "gradient_checkpointing": False,
+}
+TRL_PACKED = Contestant("TRL, packed", "trl", settings={**_HALF, "packing": True, "packing_strategy": "bfd"})
+# What else might be TRL's best on some machine: each runs once, and the fastest of them and the packed one goes on.
+TRL_OTHERS = (
+    Contestant("TRL, packed at 1,024", "trl", settings={**TRL_PACKED.settings, "max_length": 1024}),
+    Contestant("TRL, padded", "trl", settings=_HALF),
+    Contestant("TRL, grouped", "trl", settings={**_HALF, "train_sampling_strategy": "group_by_length"}),
+)
+
+
+class Benchmark:
+    """The measurements, one after another, each in a process of its own.
+
+    Args:
+        work: a folder for the inputs, the models and what is trained.
+    """
+
+    def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
+        self._options, self._work, self._console = options, work, console
+        self._with_trl = not options.without_trl and importlib.util.find_spec("trl") is not None
+        if not self._with_trl and not options.without_trl:
+            console.print("TRL is not installed: its figures are left out (pip install -r requirements-bench.txt)")
+        self._models: dict[str, Shape] = {"model": square(options.layers, options.width, options.vocabulary)}
+        self._files: dict[str, dict[str, int]] = {"rows": {"rows": options.rows, "joined": 1}}
+        if "memory" in options.parts:
+            self._models["large_head"] = square(options.layers, options.width, options.large_vocabulary, tied=True)
+        self._axes = self._plan_sweeps() if "sweeps" in options.parts else {}
+        self._console.print("making the inputs ...")
+        made = run_worker(
+            WORKERS,
+            "inputs",
+            {
+                "work": str(work),
+                "source": str(options.data.resolve()),
+                "files": self._files,
+                "shapes": {name: shape.as_dict() for name, shape in self._models.items()},
+            },
+            work,
+        )
+        self.data, self._means = made["data"], made["means"]
+
+    def _plan_sweeps(self) -> dict[str, dict[str, dict[str, str]]]:
+        """For each axis, by value, the names of the model and of the file of rows; notes what must be made."""
+        options = self._options
+        axes: dict[str, dict[str, dict[str, str]]] = {"vocabulary": {}, "layers x width": {}, "length": {}, "rows": {}}
+        for vocabulary in options.sweep_vocabulary:
+            name = f"vocabulary_{vocabulary}"
+            self._models[name] = square(options.layers, options.width, vocabulary)
+            axes["vocabulary"][str(vocabulary)] = {"model": name, "file": "rows"}
+        for size in options.sweep_size:
+            layers, width = map(int, size.split("x"))
+            self._models[f"size_{size}"] = square(layers, width, options.vocabulary)
+            axes["layers x width"][size] = {"model": f"size_{size}", "file": "rows"}
+        for joined in options.sweep_joined:
+            self._files[f"joined_{joined}"] = {"rows": max(64, options.rows // joined), "joined": joined}
+            axes["length"][f"joined_{joined}"] = {"model": "model", "file": f"joined_{joined}"}
+        for rows in options.sweep_rows:
+            self._files[f"rows_{rows}"] = {"rows": rows, "joined": 1}
+            axes["rows"][str(rows)] = {"model": "model", "file": f"rows_{rows}"}
+        return axes
+
+    def _train(
+        self, who: Contestant, label: str, model: str = "model", file: str = "rows", **arguments: Any
+    ) -> dict[str, Any]:
+        report = run_worker(
+            WORKERS,
+            who.worker,
+            {
+                "model": str(self._work / model),
+                "chats": str(self._work / f"{file}.jsonl"),
+                "pairs": str(self._work / f"{file}.pairs.jsonl"),
+                "mean_length": self._means[file],
+                "device": "cpu",
+                "max_length": self._options.max_length,
+                "step_tokens": self._options.step_tokens,
+                "packed_rows": max(1, round(self._options.step_tokens / self._options.max_length)),
+                "passes": 1,
+                "steps": self._options.steps,
+                "warm_up": self._options.warm_up,
+                "micro_rows": 8,
+                "dtype": who.dtype,
+                "settings": self._options.ours if who is OURS else who.settings,
+                "save": False,
+                "lora": False,
+                "quantized": False,
+                "cut_cross_entropy": False,
+                **arguments,
+            },
+            self._work,
+        )
+        speed = report["tokens"] / report["seconds"]
+        line = f"{label}: {speed:,.0f} tokens/s, {report['wall_s']:.1f} s, {report['peak_mib']:,.0f} MiB"
+        self._console.print(line, highlight=False)
+        return report
+
+    def _take_turn(self, found: Reports, who: Contestant, label: str, **arguments: Any) -> None:
+        """Adds a measurement to `found`; a rival that fails is left out and named, for it is not ours to mend."""
+        if who.worker == "trl" and not self._with_trl:
+            return
+        try:
+            found.setdefault(who.name, []).append(self._train(who, f"{label}, {who.name}", **arguments))
+        except RuntimeError as error:
+            if who.worker in ("ours", "bare"):
+                raise
+            self._console.print(f"{label}: {who.name} has no figure: {error}", markup=False, highlight=False)
+        if not found[who.name]:
+            del found[who.name]
+
+    def speed(self) -> dict[str, Any]:
+        """Tokens per second: the contestants take turns, so that a slow minute of the machine hits them all."""
+        return {method: self._speed(method) for method in self._options.methods}
+
+    def _speed(self, method: str) -> dict[str, Any]:
+        lora = method == "lora"
+        rivals = [PLAIN, PLAIN_32, TRL, TRL_PACKED]
+        heats: Reports = {}
+        if self._with_trl and not self._options.quick:
+            for who in (TRL_PACKED, *TRL_OTHERS):
+                self._take_turn(heats, who, f"heat, {method}", lora=lora)
+            fastest = max(heats, key=lambda name: heats[name][0]["tokens"] / heats[name][0]["seconds"], default="")
+            rivals += [who for who in TRL_OTHERS if who.name == fastest]
+        found: Reports = {}
+        for turn in range(self._options.rounds):
+            for who in (OURS, BARE, *rivals):
+                self._take_turn(found, who, f"{method}, round {turn + 1}", lora=lora)
+        return {"rounds": found, "heats": heats}
+
+    def process(self) -> Reports:
+        """A short run from the start of its process to its end, the checkpoint and the final model written."""
+        found: Reports = {}
+        for turn in range(self._options.rounds):
+            for who in (OURS, PLAIN, TRL, TRL_PACKED):
+                label = f"process, round {turn + 1}"
+                self._take_turn(found, who, label, steps=self._options.process_steps, save=True)
+        return found
+
+    def memory(self) -> Reports:
+        """Peaks where the vocabulary is large and each step's tokens go through the model together."""
+        found: Reports = {}
+        for who in (OURS, PLAIN, PLAIN_32, TRL, TRL_PACKED):
+            arguments = {"micro_rows": 1_000_000, "steps": 2 * self._options.warm_up}
+            self._take_turn(found, who, "memory", model="large_head", **arguments)
+        return found
+
+    def sweeps(self) -> Sweeps:
+        """Speed, time of a whole run and peak memory along each axis, one run a point."""
+        found: Sweeps = {}
+        steps = self._options.sweep_steps
+        for axis, points in self._axes.items():
+            for value, where in points.items():
+                at = str(round(self._means[where["file"]])) if axis == "length" else value
+                reports: Reports = {}
+                for who in (OURS, PLAIN, TRL, TRL_PACKED):
+                    self._take_turn(reports, who, f"{axis} {at}", steps=steps, save=True, **where)
+                found.setdefault(axis, {})[at] = {name: one[0] for name, one in reports.items()}
+        return found
+
+
+def read_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round of the speeds of full training")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="for `speed`")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each contestant takes")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run")
+    parser.add_argument("--warm-up", type=int, default=2, help="first steps that are not timed")
+    parser.add_argument("--process-steps", type=int, default=12, help="steps of a run for `process`")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512, help="of the hidden states, a multiple of 64")
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--large-vocabulary", type=int, default=151_936, help="for `memory`, with tied embeddings")
+    parser.add_argument("--max-length", type=int, default=2048, help="limit of a row, and size of a packed one")
+    parser.add_argument("--step-tokens", type=int, default=4096, help="tokens of an optimizer step")
+    parser.add_argument("--rows", type=int, default=7473, help="chats to train on")
+    parser.add_argument("--sweep-steps", type=int, default=6)
+    parser.add_argument("--sweep-vocabulary", type=int, nargs="*", default=[32_000, 64_000, 151_936])
+    parser.add_argument("--sweep-size", nargs="*", default=["2x256", "4x512", "8x768"], metavar="LAYERSxWIDTH")
+    parser.add_argument(
+        "--sweep-joined", type=int, nargs="*", default=[1, 3, 10], help="questions in a row: its length"
+    )
+    parser.add_argument("--sweep-rows", type=int, nargs="*", default=[1_000, 7_473, 50_000])
+    parser.add_argument("--ours", type=json.loads, default={}, help="config keys for ours beside its defaults, as JSON")
+    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+    parser.add_argument("--without-trl", action="store_true")
+    parser.add_argument("--work", type=Path, help="folder for temporary files; some 4 GB")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md and train.svg")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.parts, options.methods, options.rounds, options.steps, options.warm_up = ("speed",), ("full",), 1, 4, 1
+    if min(options.steps, options.process_steps, options.sweep_steps) < 2 * options.warm_up:
+        parser.error("each number of steps must be at least twice --warm-up: logs are written every --warm-up steps")
+    return options
+
+
+def main() -> int:
+    options = read_options()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    results: dict[str, Any] = {"machine": machine(PACKAGES), "options": {k: str(v) for k, v in vars(options).items()}}
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="train_benchmark_", dir=options.work) as work:
+        benchmark = Benchmark(options, Path(work), console)
+        results["data"] = benchmark.data
+        for part in options.parts:
+            try:
+                results[part] = getattr(benchmark, part)()
+            except RuntimeError as error:  # the other parts' figures are not lost for it
+                console.print(f"{part}: {error}", markup=False, highlight=False)
+                failed += 1
+    results["targets"] = targets(results)
+    tables = all_figures(results)
+    for table in tables:
+        table.show(console)
+    write_report(options, results, [table.markdown() for table in tables])
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    return min(failed, 1)
+
+
+def write_report(options: argparse.Namespace, results: dict[str, Any], tables: list[str]) -> None:
+    """The section `## Training` of RESULTS.md, and the plot beside it."""
+    at = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    text = [
+        f"{at['cpu']}, {at['cores']} cores, {at['memory_gib']} GiB, {at['system']}; {versions}.",
+        f"Rows: {results['data']}. Model: a Llama of {options.layers} layers, width {options.width}, "
+        f"{options.vocabulary:,} tokens, drawn at random; {options.step_tokens:,} tokens a step.",
+        *tables,
+    ]
+    if results.get("sweeps") and plot_sweeps(options.out / "train.svg", results["sweeps"]):
+        text.append("![speed, time and memory along each axis](train.svg)")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_section(options.out / "RESULTS.md", "Training", "\n\n".join(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
