@@ -16,9 +16,10 @@ Three things here are more than a call:
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,28 @@ def _without_hub_kernels() -> Iterator[None]:
             sys.modules["kernels"] = before  # type: ignore[assignment]
 
 
+@contextmanager
+def _compiling_late() -> Iterator[None]:
+    """While this lasts `torch.compile` puts off its work to the first call.
+
+    bitsandbytes compiles functions at import, which imports torch's inductor: 0.9 s of CPU time for each process,
+    whether it quantizes anything or not.
+    """
+    import torch
+
+    compile_now: Any = torch.compile
+
+    def compile_late(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_late  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
 def import_bitsandbytes() -> Any:
     """The bitsandbytes module, imported without its call to the hub and the warning that the call failed.
 
@@ -70,7 +93,7 @@ def import_bitsandbytes() -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with _without_hub_kernels():
+        with _without_hub_kernels(), _compiling_late():
             import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(

@@ -1,0 +1,31 @@
+"""What importing bitsandbytes costs, and that what it compiles still works."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_the_import_leaves_the_compiler_alone_and_its_functions_run_all_the_same() -> None:
+    code = """
+import sys
+from sft.quantization import import_bitsandbytes
+bnb = import_bitsandbytes()
+import torch
+assert "torch._inductor.compile_fx" not in sys.modules
+weight = torch.nn.Parameter(torch.ones(4096))
+weight.grad = torch.ones(4096)
+optimizer = bnb.optim.AdamW8bit([weight], lr=0.1, min_8bit_size=1)
+optimizer.step()
+assert optimizer.state[weight]["state1"].dtype == torch.uint8
+assert abs(float(weight.detach().mean()) - 0.9) < 0.01
+assert torch.compile.__module__ == "torch"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
