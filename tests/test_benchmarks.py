@@ -290,7 +290,7 @@ SMALL = ("--layers", 1, "--width", 64, "--data", "nowhere.jsonl")
 @pytest.mark.slow
 def test_the_training_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
     (tmp_path / "RESULTS.md").write_text("# Results\n\n## Data\n\nkept\n")
-    sizes = ("--rows", 100, "--max-length", 256, "--step-tokens", 512, "--methods", "lora")
+    sizes = ("--rows", 100, "--max-length", 512, "--step-tokens", 512, "--methods", "lora")
     steps = ("--rounds", 1, "--steps", 2, "--warm-up", 1, "--sweep-steps", 2)
     sweeps = ("--sweep-vocabulary", "--sweep-size", "--sweep-rows", "--sweep-joined", 1)
     places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--without-trl")
