@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sft import chat_templates
@@ -378,6 +378,58 @@ def _attach(model: PreTrainedModel, lora: LoraKeys, new_ids: Sequence[int]) -> P
     return adapted
 
 
+def _base(
+    keys: ModelKeys,
+    tokenizer: PreTrainedTokenizerFast,
+    precision: Precision,
+    quantization: QuantizationKeys | None,
+    outline: bool,
+) -> tuple[PreTrainedModel, int]:
+    """The model without an adapter, with a row of its embeddings for each token, and how many rows it had before."""
+    with _device(outline):
+        if keys.from_scratch is not None:
+            model = _from_scratch(keys, tokenizer, precision)
+        elif outline:
+            model = _outline(keys, precision)
+        else:
+            model = _from_pretrained(keys, precision, quantization)
+        rows_before = embedding_rows(model)
+        grown = resize_embeddings(model, len(tokenizer))
+    if grown:
+        logger.info("Embeddings grown by %d rows to %d, one for each token", grown, rows_before + grown)
+    if quantization is not None:
+        bits = 4 if quantization.load_in_4bit else 8
+        layers = _as_if_quantized(model, quantization, bits) if outline else settle(model)
+        logger.info("Quantized to %d bits: %d linear layers", bits, layers)
+    model.config.use_cache = False
+    return model, rows_before
+
+
+def _device(outline: bool) -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.device("meta") if outline else nullcontext()
+
+
+def _outline(keys: ModelKeys, precision: Precision) -> PreTrainedModel:
+    """The model that is named, of weights without numbers."""
+    from transformers import AutoModelForCausalLM
+
+    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
+    config = _read_config(reference, keys)
+    attention = _attention(keys, config, precision)
+    options: dict[str, Any] = {"dtype": precision.torch_dtype(), "trust_remote_code": keys.trust_remote_code}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
+    return model
+
+
+def _as_if_quantized(model: PreTrainedModel, keys: QuantizationKeys, bits: int) -> int:
+    from sft.fake_quantization import fake_quantize
+
+    skipped = tuple(keys.llm_int8_skip_modules or ())
+    return fake_quantize(model.requires_grad_(False), bits, keys.bnb_4bit_use_double_quant, skipped)
+
+
 def load_model(
     keys: ModelKeys,
     tokenizer: PreTrainedTokenizerFast,
@@ -388,6 +440,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     activation_checkpoint: ActivationKeys | None = None,
     for_training: bool = True,
+    outline: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Any causal language model, ready to train; quantized, frozen and adapted as the config says.
 
@@ -398,6 +451,7 @@ def load_model(
             gradient at the frozen embeddings, and hides a graph that never reaches the adapters).
         activation_checkpoint: the same with a choice of what is recomputed, and where the rest waits.
         for_training: false for evaluating the base as the config describes it.
+        outline: the same model on the meta device, in a second: no weight is read; quantized layers compute nothing.
 
     Raises:
         UserError: the model cannot be had, is no causal language model, or a setting does not fit it.
@@ -406,18 +460,7 @@ def load_model(
         _check_combination(keys, lora, quantization, for_training)
         if lora is not None or quantization is not None:
             import_bitsandbytes()
-        if keys.from_scratch is not None:
-            model = _from_scratch(keys, tokenizer, precision)
-        else:
-            model = _from_pretrained(keys, precision, quantization)
-        rows_before = embedding_rows(model)
-        grown = resize_embeddings(model, len(tokenizer))
-        if grown:
-            logger.info("Embeddings grown by %d rows to %d, one for each token", grown, rows_before + grown)
-        if quantization is not None:
-            bits = 4 if quantization.load_in_4bit else 8
-            logger.info("Quantized to %d bits: %d linear layers", bits, settle(model))
-        model.config.use_cache = False
+        model, rows_before = _base(keys, tokenizer, precision, quantization, outline)
         if gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if activation_checkpoint is not None:
@@ -426,7 +469,8 @@ def load_model(
             checkpoint_activations(model, activation_checkpoint.mode, offload=activation_checkpoint.offload)
         adapted: PreTrainedModel | PeftModel = model
         if lora is not None:
-            adapted = _attach(model, lora, _untrained_tokens(keys, tokenizer, rows_before))
+            with _device(outline):
+                adapted = _attach(model, lora, _untrained_tokens(keys, tokenizer, rows_before))
         counts = count_parameters(adapted)
         logger.info("Parameters: %s", counts)
         if for_training and not counts.trainable:

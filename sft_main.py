@@ -3,6 +3,7 @@
     sft_main.py [train] --config_file c.yaml [overrides]     train, evaluate, save
     sft_main.py check    --config_file c.yaml [--json]       everything that can be wrong, before a GPU is touched
     sft_main.py preview  --config_file c.yaml [--num_samples N] [--json]
+    sft_main.py estimate --config_file c.yaml [--json]       memory per rank, tokens and steps, before it is tried
     sft_main.py evaluate --config_file c.yaml [--model DIR] [--json]
     sft_main.py generate --model DIR (--prompts FILE [--output FILE] | --chat)
     sft_main.py merge    --model DIR --output_dir DIR        adapter into base, verified
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from sft.auto_packing import AutoPacking
     from sft.checking import Report
     from sft.conversation import Conversation
+    from sft.losses import Objective
+    from sft.precision import Precision
+    from sft.run_estimate import RunEstimate
     from sft.schema import Config
     from trainer_utils import SFTTrainer
 
@@ -133,7 +137,7 @@ def _check_stages(config: Config, report: Report) -> None:
     import model_manager
     from sft import artifacts
     from sft.batch_plan import plan_batches
-    from sft.hardware import require_gpus, visible_gpus
+    from sft.hardware import require_gpus
     from sft.resume import find_checkpoint
     from sft.schema import DataKeys, ModelKeys, TrainingKeys
 
@@ -154,9 +158,8 @@ def _check_stages(config: Config, report: Report) -> None:
     if report.serving:
         report.errors += report.serving.problems
     report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
-    processes = config.num_gpus or max(1, visible_gpus())
     plan = report.attempt(
-        lambda: plan_batches(config.section(TrainingKeys), data.train_rows, data.train_tokens, processes)
+        lambda: plan_batches(config.section(TrainingKeys), data.train_rows, data.train_tokens, _processes(config))
     )
     report.estimate = plan.as_json() if plan else None
 
@@ -183,6 +186,27 @@ def preview(argv: list[str]) -> int:
         shown.append(sample)
     if keys.packing in ("bfd", "wrapped"):
         show_packed(shown, str(keys.packing), keys.max_seq_length)
+    return 0
+
+
+def estimate(argv: list[str]) -> int:
+    """Tells what a run will take: the memory of each rank at its peak, and its tokens and steps."""
+    import config_manager
+
+    config, options = _config("estimate", argv)
+    config_manager.require_trainable(config)
+    _take_machine(config)
+    import model_manager
+    from sft.console import show_estimate
+    from sft.schema import ModelKeys
+
+    model_manager.check_model(config.section(ModelKeys))
+    tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
+    told = _estimate(config, tokenizer, _data(config, tokenizer))
+    if options.json:
+        print(json.dumps(told.as_json()))
+    else:
+        show_estimate(told)
     return 0
 
 
@@ -269,6 +293,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "check": check,
     "preview": preview,
+    "estimate": estimate,
     "evaluate": evaluate,
     "generate": generate,
     "merge": merge,
@@ -310,37 +335,23 @@ def _take_machine(config: Config) -> None:
 def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTrainer:
     """The model as the config describes it, and the Trainer that holds it."""
     import distributed_utils as distributed
-    import model_manager
     import trainer_utils
     from sft.batch_plan import plan_batches
     from sft.callbacks import ConsoleProgress, MetricsFile
+    from sft.compilation import compile_settings
     from sft.console import console
     from sft.document_attention import takes_documents
-    from sft.losses import Objective
     from sft.optimizers import require_optimizer
-    from sft.schema import ModelKeys, TrainingKeys
+    from sft.schema import TrainingKeys
     from sft.stream_state import StreamProgress
 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
     logger.info("Batches: %s", plan)
-    precision = model_manager.plan_precision(
-        config.section(ModelKeys),
-        config.lora_config,
-        config.quantization_config,
-        bf16=config.bf16 if config.is_set("bf16") else None,
-        fp16=config.fp16 if config.is_set("fp16") else None,
-    )
+    compiling = compile_settings(config.torch_compile, config.torch_compile_backend, config.torch_compile_mode)
+    precision = _precision(config)
     trainer_utils.set_seed(config.seed)
-    model = model_manager.load_model(
-        config.section(ModelKeys),
-        tokenizer,
-        precision=precision,
-        lora=config.lora_config,
-        quantization=config.quantization_config,
-        gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
-        activation_checkpoint=config.activation_checkpoint,
-    )
+    model = _model(config, tokenizer, precision)
     arguments = trainer_utils.training_arguments(
         keys.training_arguments(),
         bf16=precision.bf16,
@@ -355,20 +366,14 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         MetricsFile(Path(config.output_dir) / "logs"),
         ConsoleProgress(console, bars=not config.disable_tqdm),
     ]
-    objective = Objective(
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing_factor,
-        z_loss=config.z_loss_coef,
-        router_aux=model_manager.router_aux_loss_coef(model, config.router_aux_loss_coef),
-        entropy=config.log_entropy,
-    )
     settings = trainer_utils.StepSettings(
-        objective=objective,
+        objective=_objective(config, model),
         loss_chunk_size=config.loss_chunk_size,
         master_weights=precision.master_weights,
         on_nonfinite=config.on_nonfinite,
         nonfinite_limit=config.nonfinite_limit,
         from_scratch=config.from_scratch is not None,
+        compiling=compiling,
     )
     return trainer_utils.SFTTrainer(
         model,
@@ -381,6 +386,82 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         total_steps=plan.total_steps,
         progress=StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None,
         settings=settings,
+    )
+
+
+def _precision(config: Config) -> Precision:
+    import model_manager
+    from sft.schema import ModelKeys
+
+    return model_manager.plan_precision(
+        config.section(ModelKeys),
+        config.lora_config,
+        config.quantization_config,
+        bf16=config.bf16 if config.is_set("bf16") else None,
+        fp16=config.fp16 if config.is_set("fp16") else None,
+    )
+
+
+def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: bool = False) -> Any:
+    """The model as the config describes it; as an outline it has no numbers and takes no memory."""
+    import model_manager
+    from sft.schema import ModelKeys
+
+    return model_manager.load_model(
+        config.section(ModelKeys),
+        tokenizer,
+        precision=precision,
+        lora=config.lora_config,
+        quantization=config.quantization_config,
+        gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
+        activation_checkpoint=config.activation_checkpoint,
+        outline=outline,
+    )
+
+
+def _objective(config: Config, model: Any) -> Objective:
+    import model_manager
+    from sft.losses import Objective
+
+    return Objective(
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing_factor,
+        z_loss=config.z_loss_coef,
+        router_aux=model_manager.router_aux_loss_coef(model, config.router_aux_loss_coef),
+        entropy=config.log_entropy,
+    )
+
+
+def _estimate(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
+    """What the run takes, from an outline of its model and its longest real pass."""
+    import trainer_utils
+    from sft.batch_plan import plan_batches
+    from sft.collation import Collator
+    from sft.document_attention import takes_documents
+    from sft.run_estimate import estimate_run
+    from sft.schema import TrainingKeys
+
+    keys = config.section(TrainingKeys)
+    plan = plan_batches(keys, data.train_rows, data.train_tokens, _processes(config))
+    precision = _precision(config)
+    model = _model(config, tokenizer, precision, outline=True)
+    arguments = trainer_utils.training_arguments(
+        keys.training_arguments(),
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        plan=plan,
+        pads=not (takes_documents(model.config) or data.is_packed),
+    )
+    return estimate_run(
+        model,
+        data.train,
+        arguments,
+        plan,
+        Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config)),
+        _objective(config, model),
+        loss_chunk_size=config.loss_chunk_size,
+        master_weights=precision.master_weights,
+        max_seq_length=config.max_seq_length,
     )
 
 
@@ -478,12 +559,17 @@ def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
     import model_manager
     from sft.auto_packing import AutoPacking
     from sft.batch_plan import rows_a_step
-    from sft.hardware import visible_gpus
     from sft.schema import ModelKeys, TrainingKeys
 
-    processes = int(os.environ.get("WORLD_SIZE", "0")) or config.num_gpus or max(1, visible_gpus())
     obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
-    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), processes))
+    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), _processes(config)))
+
+
+def _processes(config: Config) -> int:
+    """How many train together, or will."""
+    from sft.hardware import visible_gpus
+
+    return int(os.environ.get("WORLD_SIZE", "0")) or config.num_gpus or max(1, visible_gpus())
 
 
 def _account(config: Config, trainer: SFTTrainer, data: PreparedData) -> PreparedData:

@@ -18,14 +18,15 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft import artifacts, fused_head, run_shape, stream_state
+from sft import artifacts, run_shape, stream_state
 from sft.callbacks import ConsoleProgress, FollowConfig, FollowEpoch
 from sft.collation import PACKED, Collator, EvenRows, even_multiple, row_lengths
-from sft.document_attention import attention_inputs, takes_documents
+from sft.compilation import CompileSettings, compile_layers
+from sft.document_attention import takes_documents
 from sft.errors import TrainingStopped
 from sft.flops import operations_a_token, peak_of
 from sft.isolation import require_isolation
-from sft.losses import Objective, TokenLoss, token_loss
+from sft.losses import Objective, TokenLoss
 from sft.master_weights import MasterWeights
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
@@ -38,6 +39,7 @@ from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress
 from sft.streaming import STEP, TrainingStream
 from sft.token_evaluation import TokenEvaluation
+from sft.token_forward import TokenForward
 from sft.trained_models import save_companions
 from sft.trainer_arguments import training_arguments
 
@@ -56,6 +58,7 @@ class StepSettings:
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
         on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
         from_scratch: whether the model's weights are random on purpose.
+        compiling: how the decoder layers are compiled; None is not at all.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -64,6 +67,7 @@ class StepSettings:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 10
     from_scratch: bool = False
+    compiling: CompileSettings | None = None
 
 
 class SFTTrainer(TokenEvaluation):
@@ -120,18 +124,15 @@ class SFTTrainer(TokenEvaluation):
             require_isolation(model, collator)
         self._settings = settings or StepSettings()
         self._masters: MasterWeights | None = None
-        self._eval_objective = Objective(entropy=self._settings.objective.entropy)
-        causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self._model_config = causal_lm.config
-        self._reason_for_logits = fused_head.install(causal_lm, self._settings.loss_chunk_size)
-        if self._reason_for_logits:
-            logger.info("All logits of a pass are held at once: %s", self._reason_for_logits)
+        self._forward = TokenForward(model, self._settings.objective, self._settings.loss_chunk_size)
+        if self._settings.compiling:
+            compile_layers(model, self._settings.compiling, evaluates=bool(eval_datasets))
         self._train_rows: Any = train_dataset
         self._progress = progress
         self._total_steps = total_steps
         self._end_token_ids = end_token_ids
         self.eval_names = list(eval_datasets)
-        self._operations_a_token = operations_a_token(causal_lm)
+        self._operations_a_token = operations_a_token(self._forward.causal_lm)
         self._peak_operations = peak_of(args.device)
         self._sums = TokenSums(args.device)
         self._counts = TokenCounts.zero()
@@ -182,23 +183,8 @@ class SFTTrainer(TokenEvaluation):
     def measure(
         self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: torch.Tensor | None = None
     ) -> TokenLoss:
-        """The sums of one batch; the model's logits are held a few rows at a time, where its head allows it.
-
-        Args:
-            gradient_scale: what the objective will be multiplied by, so that its gradients are rounded once.
-        """
-        names = ("input_ids", "attention_mask", "position_ids")
-        kept: dict[str, Any] = {name: inputs[name] for name in names if name in inputs}
-        if "documents" in inputs:
-            kept |= attention_inputs(self._model_config, inputs["documents"])
-        # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
-        objective = self._settings.objective if model.training else self._eval_objective
-        if self._reason_for_logits is None:
-            labels = {name: inputs[name] for name in ("labels", "trained_positions")}
-            sums = model(**kept, **labels, objective=objective, gradient_scale=gradient_scale, use_cache=False)
-            return TokenLoss(**sums)
-        logits = model(**kept, use_cache=False).logits
-        return token_loss(logits, inputs["labels"], objective, inputs["trained_positions"])
+        """The sums of one batch on the device (see `sft.token_forward`)."""
+        return self._forward(model, inputs, gradient_scale)
 
     def training_step(
         self,

@@ -70,6 +70,7 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": _config,
     "check": _json,
     "preview": _preview,
+    "estimate": _json,
     "evaluate": _evaluate,
     "generate": _generate,
     "merge": _merge,

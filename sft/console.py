@@ -23,6 +23,7 @@ from sft.errors import UserError
 
 if TYPE_CHECKING:
     from sft.checking import Report
+    from sft.run_estimate import RunEstimate
 
 logger = logging.getLogger("sft")
 console = Console(stderr=True, highlight=False)
@@ -181,6 +182,25 @@ def show_conclusion(output_dir: Path, results: dict[str, Any], seconds: float) -
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
     for command in commands:
         console.print("  " + shlex.join([python, "sft_main.py", *command]), markup=False, soft_wrap=True)
+
+
+def show_estimate(told: RunEstimate) -> None:
+    """The memory of a rank, beside what its device has, and the run's arithmetic."""
+    table = Table(title=f"memory of a rank ({told.device}), GiB", title_justify="left", show_header=False)
+    for name, size in told.memory.as_json().items():
+        if size:
+            table.add_row(name, f"{size / 2**30:.2f}", end_section=name == "process")
+    table.add_row("there is", f"{told.limit / 2**30:.2f}")
+    console.print(table)
+    console.print(f"longest pass: {told.rows:,} rows, {told.tokens:,} tokens, {told.trained_tokens:,} of them trained")
+    console.print(f"batches: {told.plan}", soft_wrap=True)
+    if told.total_tokens is not None:
+        console.print(f"the run trains on {told.total_tokens:,} tokens; its time is not told, for it was not measured")
+    if told.memory.peak > told.limit:
+        logger.warning(
+            "the peak is more than there is: a smaller per_device_train_batch_size or max_seq_length, "
+            "activation_checkpointing: true, or an adapter (lora_config) takes less"
+        )
 
 
 def show_report(report: Report) -> None:

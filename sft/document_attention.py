@@ -124,7 +124,7 @@ def document_attention(
     window = options.get("sliding_window")
     q, k, v = query[0], key[0], value[0]
     fits = fits_varlen(_compute_dtype(query), q.shape[-1], v.shape[-1], softcap, sinks, dropout)
-    if fits and query.is_cuda and _capability(query.device.index) >= (8, 0):
+    if fits and query.is_cuda and capability(query.device.index) >= (8, 0):
         return _varlen(q, k, v, documents, scale, window)[None], None
     return attend(q, k, v, documents.offsets, scale, window, softcap, sinks, dropout)[None], None
 
@@ -164,7 +164,8 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
 
 
 @lru_cache
-def _capability(device: int) -> tuple[int, int]:
+def capability(device: int) -> tuple[int, int]:
+    """The compute capability of a CUDA device, asked once."""
     return torch.cuda.get_device_capability(device)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft.chunked_loss import KnownGradients, linear_chunks, module_chunks
+from sft.chunked_loss import KnownGradients, gradient_dtype, linear_chunks, module_chunks
 from sft.losses import Objective, TokenLoss, add_up, trained_positions
 from sft.output_head import OutputHead, find_output_head
 from sft.router_loss import load_balancing_loss
@@ -38,7 +38,7 @@ class _Installed:
     original: Any
 
 
-def install(model: Any, chunk_size: int | None = None) -> str | None:
+def install(model: Any, chunk_size: int | None = None, head: OutputHead | None = None) -> str | None:
     """Makes `model(..., labels=, objective=)` return a dict of `TokenLoss`'s tensors, without ever holding all logits.
 
     Called without `objective` it stays what it was.
@@ -46,11 +46,12 @@ def install(model: Any, chunk_size: int | None = None) -> str | None:
     Args:
         model: the causal LM itself, beneath an adapter's wrapper, with its adapter in place.
         chunk_size: tokens whose logits are held at a time; None is chosen for the machine.
+        head: where it is known; else it is found by running the model on a few tokens.
 
     Returns:
         None, or the reason why nothing was installed: the model's logits could not be made apart from its decoder.
     """
-    found = find_output_head(model)
+    found = head or find_output_head(model)
     if isinstance(found, str):
         return found
     before: _Installed | None = model.__dict__.get(_STATE)
@@ -121,20 +122,20 @@ def head_loss(
         dtype = _autocast_dtype(hidden) or hidden.dtype
         if linear is not None and head.transform is not None and _multiplies(linear, hidden):
             tensors = [hidden, *(p for p in (linear.weight, linear.bias) if p is not None)]
-            needed = [wants_gradient and t.requires_grad for t in tensors]
+            dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
             with torch.autocast(hidden.device.type, enabled=False):
                 cast = [t.to(dtype) for t in tensors]
                 scores, gradients = linear_chunks(
-                    cast, head.transform, targets, objective, needed, chunk_size, gradient_scale
+                    cast, head.transform, targets, objective, dtypes, chunk_size, gradient_scale
                 )
         else:
             tensors = [hidden, *(head.parameters(model, hidden) if wants_gradient else [])]
-            needed = [wants_gradient and t.requires_grad for t in tensors]
+            dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
             scores, gradients = module_chunks(
-                model, head, tensors, targets, objective, needed, chunk_size, gradient_scale
+                model, head, tensors, targets, objective, dtypes, chunk_size, gradient_scale
             )
         result = add_up(scores, positions)
-    if not any(needed):
+    if not any(dtypes):
         return result
     return replace(result, objective=KnownGradients.apply(result.objective, gradients, gradient_scale, *tensors))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _PROBE = 64.0  # a value of a logit far outside of what soft-capping leaves as it is
 _ROUNDINGS = 8  # units in the last place by which two ways to the same logits may differ, relative to the largest
@@ -107,7 +108,7 @@ class OutputHead:
             return None
         hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
         # Not a DTensor, nor a quantized weight, nor a forward that some library put in the place of Linear's.
-        plain = all(type(p) in (nn.Parameter, torch.Tensor) for p in linear.parameters())
+        plain = all(type(p) in (nn.Parameter, torch.Tensor, FakeTensor) for p in linear.parameters())
         return linear if plain and not any(hooks) and "forward" not in linear.__dict__ else None
 
 
@@ -125,6 +126,26 @@ def find_output_head(model: Any) -> OutputHead | str:
         return f"{type(error).__name__}: {error}"
     finally:
         model.train(was_training)
+
+
+def assume_output_head(model: Any) -> OutputHead:
+    """The head of a model without numbers (on the meta device, or of fake tensors), taken to be what most are.
+
+    Nothing can be compared there: that its logits come from what the decoder returns is not asked. What follows the
+    projection is found as ever, from numbers that do not pass through a weight.
+
+    Raises:
+        ValueError: it names no decoder or no output embeddings.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    linear = model.get_output_embeddings()
+    decoders = [d for d in (model.base_model, model.get_decoder()) if d is not None and d is not model]
+    if linear is None or not decoders:
+        raise ValueError("it has no decoder and head of its own")
+    vocab_size = int(getattr(linear, "base_layer", linear).weight.shape[0])
+    head = OutputHead(names[id(decoders[0])], names[id(linear)], vocab_size, None)
+    with torch.no_grad():
+        return replace(head, transform=_measure_transform(model, head, torch.device("cpu")))
 
 
 def _find(model: Any) -> OutputHead | str:
@@ -153,17 +174,17 @@ def _confirmed_transform(
     model: Any, head: OutputHead, hidden: torch.Tensor, expected: torch.Tensor
 ) -> LogitTransform | None:
     """The measured transform, unless the model's logits contradict it: it may scale in front of a bias, or cut."""
-    transform = _measure_transform(model, head)
+    transform = _measure_transform(model, head, model.device)
     linear = replace(head, transform=transform).plain_linear(model)
     if transform is None or linear is None or linear.weight.dtype != hidden.dtype:
         return transform  # there is no product of which to ask; where one is formed later, it is of this form
     return transform if _same(transform(linear(hidden).float()), expected) else None
 
 
-def _measure_transform(model: Any, head: OutputHead) -> LogitTransform | None:
+def _measure_transform(model: Any, head: OutputHead, device: torch.device) -> LogitTransform | None:
     """What follows the projection, from a run with one that changes nothing either."""
     width = model.config.get_text_config().hidden_size
-    probe = torch.linspace(-_PROBE, _PROBE, 2 * width, device=model.device).reshape(2, width)
+    probe = torch.linspace(-_PROBE, _PROBE, 2 * width, device=device).reshape(2, width)
     echoes = {head.decoder: _Echo(model.get_submodule(head.decoder)), head.linear: nn.Identity()}
     try:
         result = _echoed_logits(model, probe, echoes)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from sft.batch_plan import BatchPlan
+from sft.compilation import KEYS as COMPILING
 
 
 def training_arguments(
@@ -36,6 +37,8 @@ def training_arguments(
     """
     arguments = dict(given)
     arguments |= {"bf16": bf16, "fp16": fp16}
+    for key in COMPILING:  # upstream would compile the whole model; here `sft.compilation` compiles its layers
+        arguments.pop(key, None)
     if plan is not None:
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
         if plan.train_rows is None:  # a stream begins behind the rows that were trained

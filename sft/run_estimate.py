@@ -1,0 +1,154 @@
+"""What a run takes, told before it starts: the peak of each rank's memory, its passes, tokens and steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import TrainingArguments
+
+from sft.allocation_trace import as_fake, fake_batch
+from sft.batch_plan import BatchPlan
+from sft.collation import Collator, row_lengths
+from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
+from sft.losses import Objective
+from sft.memory import held_bytes, memory_limit
+from sft.output_head import assume_output_head
+from sft.sampling import EpochSampler
+from sft.streaming import TrainingStream
+from sft.token_forward import TokenForward
+
+_EPOCHS = 20  # whose passes are looked through for the longest one; later ones hardly find a longer
+
+
+@dataclass(frozen=True, slots=True)
+class RunEstimate:
+    """What `estimate` tells.
+
+    Attributes:
+        memory: of one rank, in bytes.
+        plan: rows, passes and steps.
+        device: where a rank computes, e.g. `cpu` or `cuda`.
+        limit: bytes that a rank may come to hold there now.
+        rows, tokens, trained_tokens: of the longest pass that the run will make; of a stream, of one as long as any.
+        total_tokens: of the run, padding not counted; None when they are streamed.
+    """
+
+    memory: MemoryEstimate
+    plan: BatchPlan
+    device: str
+    limit: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    total_tokens: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers by name; memory in bytes."""
+        return {
+            "memory": self.memory.as_json(),
+            "device": self.device,
+            "device_limit": self.limit,
+            "fits": self.memory.peak <= self.limit,
+            "longest_pass": {"rows": self.rows, "tokens": self.tokens, "trained_tokens": self.trained_tokens},
+            **self.plan.as_json(),
+            "total_tokens": self.total_tokens,
+        }
+
+
+def estimate_run(
+    model: Any,
+    rows: Any,
+    arguments: TrainingArguments,
+    plan: BatchPlan,
+    collator: Collator,
+    objective: Objective,
+    *,
+    loss_chunk_size: int | None,
+    master_weights: bool,
+    max_seq_length: int,
+) -> RunEstimate:
+    """The estimate for each rank of a run in which every rank holds a whole model.
+
+    The pass is the longest of those that the run will really make, collated as in training, and goes through the
+    trainer's own forward.
+
+    Args:
+        model: on the meta device, with its adapter.
+        rows: the training rows, or a stream of them.
+        arguments: of the Trainer.
+        loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
+        max_seq_length: the length that is counted for the rows of a stream.
+    """
+    device = arguments.device
+    process = 0 if device.type == "cuda" else held_bytes(device)
+    batch = collator(_longest_pass(rows, arguments, plan, collator, max_seq_length))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    as_fake(model, mode, device).train()
+    beneath = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = TokenForward(model, objective, loss_chunk_size, assume_output_head(beneath))
+    inputs = fake_batch(batch, mode, device)
+    half = torch.bfloat16 if arguments.bf16 else torch.float16
+    autocasts = arguments.bf16 or arguments.fp16
+
+    def run_forward() -> torch.Tensor:
+        scale = torch.ones((), device=device)
+        with torch.autocast(device.type, half, enabled=autocasts):
+            return forward(model, inputs, scale).objective * scale
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    memory = estimate_memory(
+        model,
+        run_forward,
+        mode,
+        optimizer_memory(name, trainable, device=device, master_weights=master_weights),
+        process=process,
+        accumulation_steps=plan.gradient_accumulation_steps,
+        world_size=plan.world_size,
+        master_weights=master_weights,
+    )
+    return RunEstimate(
+        memory=memory,
+        plan=plan,
+        device=device.type,
+        limit=memory_limit(device, plan.world_size),
+        rows=len(batch["lengths"]),
+        tokens=int(batch["lengths"].sum()),
+        trained_tokens=len(batch["trained_positions"]),
+        total_tokens=_total_tokens(plan),
+    )
+
+
+def _total_tokens(plan: BatchPlan) -> int | None:
+    if plan.tokens_per_epoch is None or plan.steps_per_epoch is None:
+        return None
+    return round(plan.tokens_per_epoch * plan.total_steps / plan.steps_per_epoch)
+
+
+def _longest_pass(
+    rows: Any, arguments: TrainingArguments, plan: BatchPlan, collator: Collator, max_seq_length: int
+) -> list[dict[str, Any]]:
+    """The rows of the pass with the most tokens, padding included, in the order that the run's sampler will give."""
+    size = plan.per_device_train_batch_size
+    if isinstance(rows, TrainingStream):
+        tokens = np.zeros(max_seq_length, dtype=np.int64)
+        return [{"input_ids": tokens, "labels": tokens} for _ in range(size)]
+    lengths = row_lengths(rows)
+    seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
+    strategy = str(getattr(arguments.train_sampling_strategy, "value", arguments.train_sampling_strategy))
+    sampler = EpochSampler(len(rows), 0, seed, strategy, lengths, plan.global_batch_size)
+    longest, most = sampler.order()[:size], 0
+    for epoch in range(min(_EPOCHS, math.ceil(plan.total_steps / (plan.steps_per_epoch or 1)))):
+        sampler.set_epoch(epoch)
+        passes = np.array_split(sampler.order(), range(size, len(rows), size))
+        sizes = [lengths[p].sum() if collator.flatten else len(p) * lengths[p].max() for p in passes]
+        at = int(np.argmax(sizes))
+        if sizes[at] > most:
+            longest, most = passes[at], sizes[at]
+    return [rows[int(row)] for row in longest]

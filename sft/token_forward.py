@@ -1,0 +1,62 @@
+"""The trainer's forward pass: from a collated batch on the device to what its tokens add up to."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from sft import fused_head
+from sft.document_attention import attention_inputs
+from sft.losses import Objective, TokenLoss, token_loss
+from sft.output_head import OutputHead
+
+logger = logging.getLogger("sft")
+
+_GIVEN = ("input_ids", "attention_mask", "position_ids")
+
+
+class TokenForward:
+    """Runs a model over batches of `collation.Collator`, with its head fused to the loss where the model allows it.
+
+    Args:
+        model: a causal LM, wrapped with an adapter or not; its head is replaced for calls with an objective.
+        objective: of training; evaluation measures the plain cross entropy.
+        chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        head: of the model, where it is known; else it is found by running the model on a few tokens.
+
+    Attributes:
+        causal_lm: the model beneath its adapter.
+    """
+
+    def __init__(
+        self, model: Any, objective: Objective, chunk_size: int | None = None, head: OutputHead | None = None
+    ) -> None:
+        self.causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._config = self.causal_lm.config
+        self._objective, self._eval_objective = objective, Objective(entropy=objective.entropy)
+        self._reason_for_logits = fused_head.install(self.causal_lm, chunk_size, head)
+        if self._reason_for_logits:
+            logger.info("All logits of a pass are held at once: %s", self._reason_for_logits)
+
+    def __call__(
+        self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: torch.Tensor | None = None
+    ) -> TokenLoss:
+        """The sums of one batch; the model's logits are held a few rows at a time, where its head allows it.
+
+        Args:
+            model: as it was given, or as parallel training has wrapped it since.
+            gradient_scale: what the objective will be multiplied by, so that its gradients are rounded once.
+        """
+        kept: dict[str, Any] = {name: inputs[name] for name in _GIVEN if name in inputs}
+        if "documents" in inputs:
+            kept |= attention_inputs(self._config, inputs["documents"])
+        # With a cache, attention would no longer be restricted by position_ids to one document of a packed row.
+        objective = self._objective if model.training else self._eval_objective
+        if self._reason_for_logits is None:
+            labels = {name: inputs[name] for name in ("labels", "trained_positions")}
+            sums = model(**kept, **labels, objective=objective, gradient_scale=gradient_scale, use_cache=False)
+            return TokenLoss(**sums)
+        logits = model(**kept, use_cache=False).logits
+        return token_loss(logits, inputs["labels"], objective, inputs["trained_positions"])
