@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sft.losses import Objective
     from sft.precision import Precision
     from sft.run_estimate import RunEstimate
-    from sft.schema import Config
+    from sft.schema import Config, TrainingKeys
     from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")
@@ -92,7 +92,7 @@ def train(argv: list[str]) -> int:
     _require_served(config, tokenizer)
     _join(config)
     distributed.require_agreement({"checkpoint": str(checkpoint), **data.identity()})
-    trainer = _build_trainer(config, tokenizer, data)
+    trainer = _build_trainer(config, tokenizer, data, checkpoint)
     # From here on the run is on: what an earlier one left makes room.
     if distributed.is_main_process():
         config_manager.write_config(config, output_dir / "config.yaml")
@@ -332,7 +332,7 @@ def _take_machine(config: Config) -> None:
     quiet_libraries()
 
 
-def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTrainer:
+def _build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint: Path | None) -> SFTTrainer:
     """The model as the config describes it, and the Trainer that holds it."""
     import distributed_utils as distributed
     import trainer_utils
@@ -347,11 +347,15 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
-    logger.info("Batches: %s", plan)
     compiling = compile_settings(config.torch_compile, config.torch_compile_backend, config.torch_compile_mode)
     precision = _precision(config)
     trainer_utils.set_seed(config.seed)
     model = _model(config, tokenizer, precision)
+    searches = keys.per_device_train_batch_size == "auto"
+    if searches:
+        keys = _choose_batch_size(config, model, tokenizer, data, precision, checkpoint)
+        plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
+    logger.info("Batches: %s", plan)
     arguments = trainer_utils.training_arguments(
         keys.training_arguments(),
         bf16=precision.bf16,
@@ -374,6 +378,7 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         nonfinite_limit=config.nonfinite_limit,
         from_scratch=config.from_scratch is not None,
         compiling=compiling,
+        shrinks=searches,
     )
     return trainer_utils.SFTTrainer(
         model,
@@ -387,6 +392,35 @@ def _build_trainer(config: Config, tokenizer: Any, data: PreparedData) -> SFTTra
         progress=StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None,
         settings=settings,
     )
+
+
+def _choose_batch_size(
+    config: Config, model: Any, tokenizer: Any, data: PreparedData, precision: Precision, checkpoint: Path | None
+) -> TrainingKeys:
+    """The keys with the rows of a pass that `auto` stands for: those of the checkpoint, or what real passes say."""
+    import distributed_utils as distributed
+    from sft.batch_probe import probe_batch_size, rows_of_checkpoint, with_rows
+    from sft.collation import Collator
+    from sft.document_attention import takes_documents
+    from sft.schema import TrainingKeys
+    from sft.token_forward import TokenForward
+
+    keys = config.section(TrainingKeys)
+    kept = rows_of_checkpoint(checkpoint) if checkpoint else None
+    if kept is not None:
+        logger.info("per_device_train_batch_size: auto is %d, as in %s", kept, checkpoint)
+        return with_rows(keys, kept)
+    rows = probe_batch_size(
+        model,
+        data.train,
+        keys,
+        Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config)),
+        TokenForward(model, _objective(config, model), config.loss_chunk_size),
+        precision,
+        world_size=distributed.world_size(),
+        local_world_size=distributed.local_world_size(),
+    )
+    return with_rows(keys, rows)
 
 
 def _precision(config: Config) -> Precision:

@@ -32,6 +32,8 @@ from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
 from sft.nonfinite import clip_gradients, gradient_norm, require_finite
 from sft.optimizers import with_master_weights
+from sft.out_of_memory import ShrinkingPasses, first_line, is_out_of_memory, out_of_memory
+from sft.pass_halves import halves
 from sft.run_shape import RunShape, describe_adapter, digest_lengths
 from sft.sampling import EpochSampler
 from sft.step_watch import StepWatch
@@ -59,6 +61,7 @@ class StepSettings:
         on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
         from_scratch: whether the model's weights are random on purpose.
         compiling: how the decoder layers are compiled; None is not at all.
+        shrinks: whether a step that runs out of memory is made again in smaller passes; for one process alone.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -68,6 +71,7 @@ class StepSettings:
     nonfinite_limit: int = 10
     from_scratch: bool = False
     compiling: CompileSettings | None = None
+    shrinks: bool = False
 
 
 class SFTTrainer(TokenEvaluation):
@@ -133,6 +137,7 @@ class SFTTrainer(TokenEvaluation):
         self._end_token_ids = end_token_ids
         self.eval_names = list(eval_datasets)
         self._operations_a_token = operations_a_token(self._forward.causal_lm)
+        self._shrinking: ShrinkingPasses | None = None
         self._peak_operations = peak_of(args.device)
         self._sums = TokenSums(args.device)
         self._counts = TokenCounts.zero()
@@ -150,6 +155,8 @@ class SFTTrainer(TokenEvaluation):
             seed=args.seed,
             rank=args.process_index,
         )
+        if self._settings.shrinks and args.world_size == 1:
+            self._shrinking = ShrinkingPasses(halves, model.zero_grad, self._watch.counts, self._watch.put_back)
 
     @staticmethod
     def _as_eval_dataset(eval_datasets: Mapping[str, Dataset]) -> Dataset | dict[str, Dataset] | None:
@@ -196,8 +203,12 @@ class SFTTrainer(TokenEvaluation):
         if self._progress:
             self._progress.consume(inputs.pop(STEP))
         masters = self._masters
+        make = super().training_step
         with masters.reducing(model, is_last=self.accelerator.sync_gradients) if masters else nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self._shrinking is None:
+                loss = make(model, inputs, num_items_in_batch)
+            else:
+                loss = self._shrinking.run(inputs, lambda piece: make(model, piece, num_items_in_batch))
         # The Trainer adds these up for a summary of its own; of those that are not finite the guard knows already.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -230,6 +241,8 @@ class SFTTrainer(TokenEvaluation):
 
         What the passes of a step add up to counts only once the step is made.
         """
+        if self._shrinking:
+            self._shrinking.begin()  # the passes of this step are made, the next one is another step's
         self.accelerator.unscale_gradients()
         norm = gradient_norm(model.parameters())
         made, optimizer = self.state.global_step, self.optimizer
@@ -263,6 +276,10 @@ class SFTTrainer(TokenEvaluation):
         except TrainingStopped:
             self._leave_logs()
             raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(f"step {self.state.global_step + 1} ran out of memory: {first_line(error)}") from error
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ConsoleProgress):
@@ -300,6 +317,8 @@ class SFTTrainer(TokenEvaluation):
         # Called again for a smaller batch (auto_find_batch_size), after an attempt whose sums count for nothing.
         self._sums.clear()
         self._watch.forget()
+        if self._shrinking:
+            self._shrinking.begin()
         if self._progress:
             return self._stream_loader(self._progress)
         multiple = 1 if self.args.dataloader_drop_last else even_multiple(self._train_batch_size, self.args.world_size)

@@ -111,7 +111,7 @@ def choose_batch_size(
     unfruitful, reason = 0, "no larger size divides the rows of a step, or there are no more rows"
     with undisturbed(model):
         for rows in candidates:
-            if _foretold(probes, rows) > room:
+            if probes and _foretold(probes, rows) > room:
                 reason = f"{rows} rows would take more than the {room / 2**30:.2f} GiB that a pass may bring it to"
                 break
             probes.append(_probe(model, run_pass, rows, device))

@@ -9,6 +9,8 @@ from typing import Any
 from sft.errors import UserError
 from sft.schema import TrainingKeys
 
+_BEFORE_PROBES = 8  # rows of a step with `per_device_train_batch_size: auto` alone, while nothing was tried yet
+
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
@@ -55,13 +57,15 @@ def rows_a_step(keys: TrainingKeys, world_size: int) -> int:
     """Rows of an optimizer step over all processes."""
     if keys.global_batch_size is not None:
         return keys.global_batch_size
+    if keys.per_device_train_batch_size == "auto":
+        return _BEFORE_PROBES
     return keys.per_device_train_batch_size * keys.gradient_accumulation_steps * world_size
 
 
 def plan_batches(
     keys: TrainingKeys, train_rows: int | None, tokens_per_epoch: int | None, world_size: int
 ) -> BatchPlan:
-    """The run's arithmetic.
+    """The run's arithmetic; while `per_device_train_batch_size` is still `auto`, with a number that stands for it.
 
     Args:
         train_rows, tokens_per_epoch: of an epoch; None when they are streamed, and `max_steps` is given.
@@ -70,7 +74,7 @@ def plan_batches(
     Raises:
         UserError: `global_batch_size` is no multiple of the rows of one pass over all processes.
     """
-    per_device = keys.per_device_train_batch_size
+    per_device = _rows_a_pass(keys, world_size)
     accumulation = keys.gradient_accumulation_steps
     if keys.global_batch_size is not None:
         accumulation, rest = divmod(keys.global_batch_size, per_device * world_size)
@@ -79,7 +83,7 @@ def plan_batches(
             message = f"{keys.global_batch_size} is no multiple of {rows} ({per_device} rows × {world_size} processes)"
             hint = f"take a multiple of {rows}, or another per_device_train_batch_size"
             raise UserError(keys.problem("global_batch_size", message, hint))
-    steps = None if train_rows is None else _steps_per_epoch(keys, train_rows, world_size, accumulation)
+    steps = None if train_rows is None else _steps_per_epoch(keys, train_rows, per_device, world_size, accumulation)
     total = keys.max_steps if steps is None or keys.max_steps > 0 else math.ceil(keys.num_train_epochs * steps)
     return BatchPlan(
         world_size=world_size,
@@ -93,8 +97,14 @@ def plan_batches(
     )
 
 
-def _steps_per_epoch(keys: TrainingKeys, train_rows: int, world_size: int, accumulation: int) -> int:
-    per_device = keys.per_device_train_batch_size
+def _rows_a_pass(keys: TrainingKeys, world_size: int) -> int:
+    """The number, or one that may stand for `auto`: the rows of a step are what matters, and those are known."""
+    if keys.per_device_train_batch_size != "auto":
+        return keys.per_device_train_batch_size
+    return 1 if keys.global_batch_size is not None else max(1, _BEFORE_PROBES // world_size)
+
+
+def _steps_per_epoch(keys: TrainingKeys, train_rows: int, per_device: int, world_size: int, accumulation: int) -> int:
     batches = math.ceil(train_rows / (per_device * world_size))
     if keys.dataloader_drop_last:
         batches = train_rows // (per_device * world_size)

@@ -13,8 +13,6 @@ turns, say) those come first that cost the most time, and the others run as they
     first layer   gradients, but none to its input: behind frozen embeddings
 
 Embeddings, final norm, and head with loss are outside; a call without boundaries (generation) is not compiled.
-
-Nothing here imports the compiler before it is asked for: that takes a second, which other runs need not spend.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def _needs(config: Config) -> Iterator[Problem]:
     if config.dataset_config_name is not None and config.dataset_name is None:
         yield config.problem("dataset_config_name", "needs dataset_name", "It names a configuration of a hub data set.")
     yield from _weights(config)
+    yield from _auto_batch(config)
     yield from _streaming(config)
     yield from _numbers(config)
     yield from _trackers(config)
@@ -148,6 +149,17 @@ def _numbers(config: Config) -> Iterator[Problem]:
         if value > 1 and value % 1:
             hint = "Below 1 it is a share of all steps, from 1 on a number of steps."
             yield config.problem(key, f"expected a whole number of steps, got {value:g}", hint)
+
+
+def _auto_batch(config: Config) -> Iterator[Problem]:
+    key = "per_device_train_batch_size"
+    if config.per_device_train_batch_size != "auto":
+        return
+    if config.auto_find_batch_size:
+        yield config.problem("auto_find_batch_size", f"excludes {key}: auto", "Keep one: both search for the number.")
+    if config.streaming:
+        hint = "Give a number: the longest rows of a stream are not known before its end."
+        yield config.problem(key, "auto needs all rows at once, and streaming reads them one after another", hint)
 
 
 def _streaming(config: Config) -> Iterator[Problem]:

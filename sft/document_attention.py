@@ -163,9 +163,13 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
-@lru_cache
 def capability(device: int) -> tuple[int, int]:
-    """The compute capability of a CUDA device, asked once."""
+    """The compute capability of a CUDA device; not cached itself: torch.compile looks into what a cache wraps."""
+    return _asked_capability(device)
+
+
+@lru_cache
+def _asked_capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

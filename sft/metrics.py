@@ -93,6 +93,12 @@ class TokenSums:
         self._sums += other._sums
         other.clear()
 
+    def copy(self) -> TokenSums:
+        """The same sums, on their own from here on."""
+        other = TokenSums(self._sums.device)
+        other._sums.copy_(self._sums)
+        return other
+
     def clear(self) -> None:
         """Starts anew."""
         self._sums.zero_()

@@ -83,9 +83,9 @@ class NonfiniteGuard:
         """Passes of the step so far."""
         return len(self._passes)
 
-    def forget(self) -> None:
-        """The step begins anew, after an attempt that ran out of memory."""
-        self._passes.clear()
+    def forget(self, kept: int = 0) -> None:
+        """The step begins anew behind its first `kept` passes, after an attempt that ran out of memory."""
+        del self._passes[kept:]
 
     def watch(self, loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The loss of one pass, with NaN gradients where it is not finite, and the same to the last bit where it is.

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from sft.errors import Problem, UserError
+from sft.errors import Problem, TrainingStopped
 
 logger = logging.getLogger("sft")
+
+RunPass = Callable[[Any], torch.Tensor]
 
 _SAID_BY_ALLOCATORS = (
     "can't allocate memory",  # torch's on the CPU
@@ -40,6 +42,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID_BY_ALLOCATORS)
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of what an allocator said."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def out_of_memory(message: str) -> TrainingStopped:
+    """The end of a run whose memory is gone, with what to do."""
+    hint = "shorten max_seq_length, set gradient_checkpointing: true, or train an adapter (lora_config)"
+    return TrainingStopped(Problem(message, hint, "max_seq_length"))
+
+
 class ShrinkingPasses:
     """The passes of optimizer steps, each cut into 2ᵏ pieces, where k grows by one whenever memory runs out.
 
@@ -48,7 +61,6 @@ class ShrinkingPasses:
     reduction of the gradients, which belongs behind the last pass.
 
     Args:
-        run_pass: forward and backward on one piece; adds to the gradients and returns the loss's part, a scalar.
         halves: a piece as two, or None when it cannot be cut any further.
         clear: forgets the gradients of the step so far.
         counts: reads what is counted besides (metrics), in a form that `put_back` takes.
@@ -57,13 +69,12 @@ class ShrinkingPasses:
 
     def __init__(
         self,
-        run_pass: Callable[[Any], torch.Tensor],
         halves: Callable[[Any], tuple[Any, Any] | None],
         clear: Callable[[], None],
         counts: Callable[[], Any],
         put_back: Callable[[Any], None],
     ) -> None:
-        self._run_pass, self._halves, self._clear = run_pass, halves, clear
+        self._halves, self._clear = halves, clear
         self._counts, self._put_back = counts, put_back
         self._earlier: list[Any] = []  # the passes of this step that are done
         self.cuts = 0
@@ -73,14 +84,17 @@ class ShrinkingPasses:
         self._earlier = []
         self.cuts = max(self.cuts, cuts)
 
-    def run(self, batch: Any) -> torch.Tensor:
+    def run(self, batch: Any, run_pass: RunPass) -> torch.Tensor:
         """The loss of the pass, a scalar without graph, once its gradients stand beside those of the step so far.
 
+        Args:
+            run_pass: forward and backward on one piece; adds to the gradients and returns the loss's part, a scalar.
+
         Raises:
-            UserError: memory runs out for pieces that cannot be cut any further.
+            TrainingStopped: memory runs out for pieces that cannot be cut any further.
         """
         before = self._counts()
-        loss = self._attempt([batch])
+        loss = self._attempt([batch], run_pass)
         while loss is None:
             # Here the error is gone, and with it the frames that held the pass's tensors.
             gc.collect()
@@ -89,25 +103,25 @@ class ShrinkingPasses:
             self._cut(batch)
             self._clear()
             self._put_back(before)
-            if self._attempt(self._earlier) is None:
+            if self._attempt(self._earlier, run_pass) is None:
                 continue
             self._put_back(before)  # the earlier passes have been counted already
-            loss = self._attempt([batch])
+            loss = self._attempt([batch], run_pass)
         self._earlier.append(batch)
         return loss
 
-    def _attempt(self, batches: Sequence[Any]) -> torch.Tensor | None:
+    def _attempt(self, batches: Sequence[Any], run_pass: RunPass) -> torch.Tensor | None:
         """The summed loss of the batches; None when memory ran out on the way."""
         total = torch.zeros(())
         try:
             for batch in batches:
                 for piece in self._pieces(batch):
-                    loss = self._run_pass(piece).detach()
+                    loss = run_pass(piece).detach()
                     total = total.to(loss.device) + loss
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("Out of memory: %s", str(error).strip().splitlines()[0][:200])
+            logger.warning("Out of memory: %s", first_line(error))
             return None
         return total
 
@@ -121,15 +135,13 @@ class ShrinkingPasses:
         """One cut more.
 
         Raises:
-            UserError: it would cut nothing.
+            TrainingStopped: it would cut nothing.
         """
         passes = [*self._earlier, batch]
         before = [len(self._pieces(p)) for p in passes]
         self.cuts += 1
         if [len(self._pieces(p)) for p in passes] == before:
-            message = "memory runs out on a pass of a single row"
-            hint = "shorten max_seq_length, set gradient_checkpointing: true, or train an adapter (lora_config)"
-            raise UserError(Problem(message, hint, "max_seq_length"))
+            raise out_of_memory("memory runs out on a pass of a single row")
         logger.warning(
             "The optimizer step is done again in passes of 1/%d of the rows, as are those after it; a smaller "
             "per_device_train_batch_size would have spared the time",

@@ -41,24 +41,30 @@ def _rows(batch: dict[str, Any], side: slice) -> dict[str, Any]:
 def _between_documents(batch: dict[str, Any], documents: Boundaries) -> tuple[dict[str, Any], dict[str, Any]] | None:
     if len(documents.lengths) < 2:
         return None
-    ends = list(accumulate(documents.lengths))
-    cut = min(range(1, len(ends)), key=lambda count: abs(2 * ends[count - 1] - ends[-1]))
-    middle = ends[cut - 1]
-    # Rows of a packed pass are not told apart here; what counts is the sum. Fillers, which count nothing, come last.
-    first = batch["lengths"].sum().clamp(max=middle)[None]
+    ends_of_documents = list(accumulate(documents.lengths))
+    cut = min(range(1, len(ends_of_documents)), key=lambda n: abs(2 * ends_of_documents[n - 1] - ends_of_documents[-1]))
+    middle = ends_of_documents[cut - 1]
+    ends = batch["lengths"].cumsum(0)  # (rows,) of real tokens; fillers, which count nothing, come last
+    starts = ends - batch["lengths"]
+    first, second = starts < middle, (ends > middle) | (starts >= middle)  # a row that is cut stands in both
     return (
-        _documents(batch, slice(None, middle), documents.lengths[:cut], first),
-        _documents(batch, slice(middle, None), documents.lengths[cut:], batch["lengths"].sum()[None] - first),
+        _documents(
+            batch, slice(None, middle), documents.lengths[:cut], (ends.clamp(max=middle) - starts)[first], first
+        ),
+        _documents(
+            batch, slice(middle, None), documents.lengths[cut:], (ends - starts.clamp(min=middle))[second], second
+        ),
     )
 
 
 def _documents(
-    batch: dict[str, Any], tokens: slice, documents: tuple[int, ...], lengths: torch.Tensor
+    batch: dict[str, Any], tokens: slice, documents: tuple[int, ...], lengths: torch.Tensor, rows: torch.Tensor
 ) -> dict[str, Any]:
     part = {name: batch[name][:, tokens] for name in ("input_ids", "labels", "position_ids")}
     return {
         **part,
         "documents": Boundaries.of(documents).to(lengths.device),
-        "lengths": lengths,
+        "lengths": lengths.clamp(min=0),
+        "rows": batch["rows"][rows],
         "trained_positions": trained_positions(part["labels"]),
     }

@@ -156,6 +156,10 @@ class TrainingKeys(TrainingArgumentsKeys):
 
     output_dir: str = "outputs"
     """Folder for checkpoints, the final model, logs and reports."""
+    per_device_train_batch_size: Positive | Literal["auto"] = 8
+    """Rows of one pass on one device; `auto` tries the longest ones out and takes what is fastest and fits."""
+    auto_batch_memory_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.85
+    """Share of the memory there is that `per_device_train_batch_size: auto` may come to use."""
     logging_steps: Annotated[Number, Field(gt=0)] = 10
     """Optimizer steps between two log lines; below 1 a share of all steps."""
     report_to: str | list[str] = "none"
@@ -186,6 +190,8 @@ class TrainingKeys(TrainingArgumentsKeys):
             for name, value in self
             if name in _TRAINING_DEFAULTS and (self.is_set(name) or value != _TRAINING_DEFAULTS[name])
         }
+        if arguments.get("per_device_train_batch_size") == "auto":
+            del arguments["per_device_train_batch_size"]  # comes with the run's plan
         if self.warmup_ratio is not None:
             arguments["warmup_steps"] = self.warmup_ratio
         # Upstream renamed this pair; the old name warns on every run and does the same.

@@ -72,6 +72,20 @@ class StepWatch:
         self._rows = []
         self._guard.forget()
 
+    def counts(self) -> Any:
+        """What the passes of the step so far have come to, for `put_back`."""
+        return self.sums.copy(), list(self._rows), self._guard.passes
+
+    def put_back(self, counts: Any) -> None:
+        """Forgets the passes since `counts` were read: they are made again, in smaller pieces."""
+        sums, rows, passes = counts
+        self.sums.clear()
+        self.sums.absorb(sums.copy())
+        self._rows = list(rows)
+        self._guard.forget(passes)
+        if self._checks.is_open and not passes:
+            self._checks.forget_first_pass()
+
     def measure_pass(self, inputs: Inputs, step: int, measure: Callable[[], TokenLoss]) -> TokenLoss:
         """One pass of the step that comes after `step` others; its sums count once the step is made."""
         if self._checks.is_open:

@@ -40,6 +40,7 @@ def training_arguments(
     for key in COMPILING:  # upstream would compile the whole model; here `sft.compilation` compiles its layers
         arguments.pop(key, None)
     if plan is not None:
+        arguments["per_device_train_batch_size"] = plan.per_device_train_batch_size
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
         if plan.train_rows is None:  # a stream begins behind the rows that were trained
             arguments["ignore_data_skip"] = True

@@ -179,6 +179,10 @@ class TrustChecks:
             result = evaluate()
             self._evaluated = (result.nll, result.tokens)
 
+    def forget_first_pass(self) -> None:
+        """It is made again, in smaller pieces, of which the first is then looked at."""
+        self._evaluated = self._trained = None
+
     def after_pass(self, trained: TokenLoss) -> None:
         """Keeps what the first pass gave in training mode; nothing is read from the device yet."""
         if self._trained is None:

@@ -218,13 +218,26 @@ def test_what_is_no_way_to_compile(backend: str | None, mode: str | None, words:
         compile_settings(True, backend, mode)
 
 
-def test_without_a_compiler_nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_without_a_compiler_nothing_begins() -> None:
     compiler_search = torch._inductor.cpp_builder.cpp_compiler_search
     compiler_search.cache_clear()
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(UserError, match="needs a C\\+\\+ compiler"),
+    ):
         compile_settings(True, None, None)
-    compiler_search.cache_clear()
+
+
+def test_a_gpus_capability_is_a_constant_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo cannot trace the question, nor what a cache wraps; without a GPU the answer is made up."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8 + len(os.urandom(1)), 0))
+    compile_layers(llama(), CompileSettings("eager", {}), evaluates=False)
+    ask = document_attention.capability
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + int(ask(99) >= (8, 0))
+
+    assert torch.compile(add, fullgraph=True, backend="eager")(torch.zeros(1)).item() == 1
 
 
 def test_padded_rows_are_refused() -> None:

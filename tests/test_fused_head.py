@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from sft import fused_head
+from sft import chunked_loss, fused_head
 from sft.chunked_loss import KnownGradients, linear_chunks, tokens_of_a_chunk
 from sft.losses import Objective, TokenLoss, token_loss, trained_positions
 from sft.output_head import LogitTransform, OutputHead, find_output_head
@@ -161,9 +161,13 @@ def test_matrix_products_are_written_out_where_nothing_else_is_in_the_head(kind:
     assert (head.plain_linear(model) is None) == (kind in BY_AUTOGRAD)
 
 
+@pytest.mark.parametrize("block", [40, 2**20])  # a row at a time; all of a chunk
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5), LogitTransform(cap=4.0)])
-def test_sums_and_gradients_equal_a_float64_computation(objective: Objective, transform: LogitTransform) -> None:
+def test_sums_and_gradients_equal_a_float64_computation(
+    objective: Objective, transform: LogitTransform, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_loss, "_CPU_BLOCK", block)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, 30, 16, generator=generator)
     weight, bias = torch.randn(40, 16, generator=generator), torch.randn(40, generator=generator)
@@ -181,7 +185,7 @@ def test_sums_and_gradients_equal_a_float64_computation(objective: Objective, tr
     (smoothed * kept + objective.z_loss * logits.logsumexp(-1).square()).sum().backward()
 
     tensors = [hidden[0, positions - 1], weight, bias]
-    scores, found = linear_chunks(tensors, transform, targets, objective, [True] * 3, chunk_size=7)
+    scores, found = linear_chunks(tensors, transform, targets, objective, [torch.float32] * 3, chunk_size=7)
     shifted = torch.cat([logits.detach(), logits.detach()[:1]])[None]  # position t predicts t + 1
     sums = by_hand(shifted, torch.cat([torch.tensor([-100]), targets])[None], objective)
     assert scores.loss.double().sum().item() == pytest.approx(sums["objective"], rel=1e-6)
@@ -194,6 +198,36 @@ def test_sums_and_gradients_equal_a_float64_computation(objective: Objective, tr
         assert ours is not None
         assert theirs.grad is not None
         assert float((ours.double() - theirs.grad).abs().max() / theirs.grad.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_size", [5, 30])
+def test_what_stood_in_new_memory_is_in_no_gradient(dtype: torch.dtype, chunk_size: int) -> None:
+    """Gradients are written by the first chunk and not added to zeros; torch fills new memory with NaN here."""
+    tensors = [torch.randn(*shape).to(dtype) for shape in ((30, 16), (40, 16), (40,))]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan().all()
+        targets = torch.arange(30)
+        _, found = linear_chunks(tensors, LogitTransform(), targets, Objective(), [dtype] * 3, chunk_size)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for gradient in found:
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("vocab_size", [5, 256, 600, 1000])
+def test_a_models_choice_is_the_first_of_its_largest_logits(vocab_size: int) -> None:
+    """Of a vocabulary shorter than, as long as, and no multiple of the runs in which it is looked for."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (500, vocab_size), generator=generator).float()  # many are the largest
+    logits[:100] = 0.0
+    logits[:100, -3:] = 1.0
+    expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
+    targets = torch.where(torch.arange(500) % 2 == 0, expected, expected.roll(1))
+    scores = chunked_loss.score_rows(logits, targets, Objective(), LogitTransform(), with_gradient=False)
+    assert torch.cat([part.correct for part in scores]).equal(targets == expected)
 
 
 def test_a_model_gives_the_sums_of_a_float64_computation_over_its_logits() -> None:
@@ -239,7 +273,7 @@ def test_evaluation_makes_no_gradient_and_no_graph(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fused_head, "linear_chunks", watched)
     with torch.no_grad():
         loss = fused(model, inputs, Objective())
-    assert needed == [[False, False]]
+    assert needed == [[None, None]]
     assert not loss.objective.requires_grad
     assert_same_loss(loss, expected)
 
@@ -279,22 +313,30 @@ def errors(found: list[Any], exact: list[torch.Tensor]) -> list[float]:
     return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
 
 
-@pytest.mark.parametrize(("chunk_size", "worse"), [(512, 1.02), (64, 1.3)])
-def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(chunk_size: int, worse: float) -> None:
-    """Of one chunk. Of several, the head's is a float32 sum of products that were rounded one by one."""
+@pytest.mark.parametrize(
+    ("chunk_size", "wanted", "worse"),
+    [(512, torch.bfloat16, 1.02), (512, torch.float32, 1.02), (64, torch.float32, 1.02), (64, torch.bfloat16, 1.3)],
+)
+def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(
+    chunk_size: int, wanted: torch.dtype, worse: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several chunks' sum is in float32, of products that were rounded one by one: one rounding more in bfloat16."""
+    monkeypatch.setattr(chunked_loss, "_CPU_SLICE", 300 * 64)  # of the weight's 1,000 rows
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(512, 64, generator=generator).bfloat16()
     weight = (torch.randn(1000, 64, generator=generator) / 8).bfloat16()
     targets = torch.randint(0, 1000, (512,), generator=generator)
     exact = float64_gradients(hidden, weight, targets)
-    plain = [t.clone().requires_grad_() for t in (hidden, weight)]
+    plain, ours = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    plain[1].grad_dtype = ours[1].grad_dtype = wanted  # float32: as where the optimizer keeps master values
     logits = (plain[0] @ plain[1].t()).float()
     (torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / 300).backward()
-    ours = [t.clone().requires_grad_() for t in (hidden, weight)]
-    scale = torch.tensor(1 / 300)
+    scale, dtypes = torch.tensor(1 / 300), [torch.bfloat16, wanted]
     with torch.no_grad():
-        scores, made = linear_chunks(ours, LogitTransform(), targets, Objective(), [True, True], chunk_size, scale)
+        scores, made = linear_chunks(ours, LogitTransform(), targets, Objective(), dtypes, chunk_size, scale)
     (KnownGradients.apply(scores.loss.sum(), made, scale, *ours) / 300).backward()
+    assert ours[1].grad is not None
+    assert ours[1].grad.dtype == wanted
     of_ours, of_plain = ([300 * t.grad.double() for t in tensors if t.grad is not None] for tensors in (ours, plain))
     for our_error, plain_error in zip(errors(of_ours, exact), errors(of_plain, exact), strict=True):
         assert our_error <= worse * plain_error

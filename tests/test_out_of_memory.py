@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sft.collation import Collator
-from sft.errors import UserError
+from sft.errors import TrainingStopped
 from sft.out_of_memory import ShrinkingPasses, is_out_of_memory
 from sft.pass_halves import halves
 
@@ -78,7 +78,7 @@ class Step:
     def __init__(self, room: int) -> None:
         self.room, self.gradient, self.counted = room, 0.0, 0
         self.passes: list[list[float]] = []
-        self.shrinking = ShrinkingPasses(self.run_pass, self.halves, self.clear, lambda: self.counted, self.put_back)
+        self.shrinking = ShrinkingPasses(self.halves, self.clear, lambda: self.counted, self.put_back)
 
     def run_pass(self, numbers: list[float]) -> torch.Tensor:
         self.passes.append(numbers)
@@ -104,7 +104,9 @@ class Step:
 def test_the_passes_of_the_step_are_done_again_and_count_once() -> None:
     step = Step(room=2)
     step.shrinking.begin()
-    losses = [float(step.shrinking.run(numbers)) for numbers in ([1.0, 2.0], [3.0, 4.0, 5.0, 6.0], [7.0, 8.0])]
+    losses = [
+        float(step.shrinking.run(numbers, step.run_pass)) for numbers in ([1.0, 2.0], [3.0, 4.0, 5.0, 6.0], [7.0, 8.0])
+    ]
     assert losses == [3.0, 18.0, 15.0]
     assert step.gradient == 36.0
     assert step.counted == 8
@@ -114,22 +116,22 @@ def test_the_passes_of_the_step_are_done_again_and_count_once() -> None:
 def test_a_rank_follows_the_one_that_has_cut_most() -> None:
     step = Step(room=9)
     step.shrinking.begin(cuts=2)
-    step.shrinking.run([1.0, 2.0, 3.0, 4.0])
+    step.shrinking.run([1.0, 2.0, 3.0, 4.0], step.run_pass)
     assert [len(numbers) for numbers in step.passes] == [1, 1, 1, 1]
 
 
 def test_what_cannot_be_cut_ends_the_run() -> None:
     step = Step(room=0)
     step.shrinking.begin()
-    with pytest.raises(UserError, match="a pass of a single row"):
-        step.shrinking.run([1.0, 2.0])
+    with pytest.raises(TrainingStopped, match="a pass of a single row"):
+        step.shrinking.run([1.0, 2.0], step.run_pass)
 
 
 def test_other_errors_are_not_touched() -> None:
     step = Step(room=9)
     step.shrinking.begin()
     with pytest.raises(IndexError):
-        step.shrinking.run([])
+        step.shrinking.run([], step.run_pass)
 
 
 RUN = """
@@ -159,7 +161,7 @@ def run_pass(batch):
     loss.backward()
     return loss
 
-passes = ShrinkingPasses(run_pass, halves, model.zero_grad, lambda: None, lambda _: None)
+passes = ShrinkingPasses(halves, model.zero_grad, lambda: None, lambda _: None)
 curve, cuts = [], []
 for number, step in enumerate(steps):
     tokens = sum(len(batch["trained_positions"]) for batch in step)
@@ -168,7 +170,7 @@ for number, step in enumerate(steps):
         needed = field("VmPeak") - field("VmSize")  # of a whole pass, over what is held between steps
         room = field("VmSize") + round(0.75 * needed)
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    curve.append(float(sum(passes.run(batch) for batch in step)))
+    curve.append(float(sum(passes.run(batch, run_pass) for batch in step)))
     cuts.append(passes.cuts)
     optimizer.step()
     optimizer.zero_grad()

@@ -1,0 +1,120 @@
+"""`per_device_train_batch_size: auto` for a model and its data: real passes over its longest rows decide."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft import run_shape
+from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, longest_rows
+from sft.collation import Collator, row_lengths
+from sft.errors import UserError
+from sft.estimate import optimizer_memory
+from sft.memory import memory_limit
+from sft.precision import Precision
+from sft.schema import TrainingKeys
+from sft.token_forward import TokenForward
+
+logger = logging.getLogger("sft")
+
+_KEY = "per_device_train_batch_size"
+
+
+def with_rows(keys: TrainingKeys, rows: int) -> TrainingKeys:
+    """The keys with a number in the place of `auto`."""
+    return keys.model_copy(update={_KEY: rows})
+
+
+def rows_of_checkpoint(checkpoint: Path) -> int | None:
+    """The rows of a pass that the run which left this checkpoint had chosen: a run that goes on keeps them."""
+    file = checkpoint / run_shape.FILE
+    return int(json.loads(file.read_text())["shape"][_KEY]) if file.is_file() else None
+
+
+def probe_batch_size(
+    model: Any,
+    rows: Any,
+    keys: TrainingKeys,
+    collator: Collator,
+    forward: TokenForward,
+    precision: Precision,
+    *,
+    world_size: int,
+    local_world_size: int,
+) -> int:
+    """The rows of a pass that are fastest and fit, said aloud with all that were tried; every rank must call it.
+
+    The model is what it was before but for being on the device where it will be trained.
+
+    Args:
+        model: as it is trained, with its adapter.
+        rows: the training rows.
+        forward: of the trainer, on `model`.
+        world_size, local_world_size: processes that train together, and those of them that share this machine's memory.
+
+    Raises:
+        UserError: the rows of a step cannot be shared out among the ranks, or a single row does not fit.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    per_rank, rest = divmod(keys.global_batch_size or world_size, world_size)
+    if rest:
+        message = f"{keys.global_batch_size} rows a step cannot be shared out among {world_size} processes"
+        raise UserError(keys.problem("global_batch_size", message, f"take a multiple of {world_size}"))
+    candidates = candidate_sizes(per_rank if keys.global_batch_size else None, max(1, len(rows) // world_size))
+    longest = longest_rows(row_lengths(rows), candidates[-1]).tolist()
+    if not getattr(forward.causal_lm, "is_quantized", False):  # those stand there already
+        model.to(device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if precision.master_weights:
+        for parameter in trainable:  # as the optimizer will have it
+            parameter.grad_dtype = torch.float32 if parameter.dtype == torch.bfloat16 else parameter.dtype
+    optimizer = optimizer_memory(str(keys.optim), trainable, device=device, master_weights=precision.master_weights)
+    buckets = sum(p.numel() * p.element_size() for p in trainable) if world_size > 1 else 0
+    choice = choose_batch_size(
+        model,
+        _pass_of(model, rows, longest, collator, forward, precision, device),
+        candidates,
+        budget=round(keys.auto_batch_memory_fraction * memory_limit(device, local_world_size)),
+        reserve=optimizer.states + buckets,
+        device=device,
+    )
+    for line in _table(choice):
+        logger.info("%s", line)
+    return choice.rows
+
+
+def _pass_of(
+    model: Any,
+    rows: Any,
+    longest: list[int],
+    collator: Collator,
+    forward: TokenForward,
+    precision: Precision,
+    device: torch.device,
+) -> Callable[[int], None]:
+    """Forward and backward over that many of the longest rows."""
+    half = torch.float16 if precision.fp16 else torch.bfloat16
+    autocasts = precision.fp16 or precision.bf16
+
+    def run_pass(count: int) -> None:
+        batch = {name: value.to(device) for name, value in collator([rows[i] for i in longest[:count]]).items()}
+        model.train()
+        scale = 1 / torch.tensor(float(len(batch["trained_positions"])), device=device).clamp(min=1)
+        with torch.autocast(device.type, half, enabled=autocasts):
+            loss = forward(model, batch, scale).objective * scale
+        loss.backward()
+
+    return run_pass
+
+
+def _table(choice: BatchChoice) -> list[str]:
+    lines = [f"{_KEY}: auto is {choice.rows}: {choice.reason}"]
+    for probe in choice.probes:
+        took = f"{probe.seconds:.3g} s, {probe.speed:.3g} rows/s" if probe.fits else "out of memory"
+        lines.append(f"  {probe.rows:>5} rows a pass: {took}, peak {probe.peak / 2**30:.2f} GiB")
+    return lines

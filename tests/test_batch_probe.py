@@ -1,0 +1,190 @@
+"""`per_device_train_batch_size: auto` in real runs: found, said, without a trace, kept by a resume, and survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sft_main
+from tests.builders import byte_level_tokenizer, tiny_llama
+from tests.runs import ROOT, arithmetic, losses, run, write_config, write_rows
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    rows = write_rows(tmp_path / "train.jsonl", arithmetic(60))
+    return write_config(
+        tmp_path / "run.yaml",
+        model_name_or_path=str(model_dir),
+        dtype="float32",
+        train_file=str(rows),
+        output_dir=str(tmp_path / "out"),
+        max_seq_length=128,
+        per_device_train_batch_size="auto",
+        global_batch_size=8,
+        learning_rate=1e-3,
+        max_steps=4,
+        logging_steps=1,
+        save_steps=2,
+        packing=False,
+        lora_config={"r": 4, "lora_dropout": 0.3},
+    )
+
+
+def chosen(stderr: str) -> int:
+    found = re.search(r"per_device_train_batch_size: auto is (\d+)", stderr)
+    assert found, stderr
+    return int(found[1])
+
+
+def test_a_run_is_that_of_the_number_it_chose(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the last bit, with dropout, whose random numbers the probes would have moved on."""
+    assert sft_main.main(["--config_file", str(config_file)]) == 0
+    said = capsys.readouterr().err
+    rows = chosen(said)
+    assert 8 % rows == 0
+    assert "1 rows a pass: " in said
+    assert f"{rows} rows a pass × {8 // rows} passes × 1 processes = 8 rows a step" in said
+    curve = losses(tmp_path / "out")
+    again = ["--output_dir", str(tmp_path / "given"), "--per_device_train_batch_size", str(rows)]
+    assert sft_main.main(["--config_file", str(config_file), *again]) == 0
+    assert losses(tmp_path / "given") == curve
+    assert len(curve) == 4
+
+
+def test_a_resumed_run_keeps_the_number(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft_main.main(["--config_file", str(config_file)])
+    rows = chosen(capsys.readouterr().err)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    again = ["--resume_from_checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "resumed")]
+    assert sft_main.main(["--config_file", str(config_file), *again]) == 0
+    said = capsys.readouterr().err
+    assert chosen(said) == rows
+    assert "as in" in said
+    assert losses(tmp_path / "resumed")[-2:] == losses(tmp_path / "out")[-2:]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--auto_find_batch_size", "true", "--global_batch_size", "null"], "excludes per_device_train_batch_size"),
+        (["--streaming", "true"], "auto needs all rows at once"),
+        (["--per_device_train_batch_size", "most"], "per_device_train_batch_size"),
+        (["--auto_batch_memory_fraction", "0.000001"], "of the longest rows brings the process to"),
+    ],
+)
+def test_what_does_not_go_together_is_told(
+    config_file: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert sft_main.main(["--config_file", str(config_file), *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_ranks_take_the_same_number(config_file: Path, tmp_path: Path) -> None:
+    done = run("--config_file", config_file, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = chosen(done.stderr)
+    again = ["--output_dir", str(tmp_path / "given"), "--per_device_train_batch_size", str(rows)]
+    assert run("--config_file", config_file, *again, processes=2).returncode == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "given")
+
+
+# Running out of memory all the same
+
+RUN = """
+import resource, sys
+import sft.batch_probe
+import sft.chunked_loss
+import sft_main
+import trainer_utils
+from transformers import TrainerCallback
+
+share = float(sys.argv.pop(1))
+sft.batch_probe.probe_batch_size = lambda *args, **options: 8
+most = 0
+
+def held():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+
+def scored(*args, **options):
+    global most
+    most = max(most, held())  # all logits of the pass are there
+    return score(*args, **options)
+
+class Limit(TrainerCallback):
+    def on_step_begin(self, args, state, control, **options):
+        global most
+        if state.global_step < 3:
+            most = 0
+        elif share and state.global_step == 3:
+            room = held() + round(share * (most - held()))
+            resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+score, sft.chunked_loss.score_in_place = sft.chunked_loss.score_in_place, scored
+make = trainer_utils.SFTTrainer.__init__
+
+def with_limit(self, *args, **options):
+    make(self, *args, **options)
+    self.add_callback(Limit())
+
+trainer_utils.SFTTrainer.__init__ = with_limit
+sys.exit(sft_main.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def large_head(config_file: Path, tmp_path: Path) -> Path:
+    """Most memory of a pass is in its logits."""
+    tokenizer = byte_level_tokenizer()
+    tiny_llama(64_000).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    keys: dict[str, Any] = yaml.safe_load(config_file.read_text())
+    keys |= {"model_name_or_path": str(tmp_path / "model"), "global_batch_size": 16, "max_steps": 6, "train_on": "all"}
+    return write_config(config_file, **{name: value for name, value in keys.items() if name != "lora_config"})
+
+
+def trained(config: Path, output_dir: Path, share: float) -> subprocess.CompletedProcess:
+    # Blocks from 64 kB on are mapped and unmapped one by one, so that the address space is what is in use.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, str(share), "--config_file", str(config), "--output_dir", str(output_dir)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_out_of_memory_goes_on_in_halves_with_the_same_losses(large_head: Path, tmp_path: Path) -> None:
+    free, limited = (trained(large_head, tmp_path / name, share) for name, share in (("free", 0), ("limited", 0.6)))
+    assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
+    assert "is done again in passes of 1/2 of the rows" in limited.stderr
+    assert "is done again" not in free.stderr
+    curve = losses(tmp_path / "free")
+    assert len(curve) == 6
+    assert losses(tmp_path / "limited") == pytest.approx(curve, abs=1e-5)
+    counts = [
+        [
+            entry["num_tokens"]
+            for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+            if "num_tokens" in entry
+        ]
+        for name in ("free", "limited")
+    ]
+    assert counts[0] == counts[1], "a pass that was made again was counted twice"
+
+
+@pytest.mark.slow
+def test_a_single_row_that_does_not_fit_stops_the_run(large_head: Path, tmp_path: Path) -> None:
+    done = trained(large_head, tmp_path / "out", 0.08)
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert "memory runs out on a pass of a single row" in done.stderr
+    assert "Traceback" not in done.stderr
