@@ -61,8 +61,9 @@ def map_large_blocks() -> bool:
 
     By itself glibc raises that size to 32 MiB and keeps all below in a heap, whose holes torch's aligned requests
     mostly do not fit: training a LoRA on a model of 100M parameters (bfloat16, 4 x 459 tokens) it came to hold 1,750 MB
-    beside the weights where 1,130 were in use, and 1,200 with this. Fresh pages cost time instead. Only with this is
-    the peak on a CPU what `sft.estimate` adds up.
+    beside the weights where 1,130 were in use, and 1,200 with this. Only with this is the peak on a CPU what
+    `sft.estimate` adds up. Fresh pages cost time instead, half as much again of a LoRA's pass on a model of 16M
+    parameters (0.89 s of CPU time where it took 0.60), so that training does without.
 
     Returns:
         Whether it is in force: false where the C library has no such setting.

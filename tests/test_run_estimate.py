@@ -1,0 +1,109 @@
+"""`estimate` tells what a run takes; the run itself is then measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sft_main
+from tests.builders import byte_level_tokenizer, save_model_dir
+from tests.runs import arithmetic, log_history, run, write_config, write_rows
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    return {
+        "model_name_or_path": str(save_model_dir(tmp_path / "model")),
+        "dtype": "float32",
+        "train_file": str(write_rows(tmp_path / "train.jsonl", arithmetic(60))),
+        "output_dir": str(tmp_path / "out"),
+        "max_seq_length": 128,
+        "packing": False,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+    }
+
+
+def estimated(tmp_path: Path, keys: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    config = write_config(tmp_path / "run.yaml", **keys)
+    assert sft_main.main(["estimate", "--config_file", str(config), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_weights_gradients_and_optimizer_are_exact(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = estimated(tmp_path, keys, capsys)
+    model = LlamaForCausalLM.from_pretrained(keys["model_name_or_path"])
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    buffers = 4 * sum(b.numel() for b in model.buffers())
+    assert told["memory"]["weights"] == weights + buffers
+    assert told["memory"]["gradients"] == weights
+    assert told["memory"]["optimizer"] == 2 * weights
+    assert told["memory"]["peak"] >= sum(told["memory"][name] for name in ("weights", "gradients", "process"))
+    assert told["fits"]
+    assert (told["steps_per_epoch"], told["total_steps"]) == (8, 16)
+    assert told["total_tokens"] == 2 * told["tokens_per_epoch"]
+    assert told["longest_pass"]["rows"] == 4
+    assert told["longest_pass"]["tokens"] > told["longest_pass"]["trained_tokens"] > 0
+    assert not (tmp_path / "out").exists(), "an estimate leaves nothing"
+
+
+def test_masters_adapters_and_quantized_weights_are_counted(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = estimated(tmp_path, keys, capsys)["memory"]
+    masters = estimated(tmp_path, {**keys, "dtype": "bfloat16"}, capsys)["memory"]
+    assert masters["gradients"] == full["gradients"]
+    assert masters["optimizer"] == full["optimizer"] * 3 // 2
+    lora = estimated(tmp_path, {**keys, "lora_config": {"r": 4}}, capsys)["memory"]
+    assert lora["gradients"] == 4 * 8192
+    assert lora["optimizer"] == 2 * lora["gradients"]
+    packed = {"load_in_4bit": True, "bnb_4bit_use_double_quant": False}
+    qlora = estimated(tmp_path, {**keys, "lora_config": {"r": 4}, "quantization_config": packed}, capsys)["memory"]
+    linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert lora["weights"] - qlora["weights"] == pytest.approx(linear * (4 - 0.5 - 4 / 64), rel=0.02)
+
+
+def test_the_batch_size_that_is_not_known_yet_is_said(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {**keys, "per_device_train_batch_size": "auto", "global_batch_size": 8}
+    del keys["gradient_accumulation_steps"]
+    told = estimated(tmp_path, keys, capsys)
+    assert (told["longest_pass"]["rows"], told["global_batch_size"], told["total_steps"]) == (1, 8, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [20, 100])
+@pytest.mark.parametrize(("kind", "bound"), [("full", 0.1), ("lora", 0.25)])
+def test_the_peak_of_the_real_command_is_told(
+    keys: dict[str, Any], tmp_path: Path, kind: str, bound: float, size: int
+) -> None:
+    """Within a tenth where weights are most of it. What a LoRA run leaves in malloc's heap for good is not foretold."""
+    torch.manual_seed(0)
+    width, layers, vocab = {20: (384, 6, 8000), 100: (768, 10, 16000)}[size]
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
+    special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    shape = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": layers}
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **shape, **heads, **special)).save_pretrained(tmp_path / "large")
+    byte_level_tokenizer().save_pretrained(tmp_path / "large")
+    keys |= {"model_name_or_path": str(tmp_path / "large"), "max_steps": 3, "packing": "bfd", "max_seq_length": 512}
+    keys |= {"per_device_train_batch_size": 2, "save_strategy": "no"}
+    if kind == "lora":
+        keys["lora_config"] = {"r": 8}
+    config = write_config(tmp_path / "run.yaml", **keys)
+    env = {"OMP_NUM_THREADS": "1", "SFT_CACHE": os.environ["SFT_CACHE"]}
+    told = json.loads(run("estimate", "--config_file", config, "--json", env=env).stdout)
+    assert run("--config_file", config, env=env).returncode == 0
+    measured = log_history(tmp_path / "out")[-1]["memory_gb"] * 2**30
+    assert told["memory"]["peak"] == pytest.approx(measured, rel=bound)
