@@ -3,6 +3,9 @@
 `<|im_end|>` in a user's message would end the turn as soon as the tokenizer met it. So before a conversation is
 rendered each such text gets one of its characters replaced by a private one, which no tokenizer knows; afterwards the
 character is put back, and the encoder is told to encode those characters as plain text. Positions never move.
+
+A text that ends with the beginning of one (`<|im_`) is marked there as well: the template may write another text right
+behind it that has the rest.
 """
 
 from __future__ import annotations
@@ -57,6 +60,11 @@ class ControlTokens:
         self._by_mark = {token.mark: token for token in self._tokens.values()}
         self._in_all = _any_of(all_of_them)
         self._in_answers = _any_of(special)
+        self._begun = {text[:end] for text in all_of_them for end in range(1, len(text))}
+        self._longest = max(map(len, self._begun), default=0)
+        firsts = sorted({text[0] for text in self._begun})
+        self._first_marks = {first: chr(_FIRST_MARK + len(ordered) + number) for number, first in enumerate(firsts)}
+        self._firsts = {mark: first for first, mark in self._first_marks.items()}
 
     def find(self, messages: list[Message], tools: Any) -> str | None:
         """The first control token that is typed in the conversation; None when there is none."""
@@ -67,6 +75,19 @@ class ControlTokens:
             if len(message) > 2 and (found := _search(pattern, _content(message))):
                 return found
         return _search(self._in_all, tools) if tools else None
+
+    def begins(self, messages: list[Message]) -> bool:
+        """Whether a message ends with the beginning of a control token, whose rest may stand in the next."""
+        return any(self._beginning(message["content"]) is not None for message in messages)
+
+    def _beginning(self, text: str) -> int | None:
+        """Where the beginning of a control token stands at the end of `text`, the earliest one; None without."""
+        tail = text[-self._longest :] if self._longest else ""
+        if self._first_marks.keys().isdisjoint(tail):  # true of nearly all texts
+            return None
+        starts = (at for at in range(len(tail)) if tail[at] in self._first_marks and tail[at:] in self._begun)
+        at = next(starts, None)
+        return None if at is None else len(text) - len(tail) + at
 
     def hide(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any]:
         """The same conversation with the typed control tokens marked; each text keeps its length.
@@ -89,22 +110,32 @@ class ControlTokens:
             raise RowLost("template_mismatch", "the chat template escapes a text that holds a control token")
         inert: list[Span] = []
         pieces: list[str] = []
+        begun: list[int] = []
         last = 0
         for match in _MARKS.finditer(text):
+            if match[0] in self._firsts:
+                pieces += [text[last : match.start()], self._firsts[match[0]]]
+                last = match.end()
+                begun.append(match.start())
+                continue
             token = self._by_mark[match[0]]
             pieces += [text[last : match.start()], token.text[token.at]]
             last = match.end()
             start = match.start() - token.at
             if text.startswith(token.hidden, start):  # a template that cuts a token apart leaves harmless text
                 inert.append((start, start + len(token.text)))
-        return "".join([*pieces, text[last:]]), inert
+        revealed = "".join([*pieces, text[last:]])
+        whole = (self._in_all.match(revealed, start) for start in begun)
+        return revealed, sorted([*inert, *(match.span() for match in whole if match)])
 
     def _pattern(self, message: Message) -> re.Pattern[str]:
         return self._in_answers if message["role"] == "assistant" else self._in_all
 
     def _replace(self, pattern: re.Pattern[str], value: Any) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda match: self._tokens[match[0]].hidden, value)
+            hidden = pattern.sub(lambda match: self._tokens[match[0]].hidden, value)
+            at = self._beginning(hidden)
+            return hidden if at is None else hidden[:at] + self._first_marks[hidden[at]] + hidden[at + 1 :]
         if isinstance(value, dict):
             return {self._replace(pattern, key): self._replace(pattern, inner) for key, inner in value.items()}
         if isinstance(value, list):

@@ -92,10 +92,11 @@ class ChatRenderer:
                 it is to be trained; `control_token` when one is typed and that is an error.
         """
         messages, tools = self._fit_to_template(conversation)
-        typed = self.control_tokens.find(messages, tools) if self._typed != "allow" else None
-        if typed is None:
+        looks = self._typed != "allow"
+        typed = self.control_tokens.find(messages, tools) if looks else None
+        if typed is None and not (looks and self.control_tokens.begins(messages)):
             return self._render(messages, tools, conversation, train_on)
-        if self._typed == "error":
+        if typed is not None and self._typed == "error":
             raise RowLost("control_token", f"a message holds the control token {typed!r}")
         rendered = self._render(*self.control_tokens.hide(messages, tools), conversation, train_on)
         text, inert = self.control_tokens.reveal(rendered.text)

@@ -92,10 +92,18 @@ def test_the_peak_of_the_real_command_is_told(
     """Within a tenth where weights are most of it. What a LoRA run leaves in malloc's heap for good is not foretold."""
     torch.manual_seed(0)
     width, layers, vocab = {20: (384, 6, 8000), 100: (768, 10, 16000)}[size]
-    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
-    special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    shape = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": layers}
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **shape, **heads, **special)).save_pretrained(tmp_path / "large")
+    settings: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": 8 * width // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(tmp_path / "large")
     byte_level_tokenizer().save_pretrained(tmp_path / "large")
     keys |= {"model_name_or_path": str(tmp_path / "large"), "max_steps": 3, "packing": "bfd", "max_seq_length": 512}
     keys |= {"per_device_train_batch_size": 2, "save_strategy": "no"}
