@@ -145,6 +145,11 @@ def _check_stages(config: Config, report: Report) -> None:
     report.attempt(lambda: require_gpus(config.num_gpus or 0))
     report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
+    if config.torch_compile:
+        from sft.compilation import compile_settings
+
+        settings = config.torch_compile, config.torch_compile_backend, config.torch_compile_mode
+        report.attempt(lambda: compile_settings(*settings))
     report.attempt(lambda: model_manager.check_model(config.section(ModelKeys)))
     tokenizer = report.attempt(lambda: model_manager.load_tokenizer(config.section(ModelKeys)))
     if tokenizer is None:
