@@ -189,8 +189,9 @@ def _choose_on_rank(rank: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = Hungry()
-    dist.all_reduce(torch.zeros(1))  # what the first one loads is no pass's either
-    budget = held_bytes(CPU) + (100 if rank == 0 else 5) * ROW
+    held = torch.tensor(held_bytes(CPU))
+    dist.all_reduce(held, dist.ReduceOp.MAX)  # the ranks' processes are not equally large
+    budget = int(held) + (100 if rank == 0 else 5) * ROW
     choice = choose_batch_size(model, model.run_pass, [1, 2, 8], budget=budget, reserve=0, device=CPU)
     Path(folder, str(rank)).write_text(str(choice.rows))
     dist.destroy_process_group()
