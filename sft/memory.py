@@ -27,6 +27,12 @@ def peak_bytes(device: torch.device) -> int:
     """The peak since the process began or `reset_peak` was called; as in `peak_memory_gb`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:  # the kernel's own mark: ru_maxrss starts with that of the process which started this one
+        mark = re.search(r"^VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+    except OSError:  # no /proc (macOS)
+        mark = None
+    if mark:
+        return int(mark[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
