@@ -511,10 +511,14 @@ def _save(
     import model_manager
     from sft import artifacts
     from sft.console import show_conclusion
+    from sft.serving_contract import check_end_tokens
 
     output_dir = Path(config.output_dir)
     model: Any = trainer.model
     model_manager.save_final_model(model, tokenizer, output_dir, data.end_token_ids)
+    stops = json.loads((output_dir / "generation_config.json").read_text()).get("eos_token_id")
+    for problem in check_end_tokens(tokenizer, data.end_token_ids, stops):
+        logger.warning("%s", problem)
     trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
     artifacts.write_results(output_dir, results)
     stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
