@@ -13,28 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sft import chat_templates
 from sft.adapters import attach_adapter, count_parameters
+from sft.base_models import fresh, model_class, outlined, pretrained, read_config
 from sft.embeddings import embedding_rows, resize_embeddings
 from sft.errors import Problem, UserError
 from sft.fresh_models import build_config, check_settings
 from sft.keys import Keys
 from sft.merging import merge
-from sft.model_files import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
+from sft.model_files import require_weights, resolve_reference, unavailable
 from sft.precision import Precision, choose_attention, choose_precision, device_facts
-from sft.quantization import bits_and_bytes_config, import_bitsandbytes, settle
+from sft.quantization import import_bitsandbytes, settle
 from sft.tokenizer_files import load_tokenizer_files
 from sft.tokenizers import add_special_tokens, set_pad_token
 from sft.trained_models import load_trained, save_companions, save_final_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from sft.schema import ActivationKeys, LoraKeys, ModelKeys, QuantizationKeys
 
@@ -172,140 +172,6 @@ def _check_combination(
         )
 
 
-def _read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
-    """The model's config, checked to be of a causal language model.
-
-    Raises:
-        UserError: unreadable, of an unknown kind, or no causal language model.
-    """
-    from transformers import AutoConfig
-
-    key = "model_name_or_path"
-    require_model(reference, key)
-    try:
-        config: Any = AutoConfig.from_pretrained(
-            reference, revision=keys.model_revision or "main", trust_remote_code=keys.trust_remote_code
-        )
-    except LOAD_ERRORS as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                Problem(
-                    f"{reference!r} comes with Python code of its own",
-                    "Read that code; to run it here set `trust_remote_code: true`.",
-                    key="trust_remote_code",
-                )
-            ) from error
-        raise unavailable(reference, error, key, "model") from error
-    if _model_class(config) is None and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        raise UserError(
-            Problem(
-                f"{reference!r} is a {config.model_type} model, which is not a causal language model",
-                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
-                key=key,
-            )
-        )
-    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
-        raise UserError(
-            Problem(
-                f"{reference!r} is an encoder ({config.model_type}): each token sees those behind it",
-                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
-                key=key,
-            )
-        )
-    return config  # type: ignore[no-any-return]
-
-
-def _model_class(config: Any) -> type | None:
-    """The class that AutoModelForCausalLM makes for `config`; None where it has none of its own."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping.get(type(config), None)  # type: ignore[no-any-return]
-
-
-def _attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) -> str:
-    from sft import document_attention
-
-    document_attention.register()
-    name, reason = choose_attention(
-        keys.attn_implementation, config, _model_class(config), precision.computes_in_half, device_facts()
-    )
-    logger.info("Attention: %s%s", name, f" over padded rows: {reason}" if reason else "")
-    return name
-
-
-def _from_pretrained(keys: ModelKeys, precision: Precision, quantization: QuantizationKeys | None) -> PreTrainedModel:
-    """The pretrained weights, all of them.
-
-    Raises:
-        UserError: the weights cannot be read, are incomplete, or the attention kernel does not fit.
-    """
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
-    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-    config = _read_config(reference, keys)
-    require_weights(reference, "model_name_or_path")
-    attention = _attention(keys, config, precision)
-    kwargs: dict[str, Any] = {}
-    if quantization is not None:
-        kwargs["quantization_config"] = bits_and_bytes_config(quantization, precision)
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if device_facts().kind == "cuda" else "cpu"}
-    try:
-        model, loading = loader.from_pretrained(
-            reference,
-            config=config,
-            dtype=precision.torch_dtype(),
-            attn_implementation=attention,
-            revision=keys.model_revision or "main",
-            trust_remote_code=keys.trust_remote_code,
-            output_loading_info=True,
-            **kwargs,
-        )
-    except LOAD_ERRORS as error:
-        if "attention" in str(error).lower() or "attn" in str(error).lower():
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(
-                Problem(f"{attention!r} does not run here: {first_line}", "Use auto.", key="attn_implementation")
-            ) from error
-        raise unavailable(reference, error, "model_name_or_path", "weights") from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise UserError(
-            Problem(
-                f"the weights in {reference!r} lack {len(missing)} of the model's tensors, which would start as random "
-                f"numbers: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
-                "Is it a whole causal language model?",
-                key="model_name_or_path",
-            )
-        )
-    if loading["unexpected_keys"]:
-        unused = sorted(loading["unexpected_keys"])
-        logger.warning("%d tensors of %s are not used: %s", len(unused), reference, ", ".join(unused[:4]))
-    return model  # type: ignore[no-any-return]
-
-
-def _from_scratch(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision: Precision) -> PreTrainedModel:
-    """Random weights, drawn from torch's generator as the caller seeded it."""
-    from transformers import AutoModelForCausalLM
-
-    config = build_config(keys.from_scratch or "", tokenizer)
-    model_class = _model_class(config)
-    if model_class is None:
-        raise UserError(
-            Problem(f"{config.model_type} is not a causal language model", key="from_scratch.model_type"),
-        )
-    attention = _attention(keys, config, precision)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=precision.torch_dtype(), attn_implementation=attention
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(Problem(f"no model can be made of these settings: {error}", key="from_scratch")) from error
-    logger.info("Random weights: %s from scratch", config.model_type)
-    return model
-
-
 def check_model(keys: ModelKeys) -> None:
     """What can be told of the model without reading its weights.
 
@@ -318,7 +184,7 @@ def check_model(keys: ModelKeys) -> None:
             check_settings(keys.from_scratch)
             return
         reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-        _read_config(reference, keys)
+        read_config(reference, keys)
         require_weights(reference, "model_name_or_path")
 
 
@@ -332,8 +198,8 @@ def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> 
         if keys.from_scratch is not None:
             config: Any = build_config(keys.from_scratch, tokenizer)
         else:
-            config = _read_config(resolve_reference(keys.model_name_or_path or "", "model_name_or_path"), keys)
-    name, reason = choose_attention(keys.attn_implementation, config, _model_class(config), True, device_facts())
+            config = read_config(resolve_reference(keys.model_name_or_path or "", "model_name_or_path"), keys)
+    name, reason = choose_attention(keys.attn_implementation, config, model_class(config), True, device_facts())
     if reason or "flash" in name or name == "sft_documents":
         return reason
     return f"{name} attention would compute all pairs of tokens in a row"
@@ -388,11 +254,11 @@ def _base(
     """The model without an adapter, with a row of its embeddings for each token, and how many rows it had before."""
     with _device(outline):
         if keys.from_scratch is not None:
-            model = _from_scratch(keys, tokenizer, precision)
+            model = fresh(keys, tokenizer, precision)
         elif outline:
-            model = _outline(keys, precision)
+            model = outlined(keys, precision)
         else:
-            model = _from_pretrained(keys, precision, quantization)
+            model = pretrained(keys, precision, quantization)
         rows_before = embedding_rows(model)
         grown = resize_embeddings(model, len(tokenizer))
     if grown:
@@ -409,18 +275,6 @@ def _device(outline: bool) -> AbstractContextManager[Any]:
     import torch
 
     return torch.device("meta") if outline else nullcontext()
-
-
-def _outline(keys: ModelKeys, precision: Precision) -> PreTrainedModel:
-    """The model that is named, of weights without numbers."""
-    from transformers import AutoModelForCausalLM
-
-    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-    config = _read_config(reference, keys)
-    attention = _attention(keys, config, precision)
-    options: dict[str, Any] = {"dtype": precision.torch_dtype(), "trust_remote_code": keys.trust_remote_code}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
-    return model
 
 
 def _as_if_quantized(model: PreTrainedModel, keys: QuantizationKeys, bits: int) -> int:

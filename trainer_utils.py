@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft import artifacts, run_shape, stream_state
-from sft.callbacks import ConsoleProgress, FollowConfig, FollowEpoch
-from sft.collation import PACKED, Collator, EvenRows, even_multiple, row_lengths
+from sft.callbacks import ConsoleProgress, FollowConfig
+from sft.collation import PACKED, Collator, row_lengths
 from sft.compilation import CompileSettings, compile_layers
 from sft.document_attention import takes_documents
 from sft.errors import TrainingStopped
@@ -34,10 +34,9 @@ from sft.nonfinite import clip_gradients, gradient_norm, require_finite
 from sft.optimizers import with_master_weights
 from sft.out_of_memory import ShrinkingPasses, first_line, is_out_of_memory, out_of_memory
 from sft.pass_halves import halves
+from sft.row_order import RowOrder
 from sft.run_shape import RunShape, describe_adapter, digest_lengths
-from sft.sampling import EpochSampler
 from sft.step_watch import StepWatch
-from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress
 from sft.streaming import STEP, TrainingStream
 from sft.token_evaluation import TokenEvaluation
@@ -74,7 +73,7 @@ class StepSettings:
     shrinks: bool = False
 
 
-class SFTTrainer(TokenEvaluation):
+class SFTTrainer(RowOrder, TokenEvaluation):
     """`transformers.Trainer` with this pipeline's loss, metrics, sampling and evaluation.
 
     Args:
@@ -131,8 +130,8 @@ class SFTTrainer(TokenEvaluation):
         self._forward = TokenForward(model, self._settings.objective, self._settings.loss_chunk_size)
         if self._settings.compiling:
             compile_layers(model, self._settings.compiling, evaluates=bool(eval_datasets))
-        self._train_rows: Any = train_dataset
-        self._progress = progress
+        self.train_rows: Any = train_dataset
+        self.progress = progress
         self._total_steps = total_steps
         self._end_token_ids = end_token_ids
         self.eval_names = list(eval_datasets)
@@ -200,8 +199,8 @@ class SFTTrainer(TokenEvaluation):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Notes where a stream stands behind the batch, then trains on it."""
-        if self._progress:
-            self._progress.consume(inputs.pop(STEP))
+        if self.progress:
+            self.progress.consume(inputs.pop(STEP))
         masters = self._masters
         make = super().training_step
         with masters.reducing(model, is_last=self.accelerator.sync_gradients) if masters else nullcontext():
@@ -260,8 +259,8 @@ class SFTTrainer(TokenEvaluation):
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
         if checkpoint:
             self._counts = run_shape.load(checkpoint, self._shape())
-            if self._progress:
-                self._progress.load(checkpoint)
+            if self.progress:
+                self.progress.load(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             self._watch.skipped = next((e["skipped_steps"] for e in state.log_history[::-1] if "skipped_steps" in e), 0)
             if state.global_step >= self._total_steps:
@@ -295,64 +294,29 @@ class SFTTrainer(TokenEvaluation):
 
     def _shape(self) -> RunShape:
         data: dict[str, Any] = {"train_rows": 0, "row_lengths": ""}
-        if self._progress:
-            data |= self._progress.stream.identity()
+        if self.progress:
+            data |= self.progress.stream.identity()
         else:
-            data = {"train_rows": len(self._train_rows), "row_lengths": digest_lengths(row_lengths(self._train_rows))}
+            data = {"train_rows": len(self.train_rows), "row_lengths": digest_lengths(row_lengths(self.train_rows))}
         return RunShape(
             world_size=self.args.world_size,
             per_device_train_batch_size=self.args.per_device_train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self._order_seed(),
+            seed=self.order_seed,
             adapter=describe_adapter(self.model),
             train_sampling_strategy=self.args.train_sampling_strategy,
             master_weights=self._settings.master_weights,
             **data,
         )
 
-    # The order of rows
-
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
+        """The rows in their order, and nothing counted yet."""
         # Called again for a smaller batch (auto_find_batch_size), after an attempt whose sums count for nothing.
         self._sums.clear()
         self._watch.forget()
         if self._shrinking:
             self._shrinking.begin()
-        if self._progress:
-            return self._stream_loader(self._progress)
-        multiple = 1 if self.args.dataloader_drop_last else even_multiple(self._train_batch_size, self.args.world_size)
-        self.train_dataset: Any = EvenRows(self._train_rows, multiple)
         return super().get_train_dataloader()
-
-    def _stream_loader(self, progress: StreamProgress) -> DataLoader:
-        """Not through accelerate, which would share the stream's rows out among the ranks once more."""
-        progress.rewind()
-        args = self.args
-        return StreamLoader(
-            progress.stream,
-            self.data_collator,
-            self._train_batch_size,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-
-    def _order_seed(self) -> int:
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        rows: EvenRows = train_dataset if train_dataset is not None else self.train_dataset
-        strategy = self.args.train_sampling_strategy
-        if strategy not in ("random", "sequential", "group_by_length"):
-            return super()._get_train_sampler(train_dataset)
-        per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = row_lengths(rows.rows) if strategy == "group_by_length" else None
-        sampler = EpochSampler(len(rows.rows), rows.fillers, self._order_seed(), strategy, lengths, per_step)
-        self.remove_callback(FollowEpoch)
-        self.add_callback(FollowEpoch(sampler))
-        return sampler
 
     # Logging
 
@@ -392,25 +356,25 @@ class SFTTrainer(TokenEvaluation):
         named = self.model.named_parameters()  # type: ignore[union-attr]
         require_finite(named, f"checkpoint-{self.state.global_step}")
         self._count_tokens()  # so that num_tokens goes on from the right number after a resume
-        streamed = self._progress.gather() if self._progress else None
+        streamed = self.progress.gather() if self.progress else None
         if streamed:
             self._end_token_ids = streamed["end_token_ids"]
         super()._save_checkpoint(model, trial)
         if self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             run_shape.save(folder, self._shape(), self._counts)
-            if self._progress and streamed:
+            if self.progress and streamed:
                 stream_state.save(folder, streamed)
-                artifacts.write_ledger(Path(str(self.args.output_dir)), self._progress.document(streamed))
-        if self._progress and streamed:
-            self._progress.judge(stream_state.account_in(streamed))
+                artifacts.write_ledger(Path(str(self.args.output_dir)), self.progress.document(streamed))
+        if self.progress and streamed:
+            self.progress.judge(stream_state.account_in(streamed))
         self._clock += time.perf_counter() - started
 
     def stream_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
         """SPEC's LEDGER of the rows that were streamed to all ranks, which all must call it; and their end tokens."""
-        assert self._progress is not None
-        streamed = self._progress.gather()
-        return self._progress.document(streamed), tuple(streamed["end_token_ids"])
+        assert self.progress is not None
+        streamed = self.progress.gather()
+        return self.progress.document(streamed), tuple(streamed["end_token_ids"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

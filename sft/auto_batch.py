@@ -85,6 +85,7 @@ def choose_batch_size(
     reserve: int,
     device: torch.device,
     seconds: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> BatchChoice:
     """The size that is fastest among those that fit; of sizes equally fast (within 3 %) the smallest.
 
@@ -100,11 +101,12 @@ def choose_batch_size(
             everybody's.
         reserve: bytes that training will hold and a probe does not: optimizer states not yet made, DDP's buckets.
         seconds: no further size is tried once the probes have taken that long.
+        clock: tells the seconds since some moment.
 
     Raises:
         UserError: the smallest size does not fit.
     """
-    started = time.perf_counter()
+    started = clock()
     room = -round(_worst([float(reserve - budget)])[0])
     probes: list[Probe] = []
     best: Probe | None = None
@@ -114,7 +116,7 @@ def choose_batch_size(
             if probes and _foretold(probes, rows) > room:
                 reason = f"{rows} rows would take more than the {room / 2**30:.2f} GiB that a pass may bring it to"
                 break
-            probes.append(_probe(model, run_pass, rows, device))
+            probes.append(_probe(model, run_pass, rows, device, clock))
             if not probes[-1].fits or probes[-1].peak > room:
                 reason = f"{rows} rows take more than the {room / 2**30:.2f} GiB that a pass may bring it to"
                 break
@@ -125,7 +127,7 @@ def choose_batch_size(
             if unfruitful == _UNFRUITFUL:
                 reason = "larger passes are not faster"
                 break
-            if _worst([time.perf_counter() - started])[0] > seconds:
+            if _worst([clock() - started])[0] > seconds:
                 reason = "the time for probing was over"
                 break
     if best is None:
@@ -149,7 +151,13 @@ def _foretold(probes: Sequence[Probe], rows: int) -> int:
     return round(two.peak + slope * (rows - two.rows))
 
 
-def _probe(model: nn.Module, run_pass: Callable[[int], None], rows: int, device: torch.device) -> Probe:
+def _probe(
+    model: nn.Module,
+    run_pass: Callable[[int], None],
+    rows: int,
+    device: torch.device,
+    clock: Callable[[], float],
+) -> Probe:
     """Two passes, the second with the gradients of the first in place, as in accumulation; that one is timed."""
     model.zero_grad(set_to_none=True)
     release(device)
@@ -158,10 +166,10 @@ def _probe(model: nn.Module, run_pass: Callable[[int], None], rows: int, device:
     try:
         for _ in range(2):
             _wait(device)
-            started = time.perf_counter()
+            started = clock()
             run_pass(rows)
             _wait(device)
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

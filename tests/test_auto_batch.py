@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,11 @@ class _Keep(torch.autograd.Function):
 
 
 class Hungry(nn.Module):
-    """One weight whose passes take `ROW` bytes a row."""
+    """One weight whose passes take `ROW` bytes a row, in real memory, and a tenth of a second on a clock of its own."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.now = 0.0
         self.weight = nn.Parameter(torch.ones(1))
         self.run_pass(1)  # whatever a first pass and a first clearing load is there before anybody measures
         self.zero_grad()
@@ -50,11 +50,14 @@ class Hungry(nn.Module):
     def run_pass(self, rows: int, seconds: float = 0.1) -> None:
         loss = _Keep.apply(self.weight, rows)
         loss.backward()
-        time.sleep(seconds)
+        self.now += seconds
+
+    def clock(self) -> float:
+        return self.now
 
 
 def search(candidates: list[int], room: int, seconds_of: list[float] | None = None, seconds: float = 20) -> BatchChoice:
-    """Chooses for passes that take memory; or for such that only sleep, as long as `seconds_of` says for each."""
+    """Chooses for passes that take memory; or for such that only take time, as much as `seconds_of` says for each."""
     model = Hungry()
 
     def run_pass(rows: int) -> None:
@@ -64,7 +67,9 @@ def search(candidates: list[int], room: int, seconds_of: list[float] | None = No
             model.run_pass(rows)
 
     budget = held_bytes(CPU) + room
-    return choose_batch_size(model, run_pass, candidates, budget=budget, reserve=0, device=CPU, seconds=seconds)
+    return choose_batch_size(
+        model, run_pass, candidates, budget=budget, reserve=0, device=CPU, seconds=seconds, clock=model.clock
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,7 @@ def test_what_the_optimizer_will_hold_is_left_free() -> None:
         budget=held_bytes(CPU) + 11 * ROW // 2,
         reserve=2 * ROW,
         device=CPU,
+        clock=model.clock,
     )
     assert choice.rows == 2
 
@@ -192,7 +198,9 @@ def _choose_on_rank(rank: int, folder: str) -> None:
     held = torch.tensor(held_bytes(CPU))
     dist.all_reduce(held, dist.ReduceOp.MAX)  # the ranks' processes are not equally large
     budget = int(held) + (100 if rank == 0 else 5) * ROW
-    choice = choose_batch_size(model, model.run_pass, [1, 2, 8], budget=budget, reserve=0, device=CPU)
+    choice = choose_batch_size(
+        model, model.run_pass, [1, 2, 8], budget=budget, reserve=0, device=CPU, clock=model.clock
+    )
     Path(folder, str(rank)).write_text(str(choice.rows))
     dist.destroy_process_group()
 

@@ -1,0 +1,168 @@
+"""A causal language model without an adapter: read from its files, made of random weights, or as an outline.
+
+Which attention it runs with is chosen here, and said aloud.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import Problem, UserError
+from sft.fresh_models import build_config
+from sft.model_files import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
+from sft.precision import Precision, choose_attention, device_facts
+from sft.quantization import bits_and_bytes_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from sft.schema import ModelKeys, QuantizationKeys
+
+logger = logging.getLogger("sft")
+
+
+def read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
+    """The model's config, checked to be of a causal language model.
+
+    Raises:
+        UserError: unreadable, of an unknown kind, or no causal language model.
+    """
+    from transformers import AutoConfig
+
+    key = "model_name_or_path"
+    require_model(reference, key)
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            reference, revision=keys.model_revision or "main", trust_remote_code=keys.trust_remote_code
+        )
+    except LOAD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                Problem(
+                    f"{reference!r} comes with Python code of its own",
+                    "Read that code; to run it here set `trust_remote_code: true`.",
+                    key="trust_remote_code",
+                )
+            ) from error
+        raise unavailable(reference, error, key, "model") from error
+    if model_class(config) is None and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise UserError(
+            Problem(
+                f"{reference!r} is a {config.model_type} model, which is not a causal language model",
+                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
+                key=key,
+            )
+        )
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        raise UserError(
+            Problem(
+                f"{reference!r} is an encoder ({config.model_type}): each token sees those behind it",
+                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
+                key=key,
+            )
+        )
+    return config  # type: ignore[no-any-return]
+
+
+def model_class(config: Any) -> type | None:
+    """The class that AutoModelForCausalLM makes for `config`; None where it has none of its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping.get(type(config), None)  # type: ignore[no-any-return]
+
+
+def _attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) -> str:
+    from sft import document_attention
+
+    document_attention.register()
+    name, reason = choose_attention(
+        keys.attn_implementation, config, model_class(config), precision.computes_in_half, device_facts()
+    )
+    logger.info("Attention: %s%s", name, f" over padded rows: {reason}" if reason else "")
+    return name
+
+
+def pretrained(keys: ModelKeys, precision: Precision, quantization: QuantizationKeys | None) -> PreTrainedModel:
+    """The pretrained weights, all of them.
+
+    Raises:
+        UserError: the weights cannot be read, are incomplete, or the attention kernel does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
+    config = read_config(reference, keys)
+    require_weights(reference, "model_name_or_path")
+    attention = _attention(keys, config, precision)
+    kwargs: dict[str, Any] = {}
+    if quantization is not None:
+        kwargs["quantization_config"] = bits_and_bytes_config(quantization, precision)
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if device_facts().kind == "cuda" else "cpu"}
+    try:
+        model, loading = loader.from_pretrained(
+            reference,
+            config=config,
+            dtype=precision.torch_dtype(),
+            attn_implementation=attention,
+            revision=keys.model_revision or "main",
+            trust_remote_code=keys.trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except LOAD_ERRORS as error:
+        if "attention" in str(error).lower() or "attn" in str(error).lower():
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError(
+                Problem(f"{attention!r} does not run here: {first_line}", "Use auto.", key="attn_implementation")
+            ) from error
+        raise unavailable(reference, error, "model_name_or_path", "weights") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(
+            Problem(
+                f"the weights in {reference!r} lack {len(missing)} of the model's tensors, which would start as random "
+                f"numbers: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
+                "Is it a whole causal language model?",
+                key="model_name_or_path",
+            )
+        )
+    if loading["unexpected_keys"]:
+        unused = sorted(loading["unexpected_keys"])
+        logger.warning("%d tensors of %s are not used: %s", len(unused), reference, ", ".join(unused[:4]))
+    return model  # type: ignore[no-any-return]
+
+
+def fresh(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision: Precision) -> PreTrainedModel:
+    """Random weights, drawn from torch's generator as the caller seeded it."""
+    from transformers import AutoModelForCausalLM
+
+    config = build_config(keys.from_scratch or "", tokenizer)
+    if model_class(config) is None:
+        raise UserError(
+            Problem(f"{config.model_type} is not a causal language model", key="from_scratch.model_type"),
+        )
+    attention = _attention(keys, config, precision)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=precision.torch_dtype(), attn_implementation=attention
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(Problem(f"no model can be made of these settings: {error}", key="from_scratch")) from error
+    logger.info("Random weights: %s from scratch", config.model_type)
+    return model
+
+
+def outlined(keys: ModelKeys, precision: Precision) -> PreTrainedModel:
+    """The model that is named, of weights without numbers."""
+    from transformers import AutoModelForCausalLM
+
+    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
+    config = read_config(reference, keys)
+    attention = _attention(keys, config, precision)
+    options: dict[str, Any] = {"dtype": precision.torch_dtype(), "trust_remote_code": keys.trust_remote_code}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
+    return model

@@ -1,0 +1,65 @@
+"""The order in which training sees its rows: a function of the seed and the epoch, the same on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+
+from sft.callbacks import FollowEpoch
+from sft.collation import EvenRows, even_multiple, row_lengths
+from sft.sampling import EpochSampler
+from sft.stream_loader import StreamLoader
+from sft.stream_state import StreamProgress
+
+
+class RowOrder(Trainer):
+    """The Trainer's loading of training rows.
+
+    Attributes:
+        train_rows: the training rows, or a stream of them.
+        progress: of the stream, where it is one.
+    """
+
+    train_rows: Any = None
+    progress: StreamProgress | None = None
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order: `data_seed`, or the run's."""
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
+        if self.progress:
+            return self._stream_loader(self.progress)
+        multiple = 1 if self.args.dataloader_drop_last else even_multiple(self._train_batch_size, self.args.world_size)
+        self.train_dataset: Any = EvenRows(self.train_rows, multiple)
+        return super().get_train_dataloader()
+
+    def _stream_loader(self, progress: StreamProgress) -> DataLoader:
+        """Not through accelerate, which would share the stream's rows out among the ranks once more."""
+        progress.rewind()
+        args = self.args
+        return StreamLoader(
+            progress.stream,
+            self.data_collator,
+            self._train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows: EvenRows = train_dataset if train_dataset is not None else self.train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "sequential", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lengths = row_lengths(rows.rows) if strategy == "group_by_length" else None
+        sampler = EpochSampler(len(rows.rows), rows.fillers, self.order_seed, strategy, lengths, per_step)
+        self.remove_callback(FollowEpoch)
+        self.add_callback(FollowEpoch(sampler))
+        return sampler

@@ -1,0 +1,297 @@
+"""From a config to prepared data, a model in its trainer, an estimate: what several verbs of `sft_main` share.
+
+Each function hands the stages the sections of the config that they use, in the order in which they need each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import data_handler
+import distributed_utils as distributed
+import model_manager
+from sft import artifacts
+from sft.batch_plan import plan_batches, rows_a_step
+from sft.console import console, counting, show_ledger, show_sample
+from sft.errors import UserError
+from sft.hardware import visible_gpus
+from sft.schema import DataKeys, ModelKeys, TrainingKeys
+
+# torch and the Trainer take seconds to import: what needs them imports them where they are used, so that `check` and a
+# mistake in the data do without.
+if TYPE_CHECKING:
+    from data_handler import PreparedData
+    from sft.auto_packing import AutoPacking
+    from sft.conversation import Conversation
+    from sft.losses import Objective
+    from sft.precision import Precision
+    from sft.run_estimate import RunEstimate
+    from sft.schema import Config
+    from trainer_utils import SFTTrainer
+
+logger = logging.getLogger("sft")
+
+
+def prepare(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
+    """The prepared data; the first rank shows its ledger and its first sample, and saves the ledger."""
+    keys = config.section(DataKeys)
+    with counting("rows prepared:") as on_rows:
+        data = read_data(config, tokenizer, training=training, on_rows=on_rows, **options)
+    if distributed.is_main_process():
+        show_ledger(data.ledger)
+        if training:
+            artifacts.write_ledger(Path(config.output_dir), data.ledger)
+        if data.sample:
+            show_sample(data.sample, tokenizer)
+    if data.packing:
+        logger.info("Packing: %s", data.packing)
+    if training:
+        data_handler.require_enough_rows(keys, data.ledger)
+        if str(config.eval_strategy) != "no" and not data.evals:
+            hint = "give validation_file, validation_split or eval_datasets, or remove eval_strategy"
+            raise UserError(config.problem("eval_strategy", "there is no validation data", hint))
+    return data
+
+
+def read_data(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
+    """The data of all sets; where training rows are streamed, what is known of their beginning."""
+    keys = config.section(DataKeys)
+    if "auto" in (keys.packing, keys.eval_packing):
+        options.setdefault("auto", _auto_packing(config, tokenizer))
+    if not (training and keys.streaming):
+        options.pop("whole_window", None)
+        return data_handler.prepare_data(keys, tokenizer, seed=config.seed, training=training, **options)
+    return data_handler.stream_data(
+        keys,
+        tokenizer,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=max(1, config.dataloader_num_workers),
+        shuffle=config.train_sampling_strategy == "random",
+        **options,
+    )
+
+
+def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
+    """What `packing: auto` goes by: the model that the config names, and the rows of a step."""
+    from sft.auto_packing import AutoPacking
+
+    obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
+    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), processes(config)))
+
+
+def processes(config: Config) -> int:
+    """How many train together, or will."""
+    return int(os.environ.get("WORLD_SIZE", "0")) or config.num_gpus or max(1, visible_gpus())
+
+
+def require_served(config: Config, tokenizer: Any) -> None:
+    """Stops the run where the model would be asked behind other tokens than it was trained behind."""
+    contract = data_handler.serving_contract(config.section(DataKeys), tokenizer)
+    if not contract.ok:
+        raise UserError(*contract.problems)
+    logger.info("Serving: %s", contract.message)
+
+
+def streamed_account(config: Config, trainer: SFTTrainer, data: PreparedData) -> PreparedData:
+    """The data with the account of all rows that were streamed, which the first rank shows and saves."""
+    ledger, end_token_ids = trainer.stream_account()
+    if distributed.is_main_process():
+        show_ledger(ledger)
+        artifacts.write_ledger(Path(config.output_dir), ledger)
+    return dataclasses.replace(data, ledger=ledger, end_token_ids=end_token_ids)
+
+
+def join(config: Config) -> None:
+    """Joins the process group, once everything is done that takes each process a different time."""
+    backend = distributed.choose_backend(config.ddp_backend, use_cpu=config.use_cpu)
+    distributed.init_process_group(backend, config.ddp_timeout)
+
+
+def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint: Path | None) -> SFTTrainer:
+    """The model as the config describes it, and the Trainer that holds it."""
+    import trainer_utils
+    from sft.callbacks import ConsoleProgress, MetricsFile
+    from sft.compilation import compile_settings
+    from sft.document_attention import takes_documents
+    from sft.optimizers import require_optimizer
+    from sft.stream_state import StreamProgress
+
+    keys = config.section(TrainingKeys)
+    plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
+    compiling = compile_settings(config.torch_compile, config.torch_compile_backend, config.torch_compile_mode)
+    precision = _precision(config)
+    trainer_utils.set_seed(config.seed)
+    model = _model(config, tokenizer, precision)
+    searches = keys.per_device_train_batch_size == "auto"
+    if searches:
+        keys = _choose_batch_size(config, model, tokenizer, data, precision, checkpoint)
+        plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
+    logger.info("Batches: %s", plan)
+    arguments = trainer_utils.training_arguments(
+        keys.training_arguments(),
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        plan=plan,
+        pads=not (takes_documents(model.config) or data.is_packed),
+        logging_dir=config.logging_dir,
+        wandb_project=config.wandb_project,
+    )
+    require_optimizer(arguments)
+    callbacks = [
+        MetricsFile(Path(config.output_dir) / "logs"),
+        ConsoleProgress(console, bars=not config.disable_tqdm),
+    ]
+    settings = trainer_utils.StepSettings(
+        objective=_objective(config, model),
+        loss_chunk_size=config.loss_chunk_size,
+        master_weights=precision.master_weights,
+        on_nonfinite=config.on_nonfinite,
+        nonfinite_limit=config.nonfinite_limit,
+        from_scratch=config.from_scratch is not None,
+        compiling=compiling,
+        shrinks=searches,
+    )
+    return trainer_utils.SFTTrainer(
+        model,
+        arguments,
+        tokenizer,
+        data.train,
+        data.evals,
+        data.end_token_ids,
+        callbacks,
+        total_steps=plan.total_steps,
+        progress=StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None,
+        settings=settings,
+    )
+
+
+def _choose_batch_size(
+    config: Config, model: Any, tokenizer: Any, data: PreparedData, precision: Precision, checkpoint: Path | None
+) -> TrainingKeys:
+    """The keys with the rows of a pass that `auto` stands for: those of the checkpoint, or what real passes say."""
+    from sft.batch_probe import probe_batch_size, rows_of_checkpoint, with_rows
+    from sft.collation import Collator
+    from sft.document_attention import takes_documents
+    from sft.token_forward import TokenForward
+
+    keys = config.section(TrainingKeys)
+    kept = rows_of_checkpoint(checkpoint) if checkpoint else None
+    if kept is not None:
+        logger.info("per_device_train_batch_size: auto is %d, as in %s", kept, checkpoint)
+        return with_rows(keys, kept)
+    rows = probe_batch_size(
+        model,
+        data.train,
+        keys,
+        Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config)),
+        TokenForward(model, _objective(config, model), config.loss_chunk_size),
+        precision,
+        world_size=distributed.world_size(),
+        local_world_size=distributed.local_world_size(),
+    )
+    return with_rows(keys, rows)
+
+
+def _precision(config: Config) -> Precision:
+
+    return model_manager.plan_precision(
+        config.section(ModelKeys),
+        config.lora_config,
+        config.quantization_config,
+        bf16=config.bf16 if config.is_set("bf16") else None,
+        fp16=config.fp16 if config.is_set("fp16") else None,
+    )
+
+
+def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: bool = False) -> Any:
+    """The model as the config describes it; as an outline it has no numbers and takes no memory."""
+    return model_manager.load_model(
+        config.section(ModelKeys),
+        tokenizer,
+        precision=precision,
+        lora=config.lora_config,
+        quantization=config.quantization_config,
+        gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
+        activation_checkpoint=config.activation_checkpoint,
+        outline=outline,
+    )
+
+
+def _objective(config: Config, model: Any) -> Objective:
+    from sft.losses import Objective
+
+    return Objective(
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing_factor,
+        z_loss=config.z_loss_coef,
+        router_aux=model_manager.router_aux_loss_coef(model, config.router_aux_loss_coef),
+        entropy=config.log_entropy,
+    )
+
+
+def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
+    """What the run takes, from an outline of its model and its longest real pass."""
+    import trainer_utils
+    from sft.collation import Collator
+    from sft.document_attention import takes_documents
+    from sft.run_estimate import estimate_run
+
+    keys = config.section(TrainingKeys)
+    plan = plan_batches(keys, data.train_rows, data.train_tokens, processes(config))
+    precision = _precision(config)
+    model = _model(config, tokenizer, precision, outline=True)
+    arguments = trainer_utils.training_arguments(
+        keys.training_arguments(),
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        plan=plan,
+        pads=not (takes_documents(model.config) or data.is_packed),
+    )
+    return estimate_run(
+        model,
+        data.train,
+        arguments,
+        plan,
+        Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config)),
+        _objective(config, model),
+        loss_chunk_size=config.loss_chunk_size,
+        master_weights=precision.master_weights,
+        max_seq_length=config.max_seq_length,
+    )
+
+
+def questions(config: Config, data: PreparedData) -> list[Conversation]:
+    """The validation rows that `exact_match_samples` asks for; each ends with its right answer."""
+    if not config.exact_match_samples or not data.evals:
+        return []
+    rows = data_handler.validation_conversations(
+        config.section(DataKeys), seed=config.seed, limit=config.exact_match_samples
+    )
+    if not rows:
+        logger.warning("exact_match_samples: no validation row is a conversation that ends with an answer")
+    return rows
+
+
+def exact_match(
+    config: Config, model: Any, tokenizer: Any, data: PreparedData, rows: list[Conversation], when: str
+) -> dict[str, float]:
+    """The share of `rows` that the model answers exactly, said aloud; nothing when there is none to ask."""
+    import torch
+
+    from sft.exact_match import count_right
+
+    if not rows:
+        return {}
+    mine = rows[distributed.rank() :: distributed.world_size()]
+    with counting("questions answered:") as on_progress:
+        right = count_right(model, tokenizer, mine, data.end_token_ids, config.per_device_eval_batch_size, on_progress)
+    total = int(distributed.all_reduce_sum(torch.tensor(right)))
+    words = f"Exact match{when.replace('_', ' ')}"
+    logger.info("%s: %d of %d (%.1f %%)", words, total, len(rows), 100 * total / len(rows))
+    return {f"exact_match{when}": total / len(rows)}
