@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -25,6 +26,7 @@ from sft.compilation import CompileSettings, compile_layers
 from sft.document_attention import takes_documents
 from sft.errors import TrainingStopped
 from sft.flops import operations_a_token, peak_of
+from sft.gradient_reduction import GradientReducer
 from sft.isolation import require_isolation
 from sft.losses import Objective, TokenLoss
 from sft.master_weights import MasterWeights
@@ -60,7 +62,8 @@ class StepSettings:
         on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
         from_scratch: whether the model's weights are random on purpose.
         compiling: how the decoder layers are compiled; None is not at all.
-        shrinks: whether a step that runs out of memory is made again in smaller passes; for one process alone.
+        shrinks: whether a step that runs out of memory is made again in smaller passes, by the rank that ran out of
+            it; the ranks then add up their gradients behind the last pass of a step and not during it.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -137,6 +140,7 @@ class SFTTrainer(RowOrder, TokenEvaluation):
         self.eval_names = list(eval_datasets)
         self._operations_a_token = operations_a_token(self._forward.causal_lm)
         self._shrinking: ShrinkingPasses | None = None
+        self._reducer: GradientReducer | None = None
         self._peak_operations = peak_of(args.device)
         self._sums = TokenSums(args.device)
         self._counts = TokenCounts.zero()
@@ -154,8 +158,10 @@ class SFTTrainer(RowOrder, TokenEvaluation):
             seed=args.seed,
             rank=args.process_index,
         )
-        if self._settings.shrinks and args.world_size == 1:
+        if self._settings.shrinks:
             self._shrinking = ShrinkingPasses(halves, model.zero_grad, self._watch.counts, self._watch.put_back)
+            if args.world_size > 1:
+                self._reducer = GradientReducer([p for p in model.parameters() if p.requires_grad])
 
     @staticmethod
     def _as_eval_dataset(eval_datasets: Mapping[str, Dataset]) -> Dataset | dict[str, Dataset] | None:
@@ -201,13 +207,18 @@ class SFTTrainer(RowOrder, TokenEvaluation):
         """Notes where a stream stands behind the batch, then trains on it."""
         if self.progress:
             self.progress.consume(inputs.pop(STEP))
-        masters = self._masters
+        masters, is_last = self._masters, self.accelerator.sync_gradients
         make = super().training_step
-        with masters.reducing(model, is_last=self.accelerator.sync_gradients) if masters else nullcontext():
-            if self._shrinking is None:
+        if self._shrinking is None:
+            with masters.reducing(model, is_last) if masters else nullcontext():
                 loss = make(model, inputs, num_items_in_batch)
-            else:
-                loss = self._shrinking.run(inputs, lambda piece: make(model, piece, num_items_in_batch))
+        else:
+            # Not through DDP: a pass that talks to other ranks could not be made again by one of them.
+            alone = model.module if isinstance(model, DistributedDataParallel) else model
+            loss = self._shrinking.run(inputs, lambda piece: make(alone, piece, num_items_in_batch))
+            if self._reducer and is_last:
+                self._reducer.begin(None)
+                self._reducer.finish()
         # The Trainer adds these up for a summary of its own; of those that are not finite the guard knows already.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 

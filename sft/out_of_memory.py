@@ -56,9 +56,9 @@ def out_of_memory(message: str) -> TrainingStopped:
 class ShrinkingPasses:
     """The passes of optimizer steps, each cut into 2ᵏ pieces, where k grows by one whenever memory runs out.
 
-    `begin` stands before each optimizer step and `run` in the place of each pass. Passes must not talk to other ranks
-    (under DDP they run inside `no_sync`), so that a rank which does them again keeps nobody waiting but at the
-    reduction of the gradients, which belongs behind the last pass.
+    `begin` stands before each optimizer step and `run` in the place of each pass. Passes must not talk to other ranks,
+    so that a rank may do them again while the others wait for it at the reduction of the gradients, which belongs
+    behind the last pass. Each rank cuts its own passes only.
 
     Args:
         halves: a piece as two, or None when it cannot be cut any further.
@@ -79,10 +79,9 @@ class ShrinkingPasses:
         self._earlier: list[Any] = []  # the passes of this step that are done
         self.cuts = 0
 
-    def begin(self, cuts: int = 0) -> None:
-        """A new optimizer step. `cuts`: of the rank that has cut most, for all to go on alike."""
+    def begin(self) -> None:
+        """A new optimizer step."""
         self._earlier = []
-        self.cuts = max(self.cuts, cuts)
 
     def run(self, batch: Any, run_pass: RunPass) -> torch.Tensor:
         """The loss of the pass, a scalar without graph, once its gradients stand beside those of the step so far.

@@ -104,15 +104,15 @@ def test_all_ranks_take_the_same_number(config_file: Path, tmp_path: Path) -> No
 # Running out of memory all the same
 
 RUN = """
-import resource, sys
+import os, resource, sys
 import sft.batch_probe
 import sft.chunked_loss
 import sft_main
 import trainer_utils
 from transformers import TrainerCallback
 
-share = float(sys.argv.pop(1))
-sft.batch_probe.probe_batch_size = lambda *args, **options: 8
+share = float(sys.argv.pop(1)) * (os.environ.get("RANK", "0") == "0")
+sft.batch_probe.probe_batch_size = lambda *args, **options: 8 // int(os.environ.get("WORLD_SIZE", "1"))
 most = 0
 
 def held():
@@ -155,10 +155,15 @@ def large_head(config_file: Path, tmp_path: Path) -> Path:
     return write_config(config_file, **{name: value for name, value in keys.items() if name != "lora_config"})
 
 
-def trained(config: Path, output_dir: Path, share: float) -> subprocess.CompletedProcess:
+def trained(config: Path, output_dir: Path, share: float, processes: int = 0) -> subprocess.CompletedProcess:
+    """The run whose first rank is left `share` of the memory that its passes have taken; 0 leaves it all."""
     # Blocks from 64 kB on are mapped and unmapped one by one, so that the address space is what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, str(share), "--config_file", str(config), "--output_dir", str(output_dir)]
+    script = output_dir.with_suffix(".py")
+    script.write_text(RUN)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    command = [sys.executable, *launcher, str(script), str(share)]
+    command += ["--config_file", str(config), "--output_dir", str(output_dir)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -180,6 +185,17 @@ def test_a_run_that_is_out_of_memory_goes_on_in_halves_with_the_same_losses(larg
         for name in ("free", "limited")
     ]
     assert counts[0] == counts[1], "a pass that was made again was counted twice"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_out_of_memory_keeps_the_others(large_head: Path, tmp_path: Path) -> None:
+    free, limited = (trained(large_head, tmp_path / name, share, 2) for name, share in (("free", 0), ("limited", 0.6)))
+    assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
+    assert limited.stderr.count("is done again in passes of 1/2 of the rows") == 1
+    assert "is done again" not in free.stderr
+    curve = losses(tmp_path / "free")
+    assert len(curve) == 6
+    assert losses(tmp_path / "limited") == pytest.approx(curve, abs=1e-5)
 
 
 @pytest.mark.slow

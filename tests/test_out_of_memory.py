@@ -113,13 +113,6 @@ def test_the_passes_of_the_step_are_done_again_and_count_once() -> None:
     assert step.passes[2:] == [[1.0], [2.0], [3.0, 4.0], [5.0, 6.0], [7.0], [8.0]], "later passes stay small"
 
 
-def test_a_rank_follows_the_one_that_has_cut_most() -> None:
-    step = Step(room=9)
-    step.shrinking.begin(cuts=2)
-    step.shrinking.run([1.0, 2.0, 3.0, 4.0], step.run_pass)
-    assert [len(numbers) for numbers in step.passes] == [1, 1, 1, 1]
-
-
 def test_what_cannot_be_cut_ends_the_run() -> None:
     step = Step(room=0)
     step.shrinking.begin()
