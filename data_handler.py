@@ -130,7 +130,7 @@ def prepare_data(
     Raises:
         UserError: data that does not exist or cannot be read.
     """
-    plan = _Plan(keys, tokenizer, keys.shuffle_seed if keys.shuffle_seed is not None else seed, training, auto, on_rows)
+    plan = _Plan(keys, tokenizer, keys.order_seed(seed), training, auto, on_rows)
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
@@ -376,7 +376,7 @@ def stream_data(
         sources=tuple(sources),
         weights=weights if len(weights) == len(sources) else None,
         packing=packing,
-        seed=keys.shuffle_seed if keys.shuffle_seed is not None else seed,
+        seed=keys.order_seed(seed),
         shuffle=shuffle,
         known=set(map(bytes.fromhex, prepared.known)),
         world_size=world_size,

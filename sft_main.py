@@ -354,7 +354,10 @@ def _save(
     trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
     artifacts.write_results(output_dir, results)
     stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
-    artifacts.write_card(output_dir, config, data.ledger, results, stop_tokens)
+    made = {
+        name: getattr(trainer.args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    }
+    artifacts.write_card(output_dir, config.model_copy(update=made), data.ledger, results, stop_tokens)
     last = {"train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)}
     show_conclusion(output_dir, last | results, seconds)
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/data.py`
 
-from benchmarks._measure import ROOT, added_memory, machine, median, run_worker, speed
+from benchmarks._measure import ROOT, added_memory, median, run_worker, speed
 from benchmarks._report import Figures, plot_scaling, write_section
+from benchmarks._runner import run_parts, show, wide_console
 
 PARTS = ("compare", "packing", "scale")
 CONTESTANTS = "benchmarks._contestants"
@@ -243,28 +242,12 @@ def read_options() -> argparse.Namespace:
 
 
 def main() -> int:
-    options = read_options()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    results: dict[str, Any] = {"machine": machine(PACKAGES), "options": {k: str(v) for k, v in vars(options).items()}}
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=options.work) as work:
-        benchmark = Benchmark(options, Path(work), console)
-        results["data"] = benchmark.data
-        for part in options.parts:
-            try:
-                results[part] = getattr(benchmark, part)()
-            except RuntimeError as error:  # the other parts' figures are not lost for it
-                console.print(f"{part}: {error}", markup=False, highlight=False)
-                failed += 1
+    options, console = read_options(), wide_console()
+    results, failed = run_parts(Benchmark, options, console, PACKAGES)
     results["targets"] = targets(results)
     tables = all_figures(results, options)
-    for table in tables:
-        table.show(console)
+    show(console, tables, results, options)
     write_report(options.out, results, tables)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
     return min(failed, 1)
 
 

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/train.py`
 
-from benchmarks._measure import ROOT, machine, run_worker
+from benchmarks._measure import ROOT, run_worker
 from benchmarks._models import Shape, square
 from benchmarks._report import write_section
+from benchmarks._runner import run_parts, show, wide_console
 from benchmarks._training_report import Reports, Sweeps, all_figures, plot_sweeps, targets
 
 PARTS = ("speed", "process", "memory", "sweeps")
@@ -250,28 +250,12 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    options = read_options()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    results: dict[str, Any] = {"machine": machine(PACKAGES), "options": {k: str(v) for k, v in vars(options).items()}}
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="train_benchmark_", dir=options.work) as work:
-        benchmark = Benchmark(options, Path(work), console)
-        results["data"] = benchmark.data
-        for part in options.parts:
-            try:
-                results[part] = getattr(benchmark, part)()
-            except RuntimeError as error:  # the other parts' figures are not lost for it
-                console.print(f"{part}: {error}", markup=False, highlight=False)
-                failed += 1
+    options, console = read_options(), wide_console()
+    results, failed = run_parts(Benchmark, options, console, PACKAGES)
     results["targets"] = targets(results)
     tables = all_figures(results)
-    for table in tables:
-        table.show(console)
+    show(console, tables, results, options)
     write_report(options, results, [table.markdown() for table in tables])
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
     return min(failed, 1)
 
 

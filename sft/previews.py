@@ -33,7 +33,7 @@ def preview(
     A row whose answers are trained one by one (its template rewrites earlier turns) is several samples. Rows that are
     lost are said aloud and stepped over.
     """
-    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
+    seed = keys.order_seed(seed)
     encoder = RowEncoder(tokenizer, keys)
     shown = 0
     for split, source, row in _rows_with_split(keys, seed):
@@ -83,7 +83,7 @@ def serving_contract(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, limi
 
 def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[Conversation]:
     """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets."""
-    seed = keys.shuffle_seed if keys.shuffle_seed is not None else seed
+    seed = keys.order_seed(seed)
     found: list[Conversation] = []
     for split, source, row in _rows_with_split(keys, seed, training=bool(keys.validation_split)):
         if split == "train" or row.data is None:
