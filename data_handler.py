@@ -21,7 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from sft.auto_packing import NEVER, AutoPacking
-from sft.data_sources import DataSource, training_sources, validation_sources
+from sft.data_sources import DataSource, order_seed, training_sources, validation_sources
 from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
 from sft.documents import IGNORE_INDEX, Documents, DocumentStore
 from sft.ledger import Ledger, as_document, as_state, from_state, total
@@ -130,7 +130,7 @@ def prepare_data(
     Raises:
         UserError: data that does not exist or cannot be read.
     """
-    plan = _Plan(keys, tokenizer, keys.order_seed(seed), training, auto, on_rows)
+    plan = _Plan(keys, tokenizer, order_seed(keys, seed), training, auto, on_rows)
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
@@ -376,7 +376,7 @@ def stream_data(
         sources=tuple(sources),
         weights=weights if len(weights) == len(sources) else None,
         packing=packing,
-        seed=keys.order_seed(seed),
+        seed=order_seed(keys, seed),
         shuffle=shuffle,
         known=set(map(bytes.fromhex, prepared.known)),
         world_size=world_size,

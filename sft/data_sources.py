@@ -116,6 +116,11 @@ def validation_sources(keys: DataKeys) -> list[DataSource]:
     return []
 
 
+def order_seed(keys: DataKeys, seed: int) -> int:
+    """The seed of the validation split and of the rows' order: `shuffle_seed`, or the run's `seed`."""
+    return seed if keys.shuffle_seed is None else keys.shuffle_seed
+
+
 def _from_files(keys: DataKeys, name: str, key: str, spec: str | list[str]) -> DataSource:
     return DataSource(name, key, keys.format, keys.columns, keys.train_on, files=find_files(spec, key))
 

@@ -141,10 +141,6 @@ class DataKeys(Keys):
     cache_dir: str | None = None
     """Folder for prepared data; null is $SFT_CACHE, or sft_pipeline in the user's cache folder."""
 
-    def order_seed(self, seed: int) -> int:
-        """The seed of the validation split and of the rows' order: `shuffle_seed`, or the run's `seed`."""
-        return seed if self.shuffle_seed is None else self.shuffle_seed
-
 
 class ActivationKeys(Keys):
     """What the forward pass keeps for the backward pass."""
