@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from sft.losses import Objective, TokenScores
 from sft.output_head import LogitTransform, OutputHead
+from sft.sharded_head import local_gradient, local_part, spreading
 
 Gradients = list[torch.Tensor | None]
 
@@ -74,18 +75,42 @@ def score_in_place(
     weight = torch.exp(-nll) if objective.loss_type == "dft" else torch.ones_like(nll)
     loss = loss * weight + objective.z_loss * normalizer.square()
     if with_gradient:
-        if objective.loss_type == "dft" or objective.z_loss:
-            p.mul_((weight + 2 * objective.z_loss * normalizer)[:, None])
-        if mean is not None:
-            p.sub_((weight * (objective.label_smoothing / vocab_size))[:, None])
-        p.scatter_add_(1, column, -weight[:, None] * (1 - objective.label_smoothing))
-        if transform.cap is not None and raw is not None:
-            p.mul_(transform.factor(raw))
-        elif transform.scale != 1.0:
-            p.mul_(transform.scale)
-        if scale is not None:
-            p.mul_(scale)
+        gradient_in_place(p, raw, column, weight, weight, normalizer, objective, transform, vocab_size, scale)
     return TokenScores(loss, nll, choice == targets, entropy)
+
+
+def gradient_in_place(
+    p: torch.Tensor,
+    raw: torch.Tensor | None,
+    column: torch.Tensor,
+    of_target: torch.Tensor,
+    weight: torch.Tensor,
+    normalizer: torch.Tensor,
+    objective: Objective,
+    transform: LogitTransform,
+    vocab_size: int,
+    scale: torch.Tensor | None,
+) -> None:
+    """Makes the gradient of `score_in_place` out of the probabilities `p`, (n, V) or a slice of the vocabulary.
+
+    Args:
+        raw, scale: as there.
+        column: (n, 1) where the targets are in `p`.
+        of_target: (n,) the tokens' weights; 0 where a target is not in the slice.
+        weight, normalizer: (n,) w and L.
+        vocab_size: V, of which `p` may be a slice.
+    """
+    if objective.loss_type == "dft" or objective.z_loss:
+        p.mul_((weight + 2 * objective.z_loss * normalizer)[:, None])
+    if objective.label_smoothing:
+        p.sub_((weight * (objective.label_smoothing / vocab_size))[:, None])
+    p.scatter_add_(1, column, -of_target[:, None] * (1 - objective.label_smoothing))
+    if transform.cap is not None and raw is not None:
+        p.mul_(transform.factor(raw))
+    elif transform.scale != 1.0:
+        p.mul_(transform.scale)
+    if scale is not None:
+        p.mul_(scale)
 
 
 def _first_largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,6 +168,7 @@ def linear_chunks(
     dtypes: Sequence[torch.dtype | None],
     chunk_size: int | None = None,
     scale: torch.Tensor | None = None,
+    score: Callable[..., list[TokenScores]] = score_rows,
 ) -> tuple[TokenScores, Gradients]:
     """Scores and gradients for logits = transform(hidden · weightᵀ + bias), in matrix products written out.
 
@@ -153,6 +179,7 @@ def linear_chunks(
         dtypes: what each one's gradient will be handed over in; None for one that needs none. Those of weight and
             bias add up in float32 where there are several chunks.
         scale: of all gradients, a scalar; None is 1.
+        score: of the logits, with their gradient in their place; another where ranks share a vocabulary.
     """
     hidden, weight, *bias = tensors
     size = chunk_size or tokens_of_a_chunk(hidden.device, len(weight), len(hidden))
@@ -167,7 +194,7 @@ def linear_chunks(
         torch.mm(h, weight.t(), out=d)
         if bias:
             d += bias[0]
-        parts += score_rows(d, targets[start : start + size], objective, transform, is_training, scale)
+        parts += score(d, targets[start : start + size], objective, transform, is_training, scale)
         if of_hidden is not None:
             torch.mm(d, weight, out=of_hidden[start : start + size])
         if of_weight is not None:
@@ -186,25 +213,26 @@ def module_chunks(
     dtypes: Sequence[torch.dtype | None],
     chunk_size: int | None = None,
     scale: torch.Tensor | None = None,
+    score: Callable[..., list[TokenScores]] = score_rows,
 ) -> tuple[TokenScores, Gradients]:
     """The same for any head: its own code makes the logits, autograd the gradients behind them.
 
     Args:
         tensors: hidden (N, D), and the leaves of the head's graph.
         dtypes: as in `linear_chunks`.
-        scale: of all gradients, a scalar; None is 1.
+        scale, score: as there.
     """
     hidden = tensors[0]
     wanted = [i for i, dtype in enumerate(dtypes) if dtype is not None]
     size = chunk_size or tokens_of_a_chunk(hidden.device, head.vocab_size, len(hidden))
-    gradients = _empty(tensors, dtypes, is_one_chunk=len(hidden) <= size)
+    gradients = _empty([local_part(t) for t in tensors], dtypes, is_one_chunk=len(hidden) <= size)
     parts = []
     for start in range(0, len(hidden), size):
         with torch.set_grad_enabled(bool(wanted)):
             h = hidden[start : start + size].detach().requires_grad_(0 in wanted)
-            logits = head.logits(model, h)
+            logits = local_part(head.logits(model, h))
         d = logits.detach().clone() if wanted else logits  # what made the logits may look at them in its backward
-        parts += score_rows(d, targets[start : start + size], objective, LogitTransform(), bool(wanted), scale)
+        parts += score(d, targets[start : start + size], objective, LogitTransform(), bool(wanted), scale)
         if not wanted:
             continue
         inputs = [tensors[i] if i else h for i in wanted]
@@ -212,7 +240,8 @@ def module_chunks(
         for i, gradient in zip(wanted, found, strict=True):
             total = gradients[i]
             assert total is not None
-            _add(total if i else total[start : start + size], gradient, is_first=i == 0 or start == 0)
+            part = local_gradient(gradient, tensors[i])
+            _add(total if i else total[start : start + size], part, is_first=i == 0 or start == 0)
     return _join(parts, hidden, objective), gradients
 
 
@@ -278,10 +307,14 @@ class KnownGradients(torch.autograd.Function):
     def forward(
         ctx: Any, total: torch.Tensor, gradients: Gradients, scale: torch.Tensor | None, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        """`total`, a scalar, with `gradients` for `tensors`, made with `scale`; None where one has none."""
+        """`total`, a scalar, with `gradients` for `tensors`, made with `scale`; None where one has none.
+
+        Of a tensor that is spread over ranks the gradient is this rank's part.
+        """
         ctx.scale = scale
         ctx.gradients = gradients
         ctx.dtypes = [gradient_dtype(tensor) for tensor in tensors]
+        ctx.spread = [spreading(tensor) for tensor in tensors]
         return total.clone()
 
     @staticmethod
@@ -291,6 +324,7 @@ class KnownGradients(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the head's gradients were used up by an earlier backward through the same graph")
         factor = factor if ctx.scale is None else factor / ctx.scale
-        scaled = [None if g is None else g.mul_(factor).to(d) for g, d in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        found = zip(ctx.gradients, ctx.dtypes, ctx.spread, strict=True)
+        scaled = [None if g is None else spread(g.mul_(factor).to(d)) for g, d, spread in found]
         ctx.gradients = None
         return None, None, None, *scaled

@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from sft.chunked_loss import KnownGradients, gradient_dtype, linear_chunks, module_chunks
+from sft.chunked_loss import KnownGradients, gradient_dtype, linear_chunks, module_chunks, score_rows
 from sft.losses import Objective, TokenLoss, add_up, trained_positions
 from sft.output_head import OutputHead, find_output_head
 from sft.router_loss import load_balancing_loss
+from sft.sharded_head import gathered, local_part, vocabulary_shard, whole
+from sft.vocabulary_loss import score_slice, tokens_of_a_chunk
 
 _STATE = "_fused_head"
 
@@ -38,7 +41,9 @@ class _Installed:
     original: Any
 
 
-def install(model: Any, chunk_size: int | None = None, head: OutputHead | None = None) -> str | None:
+def install(
+    model: Any, chunk_size: int | None = None, head: OutputHead | None = None, outermost: Any = None
+) -> str | None:
     """Makes `model(..., labels=, objective=)` return a dict of `TokenLoss`'s tensors, without ever holding all logits.
 
     Called without `objective` it stays what it was.
@@ -47,11 +52,12 @@ def install(model: Any, chunk_size: int | None = None, head: OutputHead | None =
         model: the causal LM itself, beneath an adapter's wrapper, with its adapter in place.
         chunk_size: tokens whose logits are held at a time; None is chosen for the machine.
         head: where it is known; else it is found by running the model on a few tokens.
+        outermost: the module that training calls, around `model`, where that is another.
 
     Returns:
         None, or the reason why nothing was installed: the model's logits could not be made apart from its decoder.
     """
-    found = head or find_output_head(model)
+    found = head or find_output_head(model, outermost)
     if isinstance(found, str):
         return found
     before: _Installed | None = model.__dict__.get(_STATE)
@@ -115,24 +121,30 @@ def head_loss(
     """
     positions = trained_positions(labels) if positions is None else positions
     targets = labels.flatten()[positions]  # (N,)
-    hidden = hidden.flatten(0, 1)[positions - 1]  # (N, D)
+    hidden = whole(hidden).flatten(0, 1)[positions - 1]  # (N, D)
     wants_gradient = torch.is_grad_enabled()
-    with torch.no_grad():
+    module = model.get_submodule(head.linear)
+    with torch.no_grad(), gathered(module):
+        shard = vocabulary_shard(module)
+        score: Any = score_rows if shard is None else functools.partial(score_slice, shard=shard)
+        size = chunk_size or (tokens_of_a_chunk(shard, hidden.device) if shard else None)
         linear = head.plain_linear(model)
         dtype = _autocast_dtype(hidden) or hidden.dtype
         if linear is not None and head.transform is not None and _multiplies(linear, hidden):
             tensors = [hidden, *(p for p in (linear.weight, linear.bias) if p is not None)]
             dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
             with torch.autocast(hidden.device.type, enabled=False):
-                cast = [t.to(dtype) for t in tensors]
+                cast = [local_part(t).to(dtype) for t in tensors]
                 scores, gradients = linear_chunks(
-                    cast, head.transform, targets, objective, dtypes, chunk_size, gradient_scale
+                    cast, head.transform, targets, objective, dtypes, size, gradient_scale, score
                 )
+            if shard and gradients[0] is not None:  # each rank has what comes through its slice
+                dist.all_reduce(gradients[0], group=shard.group)
         else:
             tensors = [hidden, *(head.parameters(model, hidden) if wants_gradient else [])]
             dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
             scores, gradients = module_chunks(
-                model, head, tensors, targets, objective, dtypes, chunk_size, gradient_scale
+                model, head, tensors, targets, objective, dtypes, size, gradient_scale, score
             )
         result = add_up(scores, positions)
     if not any(dtypes):

@@ -7,14 +7,16 @@ is given, and what it makes of the rest is measured once.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from sft.sharded_head import gathered, is_product, shallow_copy, vocabulary_shard, whole, without_hooks
 
 _PROBE = 64.0  # a value of a logit far outside of what soft-capping leaves as it is
 _ROUNDINGS = 8  # units in the last place by which two ways to the same logits may differ, relative to the largest
@@ -86,8 +88,13 @@ class OutputHead:
     transform: LogitTransform | None
 
     def logits(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """(N, D) to (N, V), through the model's own code."""
-        return _echoed_logits(model, hidden, {self.decoder: _Echo(model.get_submodule(self.decoder))})
+        """(N, D) to (N, V), through the model's own code, while the head is `gathered`.
+
+        In tensor parallel perhaps to a slice of V.
+        """
+        own = without_hooks(model.get_submodule(self.linear))
+        replaced = {f"{self.linear}.{name}".rstrip("."): module for name, module in own.items()}
+        return _echoed_logits(model, hidden, {self.decoder: _Echo(model.get_submodule(self.decoder)), **replaced})
 
     def parameters(self, model: nn.Module, hidden: torch.Tensor) -> list[torch.Tensor]:
         """The trainable tensors that the logits depend on: the leaves of the graph behind them.
@@ -102,30 +109,48 @@ class OutputHead:
         return list(_leaves(logits))
 
     def plain_linear(self, model: nn.Module) -> nn.Linear | None:
-        """The projection, if a matrix product and `transform` are all there is to it."""
+        """The projection, if a matrix product and `transform` are all there is to it.
+
+        Its weight may be spread over ranks: gathered by FSDP2, or split by the vocabulary in tensor parallel.
+        """
         linear = model.get_submodule(self.linear)
-        if self.transform is None or type(linear) is not nn.Linear:
+        if self.transform is None or not is_product(linear):
             return None
-        hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-        # Not a DTensor, nor a quantized weight, nor a forward that some library put in the place of Linear's.
+        # Not a quantized weight, nor one that tensor parallel has split in another way.
         plain = all(type(p) in (nn.Parameter, torch.Tensor, FakeTensor) for p in linear.parameters())
-        return linear if plain and not any(hooks) and "forward" not in linear.__dict__ else None
+        return linear if plain or vocabulary_shard(linear) else None
 
 
-def find_output_head(model: Any) -> OutputHead | str:
+def find_output_head(model: Any, outermost: Any = None) -> OutputHead | str:
     """The head of `model`, or why its logits cannot be made apart from its decoder.
 
     Runs the model on nine tokens. Where ranks hold shards of it, all must call.
+
+    Args:
+        outermost: the module that training calls, around `model`, where that is another.
     """
-    was_training = model.training
+    found: list[OutputHead | str] = []
+    was_training, before = model.training, model.__dict__.get("forward")
+    original = before or functools.partial(type(model).forward, model)
+    # Where the model's own forward would run: there FSDP2 has gathered what is to be had.
+    model.forward = lambda *_, **__: found.append(_find_or_reason(model, original))
     model.eval()
     try:
         with torch.no_grad():
-            return _find(model)
+            (outermost or model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    finally:
+        del model.forward
+        if before:
+            model.forward = before
+        model.train(was_training)
+    return found[0]
+
+
+def _find_or_reason(model: Any, forward: Callable[..., Any]) -> OutputHead | str:
+    try:
+        return _find(model, forward)
     except Exception as error:  # any model's code may refuse to be run in parts, in any way; the plain path remains
         return f"{type(error).__name__}: {error}"
-    finally:
-        model.train(was_training)
 
 
 def assume_output_head(model: Any) -> OutputHead:
@@ -148,7 +173,7 @@ def assume_output_head(model: Any) -> OutputHead:
         return replace(head, transform=_measure_transform(model, head, torch.device("cpu")))
 
 
-def _find(model: Any) -> OutputHead | str:
+def _find(model: Any, forward: Callable[..., Any]) -> OutputHead | str:
     linear = model.get_output_embeddings()
     if linear is None:
         return "it names no output embeddings"
@@ -157,16 +182,19 @@ def _find(model: Any) -> OutputHead | str:
         return "its output embeddings are no module of its own"
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     ids = (torch.arange(1, 10, device=model.device) * 7919 % vocab_size)[None]  # (1, 9)
-    expected = model(input_ids=ids, use_cache=False).logits[0]
+    expected = whole(forward(input_ids=ids, use_cache=False).logits)[0]
     reason = "it has no decoder"
     for decoder in dict.fromkeys((model.base_model, model.get_decoder())):
         if decoder is None or decoder is model or id(decoder) not in names:
             continue
-        head = OutputHead(names[id(decoder)], names[id(linear)], expected.shape[-1], None)
-        hidden = decoder(input_ids=ids, use_cache=False)[0][0]  # (9, D)
-        if _same(head.logits(model, hidden), expected):
-            return replace(head, transform=_confirmed_transform(model, head, hidden, expected))
-        reason = f"its logits are not a function of what {head.decoder} returns"
+        hidden = whole(decoder(input_ids=ids, use_cache=False)[0])[0]  # (9, D)
+        with gathered(linear):
+            shard, width = vocabulary_shard(linear), expected.shape[-1]
+            logits = shard.vocab_size if shard and shard.width == width else width
+            head = OutputHead(names[id(decoder)], names[id(linear)], logits, None)
+            if _same(whole(head.logits(model, hidden)), expected):
+                return replace(head, transform=_confirmed_transform(model, head, hidden, expected))
+        reason = f"its logits are not a function of what {names[id(decoder)]} returns"
     return reason
 
 
@@ -178,7 +206,7 @@ def _confirmed_transform(
     linear = replace(head, transform=transform).plain_linear(model)
     if transform is None or linear is None or linear.weight.dtype != hidden.dtype:
         return transform  # there is no product of which to ask; where one is formed later, it is of this form
-    return transform if _same(transform(linear(hidden).float()), expected) else None
+    return transform if _same(transform(whole(linear(hidden)).float()), expected) else None
 
 
 def _measure_transform(model: Any, head: OutputHead, device: torch.device) -> LogitTransform | None:
@@ -203,7 +231,7 @@ def _measure_transform(model: Any, head: OutputHead, device: torch.device) -> Lo
 
 def _echoed_logits(model: Any, hidden: torch.Tensor, replaced: dict[str, nn.Module]) -> torch.Tensor:
     """The logits by the model's class, with modules replaced in a shallow copy that shares all the others."""
-    twin = copy.copy(model)
+    twin = shallow_copy(model)
     twin.__dict__.pop("forward", None)
     for name, module in replaced.items():
         _replace(twin, name, module)
@@ -215,7 +243,7 @@ def _replace(twin: nn.Module, name: str, module: nn.Module) -> None:
     *parents, last = name.split(".")
     for parent in parents:
         twin._modules = dict(twin._modules)
-        child: Any = copy.copy(twin._modules[parent])
+        child: Any = shallow_copy(twin._modules[parent])
         twin._modules[parent] = child
         twin = child
     twin._modules = {**twin._modules, last: module}

@@ -36,7 +36,7 @@ class TokenForward:
         self.causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._config = self.causal_lm.config
         self._objective, self._eval_objective = objective, Objective(entropy=objective.entropy)
-        self._reason_for_logits = fused_head.install(self.causal_lm, chunk_size, head)
+        self._reason_for_logits = fused_head.install(self.causal_lm, chunk_size, head, outermost=model)
         if self._reason_for_logits:
             logger.info("All logits of a pass are held at once: %s", self._reason_for_logits)
 

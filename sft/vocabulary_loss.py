@@ -1,0 +1,80 @@
+"""The loss where each rank makes the logits of a slice of the vocabulary: the numbers of one rank that makes them all.
+
+With m and Z the largest logit and the sum of exp(x - m) over all slices,
+
+    log p(y) = x_y - m - log Z          p_j = exp(x_j - m) / Z, for each j of a rank's own slice
+
+so that the ranks exchange a maximum and a few sums a token, whatever the vocabulary (Shoeybi et al., "Megatron-LM",
+2019, arXiv:1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from sft.chunked_loss import gradient_in_place, score_rows
+from sft.losses import Objective, TokenScores
+from sft.output_head import LogitTransform
+from sft.sharded_head import VocabularyShard
+
+# Logits of a rank's chunk. All ranks must choose the same, so that it does not depend on what one has free.
+_CPU_LOGITS, _CUDA_LOGITS = 2**24, 2**27
+
+
+def tokens_of_a_chunk(shard: VocabularyShard, device: torch.device) -> int:
+    """How many tokens to take at a time; the same on all ranks."""
+    return max((_CUDA_LOGITS if device.type == "cuda" else _CPU_LOGITS) // shard.widest, 1)
+
+
+def score_slice(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    objective: Objective,
+    transform: LogitTransform,
+    with_gradient: bool,
+    scale: torch.Tensor | None = None,
+    *,
+    shard: VocabularyShard,
+) -> list[TokenScores]:
+    """What `chunked_loss.score_rows` gives, on all ranks alike, and in `logits` the gradient of this rank's slice.
+
+    Args:
+        logits: (n, width) in any float dtype, of this rank's slice; or (n, V) where the head has gathered them.
+        targets: (n,) int64, counted over the whole vocabulary.
+    """
+    if logits.shape[-1] == shard.vocab_size:
+        return score_rows(logits, targets, objective, transform, with_gradient, scale)
+    x = logits.float()  # itself where it is float32
+    raw = x.clone() if transform.cap is not None and with_gradient else None
+    local = (targets - shard.start).clamp(0, shard.width - 1)  # (n,)
+    column, is_here = local[:, None], (targets >= shard.start) & (targets < shard.start + shard.width)
+    transform(x)
+    first, choice = x.max(-1)  # (n,)
+    largest = first.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    of_target = x.gather(1, column).squeeze(1).where(is_here, 0.0)
+    # The target is the model's choice if it is the largest and none in front of it is as large, on any rank.
+    place = choice + shard.start
+    is_choice = ((place == targets).float() - (place < targets).float()).where(first == largest, 0.0)
+    mean = x.mean(-1) * (shard.width / shard.vocab_size) if objective.label_smoothing else torch.zeros_like(first)
+    p = x.sub_(largest[:, None]).exp_()
+    sums = torch.stack([p.sum(-1), of_target, is_choice, mean])  # (4, n)
+    dist.all_reduce(sums, group=shard.group)
+    total, of_target, is_choice, mean = sums
+    log_total = total.log()
+    p.div_(total[:, None])
+    nll, normalizer = (largest - of_target) + log_total, largest + log_total
+    entropy = None
+    if objective.entropy:
+        entropy = torch.special.entr(p).sum(-1)
+        dist.all_reduce(entropy, group=shard.group)
+    loss = nll.lerp(normalizer - mean, objective.label_smoothing) if objective.label_smoothing else nll
+    weight = torch.exp(-nll) if objective.loss_type == "dft" else torch.ones_like(nll)
+    loss = loss * weight + objective.z_loss * normalizer.square()
+    if with_gradient:
+        own = weight.where(is_here, 0.0)
+        gradient_in_place(p, raw, column, own, weight, normalizer, objective, transform, shard.vocab_size, scale)
+        if p is not logits:
+            logits.copy_(p)
+    return [TokenScores(loss, nll, is_choice >= 1, entropy)]
