@@ -194,9 +194,10 @@ class LargestLogits(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         is_new = not any(returned.alias_info for returned in func._schema.returns)  # neither a view nor in place
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if is_new and isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and tensor.shape[-1] in self.widths:
-                if tensor.shape[0] != SIZES["hidden_size"]:  # a weight on its side
-                    self.largest = max(self.largest, tensor.numel())
+            is_matrix = is_new and isinstance(tensor, torch.Tensor) and tensor.ndim > 1
+            # As many rows as the model is wide are a weight on its side.
+            if is_matrix and tensor.shape[-1] in self.widths and tensor.shape[0] != SIZES["hidden_size"]:
+                self.largest = max(self.largest, tensor.numel())
         return result
 
 
