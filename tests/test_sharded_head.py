@@ -27,6 +27,7 @@ from sft.chunked_loss import score_rows
 from sft.collation import Collator
 from sft.document_attention import takes_documents
 from sft.losses import Objective, TokenLoss
+from sft.nonfinite import clip_gradients, gradient_norm
 from sft.output_head import LogitTransform
 from sft.sharded_head import VocabularyShard, whole
 from sft.token_forward import TokenForward
@@ -225,7 +226,10 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
             (result.objective * (ranks / count)).backward()
             sums.append(result)
     spread = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = gradient_norm(model.parameters())
+    clip_gradients(model.parameters(), float(norm) / 4, norm)
+    norms = [float(norm), float(gradient_norm(model.parameters()))]
     model.eval()
     with torch.no_grad():
         evaluated = forward(model, collate(rows))
@@ -233,6 +237,7 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
         "sums": _added(sums),
         "evaluated": _added([evaluated]),
         "gradients": gradients,
+        "norms": norms,
         "spread": spread,
         "largest": watch.largest,
         "reason": forward._reason_for_logits,
@@ -310,6 +315,8 @@ def assert_exact(case: Case, ranks: list[dict[str, Any]], rows: list[list[dict[s
     _, gradients = exact(case, [row for own in unique for row in own])
     for found in ranks:
         assert_same_gradients(found["gradients"], gradients, 1e-5)
+        norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+        assert found["norms"] == pytest.approx([norm, norm / 4], rel=1e-5), "over all meshes, and after clipping"
 
 
 @pytest.mark.parametrize("case", FULLY_SHARDED, ids=str)
@@ -391,8 +398,8 @@ def test_slices_score_as_one_vocabulary_does(two_ranks: Path) -> None:
                 entropy = torch.cat([part.entropy for part in parts if part.entropy is not None])
                 torch.testing.assert_close(scores.entropy, entropy, rtol=1e-5, atol=1e-5)
         gradient = torch.cat([found[number][1] for found in ranks], 1)
-        rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
-        torch.testing.assert_close(gradient, logits, **rounding)
+        relative, absolute = (1e-5, 1e-6) if dtype == torch.float32 else (1e-2, 1e-4)
+        torch.testing.assert_close(gradient, logits, rtol=relative, atol=absolute)
 
 
 def test_ranks_agree_on_the_size_of_a_chunk() -> None:

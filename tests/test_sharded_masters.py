@@ -1,0 +1,86 @@
+"""Float32 values of bfloat16 weights that are spread over ranks: those of one process, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from sft.losses import Objective
+from sft.optimizers import with_master_weights
+from sft.sharded_head import whole
+from sft.token_forward import TokenForward
+from tests.test_fused_head import batch, llama
+from tests.test_sharded_head import fully_sharded
+
+pytestmark = pytest.mark.slow
+
+STEPS = 5
+SCALE = torch.tensor(1 / 32)  # a power of 2, so that a rank's share of it rounds as the whole does
+
+
+def rows_of(step: int, rank: int) -> dict[str, Any]:
+    return {**batch(2 * step + rank), "trained_positions": None}
+
+
+def trained(model: Any, optimizer: Any, ranks: list[int], scale: torch.Tensor) -> None:
+    """Steps over the rows of these ranks, a pass each."""
+    forward = TokenForward(model.train(), Objective(), chunk_size=64)
+    for step in range(STEPS):
+        for rank in ranks:
+            (forward(model, rows_of(step, rank), scale).objective * scale).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+def on_one_process(ranks: list[int]) -> dict[str, torch.Tensor]:
+    """The float32 values of all weights, by name."""
+    model = llama().bfloat16()
+    optimizer = with_master_weights(adamw(model))
+    trained(model, optimizer, ranks, SCALE)
+    state = optimizer.state_dict()["master_weights"]
+    return dict(zip((name for name, _ in model.named_parameters()), state, strict=True))
+
+
+def _fully_sharded(rank: int, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """The weights are held in float32 and gathered in bfloat16: they are their own masters."""
+    model = llama().bfloat16().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_sharded(model, "own", mesh, mp_policy=policy)
+    trained(model, with_master_weights(adamw(model)), [rank], 2 * SCALE)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def _on_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.save(_fully_sharded(rank, mesh), f"{folder}/fsdp{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(_on_rank, (str(folder),), nprocs=2)
+    return folder
+
+
+def test_fully_sharded_weights_that_are_gathered_in_bfloat16_are_masters_of_their_own(two_ranks: Path) -> None:
+    expected = on_one_process([0, 1])
+    for rank in range(2):
+        found = torch.load(two_ranks / f"fsdp{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name].equal(value), name
