@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sft.chunked_loss import KnownGradients, gradient_dtype, linear_chunks, module_chunks, score_rows
+from sft.chunked_loss import linear_chunks, module_chunks, score_rows
+from sft.known_gradients import KnownGradients, gradient_dtype
 from sft.losses import Objective, TokenLoss, add_up, trained_positions
 from sft.output_head import OutputHead, find_output_head
 from sft.router_loss import load_balancing_loss

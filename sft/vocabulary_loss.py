@@ -47,27 +47,23 @@ def score_slice(
         return score_rows(logits, targets, objective, transform, with_gradient, scale)
     x = logits.float()  # itself where it is float32
     raw = x.clone() if transform.cap is not None and with_gradient else None
-    local = (targets - shard.start).clamp(0, shard.width - 1)  # (n,)
-    column, is_here = local[:, None], (targets >= shard.start) & (targets < shard.start + shard.width)
+    is_here = (targets >= shard.start) & (targets < shard.start + shard.width)  # (n,)
+    column = (targets - shard.start).clamp(0, shard.width - 1)[:, None]
     transform(x)
     first, choice = x.max(-1)  # (n,)
     largest = first.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
     of_target = x.gather(1, column).squeeze(1).where(is_here, 0.0)
-    # The target is the model's choice if it is the largest and none in front of it is as large, on any rank.
-    place = choice + shard.start
-    is_choice = ((place == targets).float() - (place < targets).float()).where(first == largest, 0.0)
-    mean = x.mean(-1) * (shard.width / shard.vocab_size) if objective.label_smoothing else torch.zeros_like(first)
+    is_choice = _share_of_choice(choice + shard.start, targets).where(first == largest, 0.0)
+    mean = x.sum(-1) / shard.vocab_size if objective.label_smoothing else torch.zeros_like(first)
     p = x.sub_(largest[:, None]).exp_()
     sums = torch.stack([p.sum(-1), of_target, is_choice, mean])  # (4, n)
     dist.all_reduce(sums, group=shard.group)
     total, of_target, is_choice, mean = sums
-    log_total = total.log()
+    nll, normalizer = (largest - of_target) + total.log(), largest + total.log()
     p.div_(total[:, None])
-    nll, normalizer = (largest - of_target) + log_total, largest + log_total
-    entropy = None
-    if objective.entropy:
-        entropy = torch.special.entr(p).sum(-1)
+    entropy = torch.special.entr(p).sum(-1) if objective.entropy else None
+    if entropy is not None:
         dist.all_reduce(entropy, group=shard.group)
     loss = nll.lerp(normalizer - mean, objective.label_smoothing) if objective.label_smoothing else nll
     weight = torch.exp(-nll) if objective.loss_type == "dft" else torch.ones_like(nll)
@@ -78,3 +74,11 @@ def score_slice(
         if p is not logits:
             logits.copy_(p)
     return [TokenScores(loss, nll, is_choice >= 1, entropy)]
+
+
+def _share_of_choice(first: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of a rank whose first largest logit is at `first`, (n,): over such ranks the sum is 1 where the target is chosen.
+
+    One in front of the target takes away what the target's own rank adds; one behind it changes nothing.
+    """
+    return (first == targets).float() - (first < targets).float()

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from sft import chunked_loss, fused_head
-from sft.chunked_loss import KnownGradients, linear_chunks, tokens_of_a_chunk
+from sft.chunked_loss import linear_chunks, tokens_of_a_chunk
+from sft.known_gradients import KnownGradients
 from sft.losses import Objective, TokenLoss, token_loss, trained_positions
 from sft.output_head import LogitTransform, OutputHead, find_output_head
 from tests.builders import tiny_llama

@@ -316,7 +316,7 @@ def assert_exact(case: Case, ranks: list[dict[str, Any]], rows: list[list[dict[s
     for found in ranks:
         assert_same_gradients(found["gradients"], gradients, 1e-5)
         norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
-        assert found["norms"] == pytest.approx([norm, norm / 4], rel=1e-5), "over all meshes, and after clipping"
+        assert found["norms"] == pytest.approx([norm, norm / 4], rel=1e-4), "over all meshes, and after clipping"
 
 
 @pytest.mark.parametrize("case", FULLY_SHARDED, ids=str)
