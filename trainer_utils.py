@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from sft.losses import Objective, TokenLoss
 from sft.master_weights import MasterWeights
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
-from sft.nonfinite import clip_gradients, gradient_norm, require_finite
+from sft.nonfinite import clip_factor, clip_gradients, gradient_norm, require_finite
 from sft.optimizers import with_master_weights
 from sft.out_of_memory import ShrinkingPasses, first_line, is_out_of_memory, out_of_memory
 from sft.pass_halves import halves
@@ -228,8 +229,17 @@ class SFTTrainer(RowOrder, TokenEvaluation):
             super().create_optimizer(model)
             if self._settings.master_weights:
                 assert self.optimizer is not None
-                self.optimizer = self._masters = with_master_weights(self.optimizer)
+                self.optimizer = self._masters = with_master_weights(self.optimizer, self._summed())
         return self.optimizer  # type: ignore[return-value]
+
+    def _summed(self) -> list[torch.nn.Parameter] | None:
+        """Of a step that is one pass, the weights whose gradients are sums all the same; None for other steps."""
+        model: Any = self.model
+        if self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1:
+            return None
+        names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        shared = [p for p in model.parameters() if names[id(p)] > 1]
+        return [*shared, *model.get_output_embeddings().parameters()]
 
     @torch.no_grad()
     def _measure_evaluating(self, inputs: dict[str, Any]) -> TokenLoss:
@@ -263,7 +273,10 @@ class SFTTrainer(RowOrder, TokenEvaluation):
         if self._watch.may_step(norm, self.model, made, self._total_steps - made, rates, scaled=is_scaled):
             self._sums.absorb(self._watch.sums)
             if self.args.max_grad_norm > 0:
-                clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
+                if self._masters:
+                    self._masters.scale_gradients(clip_factor(self.args.max_grad_norm, norm))
+                else:
+                    clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
     def fit(self, checkpoint: Path | None) -> None:

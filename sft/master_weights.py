@@ -16,11 +16,12 @@ DDP's reducer accepts no gradient of another format than the weight's. It is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sft.errors import Problem, UserError
@@ -43,17 +44,18 @@ class MasterWeights(torch.optim.Optimizer):
         # Optimizer.__init__ would make a second set of groups and hooks; those of `inner` are the ones in force.
         self.inner = inner
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
-        for group in inner.param_groups:
-            group["params"] = [self._master_of(parameter) for parameter in group["params"]]
-        self._reducer = GradientReducer([p for p, _ in self.pairs] + self._unpaired())
+        for number, group in enumerate(inner.param_groups):
+            group["params"] = [master for p in group["params"] for master in self._masters_of(p, number)]
+        self._reducer = GradientReducer([*dict.fromkeys(p for p, _ in self.pairs), *self._unpaired()])
 
-    def _master_of(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    def _masters_of(self, parameter: torch.nn.Parameter, group: int) -> list[torch.nn.Parameter]:
+        """What group number `group` of the optimizer holds in a parameter's place."""
         if parameter.dtype != torch.bfloat16:
-            return parameter
+            return [parameter]
         master = torch.nn.Parameter(parameter.detach().float())
         parameter.grad_dtype = torch.float32
         self.pairs.append((parameter, master))
-        return master
+        return [master]
 
     def _unpaired(self) -> list[torch.nn.Parameter]:
         masters = {id(master) for _, master in self.pairs}
@@ -73,6 +75,17 @@ class MasterWeights(torch.optim.Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimizer's defaults."""
         return self.inner.defaults
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        """Multiplies the gradients of the step that comes next, before it is made.
+
+        Args:
+            factor: a scalar on the device, as clipping finds it (`sft.nonfinite.clip_factor`).
+        """
+        weights = [*dict.fromkeys(weight for weight, _ in self.pairs), *self._unpaired()]
+        if gradients := [weight.grad for weight in weights if weight.grad is not None]:
+            torch._foreach_mul_(gradients, factor)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,11 +125,7 @@ class MasterWeights(torch.optim.Optimizer):
         """
         state = dict(state_dict)
         saved = state.pop(MASTERS, None)
-        shapes = [list(master.shape) for _, master in self.pairs]
-        if saved is None or [list(tensor.shape) for tensor in saved] != shapes:
-            what = "has no float32 values of the weights" if saved is None else "is of another model"
-            hint = "resume with the `dtype` that the run was started with"
-            raise UserError(Problem(f"the checkpoint's optimizer state {what}", hint, "resume_from_checkpoint"))
+        require_masters(saved, [master for _, master in self.pairs], torch.float32)
         self.inner.load_state_dict(state)
         for (_, master), tensor in zip(self.pairs, saved, strict=True):
             master.copy_(tensor)
@@ -141,6 +150,27 @@ class MasterWeights(torch.optim.Optimizer):
         yield
         if is_last:
             self._reducer.finish()
+
+
+def require_masters(saved: Any, expected: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> None:
+    """Refuses what a checkpoint holds as masters where they are not of these shapes, and of `dtype` if one is asked."""
+    shapes = [list(tensor.shape) for tensor in expected]
+    if saved is None:
+        what = "has no float32 values of the weights"
+    elif [list(tensor.shape) for tensor in saved] != shapes:
+        what = "is of another model"
+    elif dtype and any(tensor.dtype != dtype for tensor in saved):
+        what = "is of an optimizer with 8-bit states"
+    else:
+        return
+    hint = "resume with the `dtype` and `optim` that the run was started with"
+    raise UserError(Problem(f"the checkpoint's optimizer state {what}", hint, "resume_from_checkpoint"))
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that is spread over ranks, without its history."""
+    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
 
 
 @torch.no_grad()

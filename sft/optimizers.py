@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Adafactor, Trainer, TrainingArguments
 
 from sft.errors import Problem, UserError
 from sft.master_weights import MasterWeights
+from sft.split_masters import SplitMasters
 
 logger = logging.getLogger("sft")
 
@@ -57,19 +59,29 @@ def _refusal(name: str, error: Exception, device: torch.device) -> UserError:
     return UserError(Problem(f"{name!r} does not run on {where}: {reason}", hint, "optim"))
 
 
-def with_master_weights(optimizer: torch.optim.Optimizer) -> MasterWeights:
+def with_master_weights(
+    optimizer: torch.optim.Optimizer, summed: Collection[torch.nn.Parameter] | None = None
+) -> MasterWeights:
     """`optimizer` over float32 values of its bfloat16 parameters.
+
+    Where its states take less room than those values would, these are split (`sft.split_masters`).
 
     bitsandbytes remembers by parameter which ones keep their states in 32 bits (the embeddings, by the Trainer's
     wish); their masters do likewise.
+
+    Args:
+        summed: see `sft.split_masters.SplitMasters`; whole values want float32 gradients of all weights.
     """
-    masters = MasterWeights(optimizer)
+    has_small_states = isinstance(optimizer, Adafactor) or getattr(optimizer, "name2qmap", {}) != {}
+    masters = SplitMasters(optimizer, summed) if has_small_states else MasterWeights(optimizer)
     if type(optimizer).__module__.startswith("bitsandbytes"):
         from bitsandbytes.optim import GlobalOptimManager
 
         manager = GlobalOptimManager.get_instance()
-        master_of = {id(weight): master for weight, master in masters.pairs}
         for module, name, settings in manager.module_weight_config_triple:
-            if (master := master_of.get(id(getattr(module, name)))) is not None:
-                manager.override_config(master, key_value_dict=dict(settings))
+            weight = getattr(module, name)
+            for held in [master for of, master in masters.pairs if of is weight] or [weight]:
+                manager.override_config(held, key_value_dict=dict(settings))
+        # Its own look-up at the first step goes by a parameter's place in the list, which holds a few at a time.
+        optimizer.initialized = True  # type: ignore[attr-defined]
     return masters

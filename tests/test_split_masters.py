@@ -1,0 +1,278 @@
+"""Float32 values of bfloat16 weights that are kept as weight and remainder, and stepped as whole ones are."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW, AdamW8bit, Lion8bit
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import Adafactor
+
+from sft import split_masters
+from sft.errors import UserError
+from sft.master_weights import MASTERS, MasterWeights
+from sft.split_masters import SplitMasters, join, split
+from tests.runs import ROOT
+
+EVERY_LOWER_HALF = torch.arange(2**16)
+UPPER_HALVES = {
+    "zero and denormals": range(0x0082),
+    "numbers": (*range(0x3F7E, 0x3F83), *range(0x00FE, 0x0103)),
+    "the largest, infinity and NaN": range(0x7F7E, 0x7F83),
+    "the last NaN": (0x7FFE, 0x7FFF),
+}
+
+
+def floats(uppers: Any) -> torch.Tensor:
+    """Every float32 number with one of these upper halves, of both signs."""
+    halves = torch.tensor([upper | sign for upper in uppers for sign in (0, 0x8000)])
+    bits = (halves[:, None] * 2**16 + EVERY_LOWER_HALF).flatten()
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+
+
+def halves_of(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, remainders = torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.int16)
+    split(values.clone(), weights, remainders)
+    return weights, remainders
+
+
+@pytest.mark.parametrize("kind", UPPER_HALVES)
+@pytest.mark.parametrize("length", [None, 1, 7, 31])
+def test_every_number_comes_back_to_the_last_bit(kind: str, length: int | None) -> None:
+    """Also in tensors too short for vector instructions."""
+    values = floats(UPPER_HALVES[kind])
+    if length is not None:
+        values = values[:: len(values) // length][:length]
+    weights, remainders = halves_of(values)
+    back = torch.empty_like(values)
+    join(weights, remainders, back)
+    is_nan = values.isnan()
+    assert back.view(torch.int32)[~is_nan].equal(values.view(torch.int32)[~is_nan])
+    assert back.isnan().equal(is_nan)
+
+
+@pytest.mark.parametrize("kind", UPPER_HALVES)
+def test_a_weight_is_the_rounding_of_its_value(kind: str) -> None:
+    """Half-way between two bfloat16 numbers, where rounding to even may go the other way, it is the larger one."""
+    values = floats(UPPER_HALVES[kind])
+    weights, _ = halves_of(values)
+    is_nan = values.isnan()
+    is_halfway = (values.view(torch.int32) & 0xFFFF) == 0x8000
+    rounded = values.bfloat16()
+    clear = ~is_nan & ~is_halfway
+    assert weights.view(torch.int16)[clear].equal(rounded.view(torch.int16)[clear])
+    assert weights.isnan().equal(is_nan)
+    halfway = ~is_nan & is_halfway
+    further = ((values.view(torch.int32)[halfway] >> 16) + 1).to(torch.int16)
+    assert weights.view(torch.int16)[halfway].equal(further)
+
+
+# Steps
+
+
+def layers() -> torch.nn.Module:
+    """Weights of several sizes, one without gradient, one in float32, one of a single number."""
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 48), torch.nn.LayerNorm(48))
+    model.bfloat16()
+    model[2].weight = torch.nn.Parameter(torch.ones(48))
+    model.unused = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    model.single = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+    return model  # type: ignore[no-any-return]
+
+
+def gradients_of(model: Any, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        if parameter is not model.unused:
+            gradient = torch.randn(parameter.shape, generator=generator).bfloat16()
+            parameter.grad = gradient.to(parameter.grad_dtype or parameter.dtype)
+
+
+def groups(model: Any) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
+    "foreach": lambda params: torch.optim.AdamW(params, lr=1e-4, foreach=True),
+    "momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
+    "adafactor": lambda params: Adafactor(params, lr=1e-3, relative_step=False, scale_parameter=False),
+    "adamw 8 bits": lambda params: AdamW8bit(params, lr=1e-4, min_8bit_size=256),
+    "lion 8 bits": lambda params: Lion8bit(params, lr=1e-4, min_8bit_size=256),
+    "adamw 32 bits": lambda params: AdamW(params, lr=1e-4),
+    "a strange one": lambda params: Counting(params, lr=1e-3),
+}
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps, and moves parameters by the number: stepped apart, it would count too many."""
+
+    __module__ = "somewhere.else"
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count = getattr(self, "count", 0) + 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"] / self.count)
+
+
+def values_in(masters: MasterWeights) -> dict[int, torch.Tensor]:
+    if isinstance(masters, SplitMasters):
+        return {id(weight): masters.master_of(weight) for weight, _ in masters.pairs}
+    return {id(weight): master.detach() for weight, master in masters.pairs}
+
+
+@pytest.mark.parametrize("is_one_pass", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, in buckets of a few weights and slices of a few rows."""
+    monkeypatch.setattr(split_masters, "_CPU_TOGETHER", 1000)
+    if "8 bits" not in name:  # whose blocks of 256 numbers would be others
+        monkeypatch.setattr(split_masters, "_LARGEST", 640)
+    model, twin = layers(), layers()
+    ours = SplitMasters(OPTIMIZERS[name](groups(model)), summed=[] if is_one_pass else None)
+    whole = MasterWeights(OPTIMIZERS[name](groups(twin)))
+    for step in range(12):
+        for each, masters in ((model, ours), (twin, whole)):
+            gradients_of(each, step)
+            masters.scale_gradients(torch.tensor(0.37))
+            masters.step()
+            masters.zero_grad()
+    halves, exact = values_in(ours), values_in(whole)
+    for (label, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if mine.dtype == torch.bfloat16:
+            assert halves[id(mine)].equal(exact[id(theirs)]), label
+            assert mine.equal(theirs)
+            assert mine.grad_dtype == (torch.bfloat16 if is_one_pass else torch.float32)
+        else:
+            assert mine.equal(theirs)
+    assert not model[0].weight.equal(layers()[0].weight)  # type: ignore[index]
+
+
+def test_the_optimizer_holds_all_parameters_between_steps_and_values_only_in_them() -> None:
+    model: Any = layers()
+    masters = SplitMasters(torch.optim.AdamW(groups(model), fused=True))
+    gradients_of(model, 0)
+    masters.step()
+    held = [p for group in masters.param_groups for p in group["params"]]
+    assert len(held) == len(list(model.parameters()))
+    stand_ins = [master for _, master in masters.pairs]
+    assert all(p.untyped_storage().nbytes() == 4 and p.grad is None for p in stand_ins)
+    assert {id(p) for p in masters.state} == {id(p) for p in held if p.shape != (5,)}
+
+
+def test_what_is_kept_for_a_weight_is_eight_bytes_with_8_bit_states() -> None:
+    """Weight, remainder, gradient and two states of a byte; and of 256 numbers two scales."""
+    model = torch.nn.Linear(1024, 1024, bias=False).bfloat16()
+    masters = SplitMasters(AdamW8bit(model.parameters()), summed=[])
+    model(torch.randn(4, 1024).bfloat16()).sum().backward()
+    masters.step()
+    kept: list[Any] = [model.weight, model.weight.grad, *masters.state_dict()[MASTERS], *(m for _, m in masters.pairs)]
+    kept += [value for state in masters.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    of_this_weight = sum(t.untyped_storage().nbytes() for t in kept if t.shape != (256,))  # not the table of all states
+    assert of_this_weight == 2**20 * (2 + 2 + 2 + 1 + 1) + 2 * 4 * 2**20 // 256 + 4
+
+
+# A resume
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "a strange one"])  # which saves no count
+def test_a_resume_goes_on_to_the_last_bit(name: str, tmp_path: Path) -> None:
+    def made(model: Any, masters: SplitMasters, steps: range) -> None:
+        for step in steps:
+            gradients_of(model, step)
+            masters.step()
+            masters.zero_grad()
+
+    whole, stopped, resumed = layers(), layers(), layers()
+    optimizers = [SplitMasters(OPTIMIZERS[name](groups(model))) for model in (whole, stopped, resumed)]
+    made(whole, optimizers[0], range(10))
+    made(stopped, optimizers[1], range(6))
+    torch.save((stopped.state_dict(), optimizers[1].state_dict()), tmp_path / "saved.pt")
+    weights, state = torch.load(tmp_path / "saved.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    optimizers[2].load_state_dict(state)
+    made(resumed, optimizers[2], range(6, 10))
+    assert all(a.equal(b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    for a, b in zip(values_in(optimizers[0]).values(), values_in(optimizers[2]).values(), strict=True):
+        assert a.equal(b)
+
+
+def test_a_state_is_refused_for_other_weights_than_it_was_saved_with() -> None:
+    model, other = layers(), layers()
+    masters = SplitMasters(OPTIMIZERS["fused"](groups(model)))
+    gradients_of(model, 0)
+    masters.step()
+    with pytest.raises(UserError, match="weights are not the optimizer state's"):
+        SplitMasters(OPTIMIZERS["fused"](groups(other))).load_state_dict(masters.state_dict())
+
+
+def test_a_state_with_whole_values_is_taken_up_and_not_the_other_way_round() -> None:
+    model, later = layers(), layers()
+    whole = MasterWeights(OPTIMIZERS["fused"](groups(model)))
+    gradients_of(model, 0)
+    whole.step()
+    halves = SplitMasters(OPTIMIZERS["fused"](groups(later)))
+    halves.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert [value.tolist() for value in values_in(halves).values()] == [
+        value.tolist() for value in values_in(whole).values()
+    ]
+    assert all(
+        a.equal(b) for a, b in zip(model.parameters(), later.parameters(), strict=True) if a.dtype != torch.float
+    )
+    with pytest.raises(UserError, match="of an optimizer with 8-bit states"):
+        whole.load_state_dict(halves.state_dict())
+    plain = OPTIMIZERS["fused"](groups(layers())).state_dict()
+    with pytest.raises(UserError, match="no float32 values"):
+        halves.load_state_dict(plain)
+
+
+# Several processes
+
+
+def trained(is_sharded: bool) -> list[torch.Tensor]:
+    """The weights after five steps, of an odd number of rows so that the ranks' parts differ."""
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(64, 33), torch.nn.Linear(33, 17)).bfloat16()
+    if is_sharded:
+        fully_shard(model, reshard_after_forward=False)
+        assert isinstance(model[0].weight, DTensor)
+    masters = SplitMasters(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), summed=[])
+    for step in range(5):
+        inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        model(inputs).float().pow(2).sum().backward()  # the same rows on each rank: the mean is each one's gradient
+        masters.step()
+        masters.zero_grad()
+    return [p.full_tensor().detach() if is_sharded else p.detach() for p in model.parameters()]
+
+
+@pytest.mark.slow
+def test_weights_that_are_spread_over_ranks_are_stepped_where_they_lie(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = trained(is_sharded=False)
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pt")
+        assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    torch.save(trained(is_sharded=True), Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
