@@ -7,21 +7,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.optim import AdamW, AdamW8bit, Lion8bit
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Adafactor
 
+import sft_main
+import trainer_utils
 from sft import split_masters
 from sft.errors import UserError
 from sft.master_weights import MASTERS, MasterWeights
 from sft.split_masters import SplitMasters, join, split
-from tests.runs import ROOT
+from tests import builders
+from tests.runs import ROOT, arithmetic, write_config, write_rows
 
 EVERY_LOWER_HALF = torch.arange(2**16)
 UPPER_HALVES = {
@@ -239,6 +244,63 @@ def test_a_state_with_whole_values_is_taken_up_and_not_the_other_way_round() -> 
     plain = OPTIMIZERS["fused"](groups(layers())).state_dict()
     with pytest.raises(UserError, match="no float32 values"):
         halves.load_state_dict(plain)
+
+
+# Real runs
+
+
+def weights_after_a_run(folder: Path, name: str, *overrides: str) -> dict[str, torch.Tensor]:
+    """Ten steps in bfloat16 with 8-bit states: learned quickly enough that clipping and all digits matter."""
+    if not (folder / "run.yaml").exists():
+        write_config(
+            folder / "run.yaml",
+            model_name_or_path=str(builders.save_model_dir(folder / "model")),
+            dtype="bfloat16",
+            train_file=str(write_rows(folder / "train.jsonl", arithmetic(40))),
+            cache_dir=str(folder / "cache"),
+            max_seq_length=128,
+            optim="adamw_8bit",
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            max_grad_norm=0.5,
+            learning_rate=1e-3,
+            loss_chunk_size=16,
+            max_steps=10,
+            logging_steps=1,
+            save_steps=5,
+            eval_strategy="no",
+        )
+    out = folder / name
+    assert sft_main.main(["--config_file", str(folder / "run.yaml"), f"output_dir={out}", *overrides]) == 0
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_bfloat16_gradients_of_one_pass_change_no_bit(
+    is_tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against gradients in float32 throughout, with a head whose loss is made in chunks, or that embeds as well."""
+    monkeypatch.setattr(builders, "tiny_llama", partial(builders.tiny_llama, tie_word_embeddings=is_tied))
+    formats: list[set[torch.dtype | None]] = []
+    build = SplitMasters.__init__
+
+    def noting(self: SplitMasters, inner: Any, summed: Any = None) -> None:
+        build(self, inner, summed)
+        formats.append({weight.grad_dtype for weight, _ in self.pairs})
+
+    monkeypatch.setattr(SplitMasters, "__init__", noting)
+    ours = weights_after_a_run(tmp_path, "bfloat16")
+    monkeypatch.setattr(trainer_utils.SFTTrainer, "_summed", lambda _: None)
+    exact = weights_after_a_run(tmp_path, "float32")
+    assert formats == [{torch.bfloat16, torch.float32}, {torch.float32}]
+    assert ours.keys() == exact.keys()
+    assert all(ours[name].equal(exact[name]) for name in ours)
+
+
+def test_a_run_that_is_resumed_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+    whole = weights_after_a_run(tmp_path, "whole")
+    resumed = weights_after_a_run(tmp_path, "resumed", f"resume_from_checkpoint={tmp_path}/whole/checkpoint-5")
+    assert all(whole[name].equal(resumed[name]) for name in whole)
 
 
 # Several processes
