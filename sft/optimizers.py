@@ -78,6 +78,8 @@ def with_master_weights(
         from bitsandbytes.optim import GlobalOptimManager
 
         manager = GlobalOptimManager.get_instance()
+        for _, master in masters.pairs:
+            manager.pid2config.pop(id(master), None)  # of an earlier run's, which is gone, and whose id it has
         for module, name, settings in manager.module_weight_config_triple:
             weight = getattr(module, name)
             for held in [master for of, master in masters.pairs if of is weight] or [weight]:
