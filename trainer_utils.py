@@ -235,7 +235,7 @@ class SFTTrainer(RowOrder, TokenEvaluation):
     def _summed(self) -> list[torch.nn.Parameter] | None:
         """Of a step that is one pass, the weights whose gradients are sums all the same; None for other steps."""
         model: Any = self.model
-        if self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1:
+        if self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1 or self._shrinking:
             return None
         names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         shared = [p for p in model.parameters() if names[id(p)] > 1]

@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sft.errors import Problem, UserError
 from sft.gradient_reduction import GradientReducer
+from sft.sharded_head import local_part
 
 MASTERS = "master_weights"  # the key in a checkpoint's optimizer state
 
@@ -167,13 +167,10 @@ def require_masters(saved: Any, expected: Sequence[torch.Tensor], dtype: torch.d
     raise UserError(Problem(f"the checkpoint's optimizer state {what}", hint, "resume_from_checkpoint"))
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that is spread over ranks, without its history."""
-    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach()
-
-
 @torch.no_grad()
 def _round(masters: list[torch.nn.Parameter], weights: list[torch.nn.Parameter]) -> None:
     if masters:
-        torch._foreach_copy_([weight.detach() for weight in weights], [master.detach() for master in masters])
+        # This rank's parts: one operation cannot span weights that are spread over ranks and others.
+        torch._foreach_copy_(
+            [local_part(weight.detach()) for weight in weights], [local_part(m.detach()) for m in masters]
+        )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sft.boundaries import Boundaries
 from sft.documents import IGNORE_INDEX
 from sft.errors import Problem, TrainingStopped
+from sft.sharded_head import local_part
 
 logger = logging.getLogger("sft")
 
@@ -154,7 +155,7 @@ class NonfiniteGuard:
             rows=tuple(dict.fromkeys(row for row, _ in listed if row >= 0)),
             texts=tuple(str(text)[:_TEXT] for text in texts),
             alone=bool(guilty),
-            gradients=tuple(name for name, p in named if not bool(_local(p.grad).isfinite().all())),
+            gradients=tuple(name for name, p in named if not bool(local_part(p.grad.detach()).isfinite().all())),
             parameters=len(named),
         )
 
@@ -256,7 +257,9 @@ def nonfinite_parameters(parameters: Named) -> list[str]:
 
     One number is read from the device where all is well.
     """
-    trained = [(name, _local(p)) for name, p in parameters if p.requires_grad and _local(p).numel()]
+    trained = [
+        (name, local_part(p.detach())) for name, p in parameters if p.requires_grad and local_part(p.detach()).numel()
+    ]
     if not trained:
         return []
     with torch.no_grad():
@@ -314,12 +317,6 @@ def _by_mesh(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Par
         if parameter.grad is not None:
             groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
     return list(groups.values())
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    """This rank's part of a tensor that is spread over ranks."""
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.detach()
 
 
 def _some(items: Sequence[object]) -> str:

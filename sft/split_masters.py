@@ -23,7 +23,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from sft.errors import Problem, UserError
-from sft.master_weights import MASTERS, MasterWeights, local_part, require_masters
+from sft.master_weights import MASTERS, MasterWeights, require_masters
+from sft.sharded_head import local_part
 
 SUMS = "master_weight_sums"  # the key in a checkpoint's optimizer state: of each piece of a weight, its bits' sum
 _LARGEST = 2**26  # numbers of which a weight is stepped at a time, in whole rows; more than a layer of 8B has in one
@@ -58,7 +59,7 @@ class Piece:
 
     def rows_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The piece's part of the weight, or of its gradient."""
-        local = local_part(tensor)
+        local = local_part(tensor.detach())
         return local[self.start : self.end] if local.ndim else local
 
 
@@ -117,7 +118,7 @@ class SplitMasters(MasterWeights):
             raise UserError(Problem(problem, "leave `optim` out for AdamW", "optim"))
         if self._summed is None or id(parameter) in self._summed:
             parameter.grad_dtype = torch.float32
-        local = local_part(parameter)
+        local = local_part(parameter.detach())
         rows = len(local) if local.ndim else 1
         most = max(_LARGEST * rows // max(local.numel(), 1), 1) if self._by_number else max(rows, 1)
         made = []
@@ -132,7 +133,7 @@ class SplitMasters(MasterWeights):
     def master_of(self, weight: torch.nn.Parameter) -> torch.Tensor:
         """The float32 values of a weight, of those rows that are on this rank: a copy."""
         pieces = [piece for piece in self._pieces if piece.weight is weight]
-        values = torch.empty_like(local_part(weight), dtype=torch.float32)
+        values = torch.empty_like(local_part(weight.detach()), dtype=torch.float32)
         for piece in pieces:
             join(piece.rows_of(weight), piece.remainder, piece.rows_of(values))
         return values

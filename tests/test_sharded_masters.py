@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.losses import Objective
 from sft.optimizers import with_master_weights
 from sft.sharded_head import whole
 from sft.token_forward import TokenForward
 from tests.test_fused_head import batch, llama
-from tests.test_sharded_head import fully_sharded
+from tests.test_sharded_head import fully_sharded, tensor_parallel
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +43,11 @@ def trained(model: Any, optimizer: Any, ranks: list[int], scale: torch.Tensor) -
 
 
 def adamw(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    """Parameters that are spread over ranks are a group of their own: one fused step takes no others with them."""
+    groups: dict[Any, list[Any]] = {}
+    for parameter in model.parameters():
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return torch.optim.AdamW([{"params": group} for group in groups.values()], lr=1e-3, fused=True)
 
 
 def on_one_process(ranks: list[int]) -> dict[str, torch.Tensor]:
@@ -63,10 +69,39 @@ def _fully_sharded(rank: int, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     return {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
+def stepped(model: Any, start: int, state: dict[str, Any] | None = None) -> Any:
+    """Steps on gradients drawn at random, the same whatever the weights are spread over."""
+    optimizer = with_master_weights(adamw(model))
+    if state:
+        optimizer.load_state_dict(copy.deepcopy(state))
+    for step in range(start, start + STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            spread = isinstance(parameter, DTensor)
+            parameter.grad = (
+                distribute_tensor(gradient, parameter.device_mesh, parameter.placements) if spread else gradient
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def _tensor_parallel(mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """The weights are held in bfloat16, some spread over the ranks and some not; another optimizer goes on halfway."""
+    model = llama().bfloat16()
+    tensor_parallel(model, "slices", mesh)
+    state = stepped(model, 0).state_dict()
+    assert len({type(p) for p in model.parameters()}) == 2
+    stepped(model, STEPS, state)
+    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
 def _on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    torch.save(_fully_sharded(rank, mesh), f"{folder}/fsdp{rank}.pt")
+    for name, run in (("fsdp", partial(_fully_sharded, rank)), ("tp", _tensor_parallel)):
+        torch.save(run(mesh), f"{folder}/{name}{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -83,4 +118,14 @@ def test_fully_sharded_weights_that_are_gathered_in_bfloat16_are_masters_of_thei
         found = torch.load(two_ranks / f"fsdp{rank}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
+            assert found[name].equal(value), name
+
+
+def test_masters_of_weights_that_tensor_parallel_splits_are_split_likewise(two_ranks: Path) -> None:
+    model = llama().bfloat16()
+    state = stepped(model, 0).state_dict()
+    stepped(model, STEPS, state)
+    for rank in range(2):
+        found = torch.load(two_ranks / f"tp{rank}.pt")
+        for name, value in model.named_parameters():
             assert found[name].equal(value), name
