@@ -8,10 +8,11 @@ that an operation leaves behind for a moment. Only what a kernel takes for itsel
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -19,41 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sft.memory import MAPPED_FROM
+
+NODE = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Bytes, in blocks that go back to the system when they are freed and in blocks that do not.
+class Event(NamedTuple):
+    """A storage is made, with its size in bytes; a node of autograd's graph, with `NODE`; or freed, with 0."""
 
-    CPU memory comes from malloc, after `memory.map_large_blocks`. Large blocks are mapped one by one; the others lie
-    in a heap that shrinks only at its end, so that its largest extent stays with the process, and a large block can
-    make no use of the holes in it. Memory of another device is all of the first kind: what it has free serves any
-    request.
-    """
-
-    mapped: int = 0
-    heap: int = 0
-
-    @classmethod
-    def block(cls, size: int, device: torch.device) -> Held:
-        """One block of `size` bytes."""
-        return cls(heap=size) if device.type == "cpu" and size < MAPPED_FROM else cls(mapped=size)
-
-    @property
-    def total(self) -> int:
-        """Both kinds."""
-        return self.mapped + self.heap
-
-    def __add__(self, other: Held) -> Held:
-        return Held(self.mapped + other.mapped, self.heap + other.heap)
-
-    def __sub__(self, other: Held) -> Held:
-        return Held(self.mapped - other.mapped, self.heap - other.heap)
-
-    def largest(self, other: Held) -> Held:
-        """What a process holds that has held `self` and `other` at different times."""
-        return Held(max(self.mapped, other.mapped), max(self.heap, other.heap))
+    block: Hashable
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +38,16 @@ class PassTrace:
     Attributes:
         activations: bytes held when the decoder's forward ends.
         head: bytes that the head and the loss hold on top of that at the most, until the backward pass begins.
-        peak: the most at any moment of the pass, with the gradients that it makes.
+        peak: the most bytes at any moment of the pass, with the gradients that it makes.
+        events: what it makes and frees, in order.
+        gradients_freed: the same of the gradients that it has made, when they are dropped in the model's order.
     """
 
     activations: int
     head: int
-    peak: Held
+    peak: int
+    events: list[Event]
+    gradients_freed: list[Event]
 
 
 def as_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
@@ -110,14 +89,20 @@ def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device
 
 
 class AllocationTrace(TorchDispatchMode):
-    """Counts the bytes of living storages that operations make while it is entered."""
+    """Notes the storages that operations make while it is entered, and when nothing refers to them any more.
+
+    Attributes:
+        live: bytes of those that are there.
+        peak: the most of them at one moment.
+        events: their making and freeing in order, among them the making of the graph's nodes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = Held()
-        self.peak = Held()
-        self.most = 0  # bytes of both kinds at one moment
+        self.live = self.peak = 0
+        self.events: list[Event] = []
         self._alive: dict[int, weakref.ref] = {}
+        self._numbers = itertools.count()
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Leaves out storages that were there before, of which operations make views."""
@@ -126,27 +111,31 @@ class AllocationTrace(TorchDispatchMode):
             self._alive[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            self.events.append(Event(next(self._numbers), NODE))  # it is made before the operation runs
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
+                self._note(tensor)
         return out
 
-    def _count(self, tensor: torch.Tensor) -> None:
+    def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or not size:
             return
-        block = Held.block(storage.nbytes(), tensor.device)
+        block = next(self._numbers)
 
         def gone(_: weakref.ref) -> None:
             self._alive.pop(key, None)
-            self.live -= block
+            self.live -= size
+            self.events.append(Event(block, 0))
 
         self._alive[key] = weakref.ref(storage, gone)
-        self.live += block
-        self.peak = self.peak.largest(self.live)
-        self.most = max(self.most, self.live.total)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.events.append(Event(block, size))
 
 
 def trace_pass(
@@ -165,8 +154,8 @@ def trace_pass(
     ends: list[int] = []
 
     def ended(*_: Any) -> None:
-        ends.append(trace.live.total)
-        trace.most = 0
+        ends.append(trace.live)
+        trace.peak = trace.live
 
     hook = _decoder(model).register_forward_hook(ended)
     try:
@@ -180,13 +169,31 @@ def trace_pass(
                 loss = run_forward()
                 hook.remove()  # checkpointing may run the forward again
                 activations = ends[-1] if ends else 0
-                head = max(0, trace.most - activations)
+                head = max(0, trace.peak - activations)
                 loss.backward()
+                del loss
+            trace.events += [Event(block, 0) for block, size in trace.events if size == NODE]  # they hang on the loss
+        pass_ends = len(trace.events)
     finally:
         hook.remove()
         for parameter in trainable:
             parameter.grad = None
-    return PassTrace(activations, head, trace.peak)
+    events, freed = trace.events[:pass_ends], trace.events[pass_ends:]
+    return PassTrace(activations, head, peak_of(events), events, freed)
+
+
+def peak_of(events: Iterable[Event]) -> int:
+    """The most bytes of storages that these have made and not yet freed."""
+    sizes: dict[Hashable, int] = {}
+    live = most = 0
+    for block, size in events:
+        if size > 0:
+            sizes[block] = size
+            live += size
+        else:
+            live -= sizes.pop(block, 0)
+        most = max(most, live)
+    return most
 
 
 def _decoder(model: Any) -> nn.Module:

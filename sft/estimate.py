@@ -1,28 +1,33 @@
 """The memory that a rank will need at its peak, told before anything is loaded.
 
-    peak = process + weights + optimizer states + max(gradients before the pass + pass, gradients + optimizer's buffers)
+    peak = process + weights + the most that some optimizer steps hold at a moment: passes, gradients, optimizer
 
 The pass is traced with the trainer's own code on fake tensors (see `sft.allocation_trace`), the optimizer's states are
 counted from its kind, and the process is measured: it stands here with its libraries and data already loaded. On a CPU
-the maxima of mapped blocks and of the heap's are taken apart and added (see `allocation_trace.Held`).
+blocks that were freed stay with the process (see `sft.heap_model`); a CUDA device's count only until they are freed, as
+in what is measured there (`torch.cuda.max_memory_allocated`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sft.allocation_trace import Held, trace_pass
+from sft.allocation_trace import Event, PassTrace, peak_of, trace_pass
+from sft.heap_model import held_at_most
 
 logger = logging.getLogger("sft")
 
 _SMALLEST_8BIT = 4096  # numbers: bitsandbytes keeps the states of smaller tensors in float32 (`min_8bit_size`)
 _BLOCK = 256  # numbers that share one float32 scale in its 8-bit states
+
+_STEPS = 4  # optimizer steps that are followed: the heap grew in the first two or three
+_PASSES = 3  # of each at the most
 
 # Numbers of state for each trained number, by the first part of the optimizer's name.
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "stable_adamw": 2}
@@ -62,10 +67,22 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerMemory:
-    """`states`: bytes from the first step to the last; `buffers`: what a step makes and drops."""
+    """Sizes in bytes of an optimizer's blocks, in the order in which it makes them.
 
-    states: int
-    buffers: Held
+    Attributes:
+        masters: made with the optimizer.
+        first_step: states, made in the first step.
+        buffers: what each step makes and drops.
+    """
+
+    masters: tuple[int, ...] = ()
+    first_step: tuple[int, ...] = ()
+    buffers: tuple[int, ...] = ()
+
+    @property
+    def states(self) -> int:
+        """Bytes that it holds from the first step to the last."""
+        return sum(self.masters) + sum(self.first_step)
 
 
 def optimizer_memory(
@@ -87,39 +104,39 @@ def optimizer_memory(
     name = optim.removeprefix("paged_")
     family = next((f for f in sorted(_STATES, key=len, reverse=True) if name.startswith(f)), None)
     if name == "adafactor":
-        states = sum(4 * (w.shape[-1] + w.shape[-2] if w.dim() > 1 else w.numel()) for w in weights)
-        return OptimizerMemory(states, _largest(weights, 4, device) + _largest(weights, 4, device))
+        states = [4 * n for w in weights for n in (w.shape[-2:] if w.dim() > 1 else w.shape)]
+        return OptimizerMemory((), tuple(states), (_largest(weights, 4),) * 2)
     if family is None:
         logger.warning("The memory of optim %s is not known; it is counted as AdamW's", optim)
     count = _STATES[family or "adamw"]
-    masters = sum(4 * w.numel() for w in weights if w.element_size() < 4) if master_weights else 0
-    states = masters + sum(_state_bytes(w, name, count, master_weights) for w in weights)
+    masters = [4 * w.numel() for w in weights if w.element_size() < 4] if master_weights else []
+    states = [size for w in weights for size in _states_of(w, name, master_weights) * count]
     if paged and device.type == "cuda":
-        states = masters
-    return OptimizerMemory(states, _step_buffers(weights, name, device))
+        states = []
+    return OptimizerMemory(tuple(masters), tuple(states), _step_buffers(weights, name, device))
 
 
-def _state_bytes(weight: torch.Tensor, name: str, count: int, master_weights: bool) -> int:
+def _states_of(weight: torch.Tensor, name: str, master_weights: bool) -> list[int]:
+    """One state of a weight: its blocks' sizes."""
     numbers = weight.numel()
     if "8bit" in name and numbers >= _SMALLEST_8BIT:
-        return count * (numbers + 4 * -(-numbers // _BLOCK))
+        return [numbers, 4 * -(-numbers // _BLOCK)]
     upstream = "bit" in name or "bnb" in name or name.startswith(("lion", "ademamix"))
-    size = 4 if upstream or master_weights else weight.element_size()
-    return count * numbers * size
+    return [numbers * (4 if upstream or master_weights else weight.element_size())]
 
 
-def _step_buffers(weights: list[torch.Tensor], name: str, device: torch.device) -> Held:
+def _step_buffers(weights: list[torch.Tensor], name: str, device: torch.device) -> tuple[int, ...]:
     """What a step makes and drops: nothing where one kernel does it all, as the fused and bitsandbytes' do."""
     if name != "adamw_torch":
-        return Held()
+        return ()
     if device.type == "cuda":  # all tensors of the step at once (torch's foreach): the root of the second moments
-        return sum((Held.block(w.numel() * w.element_size(), device) for w in weights), Held())
+        return tuple(w.numel() * w.element_size() for w in weights)
     size = weights[0].element_size() if weights else 0
-    return _largest(weights, size, device) + _largest(weights, size, device)  # one by one: the root, and its quotient
+    return (_largest(weights, size),) * 2  # one by one: the root, and its quotient
 
 
-def _largest(weights: list[torch.Tensor], size: int, device: torch.device) -> Held:
-    return Held.block(size * max((w.numel() for w in weights), default=0), device)
+def _largest(weights: list[torch.Tensor], size: int) -> int:
+    return size * max((w.numel() for w in weights), default=0)
 
 
 def estimate_memory(
@@ -151,25 +168,51 @@ def estimate_memory(
             parameter.grad_dtype = torch.float32
     weights = _distinct_bytes([*model.parameters(), *model.buffers()])
     buckets = _distinct_bytes(trainable) if world_size > 1 else 0
-    accumulates = accumulation_steps > 1
-    traced = trace_pass(model, run_forward, mode, hold_gradients=accumulates)
-    gradients = sum((_gradient(p) for p in trainable), Held())
-    in_pass = gradients + traced.peak if accumulates else traced.peak
-    most = in_pass.largest(gradients + optimizer.buffers)
+    first = trace_pass(model, run_forward, mode)
+    passes = [first]
+    if accumulation_steps > 1:
+        added = trace_pass(model, run_forward, mode, hold_gradients=True)
+        passes += [added] * (min(accumulation_steps, _PASSES) - 1)
+    steps = list(_steps(passes, optimizer))
+    on_cpu = all(parameter.device.type == "cpu" for parameter in trainable)
+    held = held_at_most(steps) if on_cpu else None
     return MemoryEstimate(
         weights=weights,
-        gradients=gradients.total + buckets,
-        optimizer=optimizer.states + optimizer.buffers.total,
-        activations=traced.activations,
-        head=traced.head,
+        gradients=sum(_gradient_bytes(p) for p in trainable) + buckets,
+        optimizer=optimizer.states + sum(optimizer.buffers),
+        activations=first.activations,
+        head=first.head,
         process=process,
-        peak=process + weights + optimizer.states + buckets + most.total,
+        peak=process + weights + buckets + (peak_of(steps) if held is None else held),
     )
 
 
-def _gradient(parameter: torch.Tensor) -> Held:
-    size = 4 if parameter.grad_dtype == torch.float32 else parameter.element_size()
-    return Held.block(parameter.numel() * size, parameter.device)
+def _steps(passes: Sequence[PassTrace], optimizer: OptimizerMemory) -> Iterator[Event]:
+    """What some optimizer steps make and free: the second finds a heap with other holes than the first.
+
+    Args:
+        passes: of a step; the first makes the gradients, the others add to them.
+    """
+    first, *others = passes
+    yield from (Event(("master", i), size) for i, size in enumerate(optimizer.masters))
+    for step in range(_STEPS):
+        yield from _named(first.events, (step, 0))
+        for number, added in enumerate(others, 1):
+            yield from _named(added.events + added.gradients_freed, (step, number))
+        if step == 0:
+            yield from (Event(("state", i), size) for i, size in enumerate(optimizer.first_step))
+        yield from (Event((step, "buffer", i), size) for i, size in enumerate(optimizer.buffers))
+        yield from (Event((step, "buffer", i), 0) for i in range(len(optimizer.buffers)))
+        yield from _named(first.gradients_freed, (step, 0))
+
+
+def _named(events: Iterable[Event], name: Hashable) -> Iterator[Event]:
+    """The events with blocks of their own, for a pass that comes more than once."""
+    return (Event((name, block), size) for block, size in events)
+
+
+def _gradient_bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * (4 if parameter.grad_dtype == torch.float32 else parameter.element_size())
 
 
 def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:

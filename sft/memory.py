@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import resource
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-MAPPED_FROM = 2**20  # bytes: blocks of this size are mapped one by one after `map_large_blocks`
-_M_MMAP_THRESHOLD = -3  # mallopt(3)
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss' unit (getrusage(2))
 _PROCESS = Path("/proc/self")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -60,24 +57,6 @@ def reset_peak(device: torch.device) -> None:
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:
         return
-
-
-def map_large_blocks() -> bool:
-    """Lets malloc give blocks of 1 MiB and more back to the system when they are freed, for the rest of the process.
-
-    By itself glibc raises that size to 32 MiB and keeps all below in a heap, whose holes torch's aligned requests
-    mostly do not fit: training a LoRA on a model of 100M parameters (bfloat16, 4 x 459 tokens) it came to hold 1,750 MB
-    beside the weights where 1,130 were in use, and 1,200 with this. Only with this is the peak on a CPU what
-    `sft.estimate` adds up. Fresh pages cost time instead, half as much again of a LoRA's pass on a model of 16M
-    parameters (0.89 s of CPU time where it took 0.60), so that training does without.
-
-    Returns:
-        Whether it is in force: false where the C library has no such setting.
-    """
-    try:
-        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM))
-    except (OSError, AttributeError):
-        return False
 
 
 def memory_limit(device: torch.device, processes: int = 1) -> int:
