@@ -194,13 +194,11 @@ def show_estimate(told: RunEstimate) -> None:
     console.print(table)
     console.print(f"longest pass: {told.rows:,} rows, {told.tokens:,} tokens, {told.trained_tokens:,} of them trained")
     console.print(f"batches: {told.plan}", soft_wrap=True)
+    if told.assumes_batch_size:
+        console.print("per_device_train_batch_size: auto is chosen when the run starts; these rows are assumed")
     if told.total_tokens is not None:
-        console.print(f"the run trains on {told.total_tokens:,} tokens; its time is not told, for it was not measured")
-    if told.memory.peak > told.limit:
-        logger.warning(
-            "the peak is more than there is: a smaller per_device_train_batch_size or max_seq_length, "
-            "activation_checkpointing: true, or an adapter (lora_config) takes less"
-        )
+        least = "" if told.seconds_at_least is None else f", in no less than {told.seconds_at_least:,.0f} s"
+        console.print(f"the run trains on {told.total_tokens:,} tokens{least}")
 
 
 def show_report(report: Report) -> None:
@@ -211,7 +209,11 @@ def show_report(report: Report) -> None:
     if report.serving is not None:
         console.print(f"serving: {report.serving.message}", markup=False)
     if report.estimate is not None:
-        console.print("  ".join(f"{name} {value:,}" for name, value in report.estimate.items()), style="dim")
+        told = {name: value for name, value in report.estimate.items() if isinstance(value, int | float)}
+        console.print("  ".join(f"{name} {value:,}" for name, value in told.items()), style="dim", highlight=False)
+        if "memory" in report.estimate:
+            peak, limit = report.estimate["memory"]["peak"], report.estimate["device_limit"]
+            console.print(f"memory of a rank: {peak / 2**30:.2f} GiB at the peak, there is {limit / 2**30:.2f}")
     show_error(UserError(*report.errors))
     console.print("[bold red]not ready[/]" if report.errors else "[bold green]ready to train[/]")
 

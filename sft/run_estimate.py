@@ -1,8 +1,15 @@
-"""What a run takes, told before it starts: the peak of each rank's memory, its passes, tokens and steps."""
+"""What a run takes, told before it starts: the peak of each rank's memory, its passes, tokens, steps, and a least time.
+
+The time is a floor, not a forecast: the operations of all tokens (`sft.flops`) at the speed of one large product, which
+is measured on a CPU and read from the data sheet of a GPU that is known. Attention, the loss, the optimizer, padding,
+recomputation, evaluation and the start of the process come on top of it.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +22,16 @@ from sft.allocation_trace import as_fake, fake_batch
 from sft.batch_plan import BatchPlan
 from sft.collation import Collator, row_lengths
 from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
+from sft.flops import operations_a_token, peak_of
 from sft.losses import Objective
+from sft.matmul_speed import operations_a_second
 from sft.memory import held_bytes, memory_limit
 from sft.output_head import assume_output_head
 from sft.sampling import EpochSampler
 from sft.streaming import TrainingStream
 from sft.token_forward import TokenForward
+
+logger = logging.getLogger("sft")
 
 # Bytes of a CPU process that are not there before the model is: code and records that loading it, the Trainer and the
 # first passes bring. Measured with models of 20M and 100M parameters (float32, one thread): 20 to 90 MB.
@@ -39,6 +50,8 @@ class RunEstimate:
         limit: bytes that a rank may come to hold there now.
         rows, tokens, trained_tokens: of the longest pass that the run will make; of a stream, of one as long as any.
         total_tokens: of the run, padding not counted; None when they are streamed.
+        seconds_at_least: of its passes; None where the tokens or the device's speed are not known.
+        assumes_batch_size: the rows of a pass stand for `auto`, which real passes decide when the run starts.
     """
 
     memory: MemoryEstimate
@@ -49,6 +62,8 @@ class RunEstimate:
     tokens: int
     trained_tokens: int
     total_tokens: int | None
+    seconds_at_least: float | None
+    assumes_batch_size: bool
 
     def as_json(self) -> dict[str, Any]:
         """All numbers by name; memory in bytes."""
@@ -60,6 +75,8 @@ class RunEstimate:
             "longest_pass": {"rows": self.rows, "tokens": self.tokens, "trained_tokens": self.trained_tokens},
             **self.plan.as_json(),
             "total_tokens": self.total_tokens,
+            "seconds_at_least": self.seconds_at_least,
+            "assumes_batch_size": self.assumes_batch_size,
         }
 
 
@@ -74,6 +91,7 @@ def estimate_run(
     loss_chunk_size: int | None,
     master_weights: bool,
     max_seq_length: int,
+    assumes_batch_size: bool,
 ) -> RunEstimate:
     """The estimate for each rank of a run in which every rank holds a whole model.
 
@@ -87,6 +105,7 @@ def estimate_run(
         loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
         max_seq_length: the length that is counted for the rows of a stream.
+        assumes_batch_size: `plan` has a number in the place of `per_device_train_batch_size: auto`.
     """
     device = arguments.device
     process = 0 if device.type == "cuda" else held_bytes(device) + _BROUGHT_LATER
@@ -116,16 +135,51 @@ def estimate_run(
         world_size=plan.world_size,
         master_weights=master_weights,
     )
+    limit = memory_limit(device, plan.world_size)
+    if assumes_batch_size:
+        rows_a_pass, rows_a_step = plan.per_device_train_batch_size, plan.global_batch_size
+        logger.info(
+            "per_device_train_batch_size: auto is chosen when the run starts; counted here: %d rows a pass, %d a step",
+            rows_a_pass,
+            rows_a_step,
+        )
+    if memory.peak > limit:
+        logger.warning(
+            "The run will hold %.2f GiB at its peak, and there are %.2f: a smaller per_device_train_batch_size or "
+            "max_seq_length, activation_checkpointing: true, or an adapter (lora_config) takes less",
+            memory.peak / 2**30,
+            limit / 2**30,
+        )
+    total_tokens = _total_tokens(plan)
+    computes_in = half if autocasts else beneath.dtype
     return RunEstimate(
         memory=memory,
         plan=plan,
         device=device.type,
-        limit=memory_limit(device, plan.world_size),
+        limit=limit,
         rows=len(batch["lengths"]),
         tokens=int(batch["lengths"].sum()),
         trained_tokens=len(batch["trained_positions"]),
-        total_tokens=_total_tokens(plan),
+        total_tokens=total_tokens,
+        seconds_at_least=_least_seconds(operations_a_token(beneath), total_tokens, plan, device, computes_in),
+        assumes_batch_size=assumes_batch_size,
     )
+
+
+def _least_seconds(
+    operations: int, total_tokens: int | None, plan: BatchPlan, device: torch.device, dtype: torch.dtype
+) -> float | None:
+    """Seconds that `operations` for each token take if nothing else takes any.
+
+    On a CPU the clock is that of the process's work: what other programs hold up does not make the bound too high.
+    """
+    if device.type == "cpu":
+        speed: float | None = operations_a_second(dtype, lambda: time.process_time() / torch.get_num_threads())
+    else:
+        speed = peak_of(device)
+    if total_tokens is None or speed is None:
+        return None
+    return operations * total_tokens / (speed * plan.world_size)
 
 
 def _total_tokens(plan: BatchPlan) -> int | None:
