@@ -3,7 +3,7 @@
     sft_main.py [train] --config_file c.yaml [overrides]     train, evaluate, save
     sft_main.py check    --config_file c.yaml [--json]       everything that can be wrong, before a GPU is touched
     sft_main.py preview  --config_file c.yaml [--num_samples N] [--json]
-    sft_main.py estimate --config_file c.yaml [--json]       memory per rank, tokens and steps, before it is tried
+    sft_main.py estimate --config_file c.yaml [--json]       memory per rank, tokens, steps, a least time
     sft_main.py evaluate --config_file c.yaml [--model DIR] [--json]
     sft_main.py generate --model DIR (--prompts FILE [--output FILE] | --chat)
     sft_main.py merge    --model DIR --output_dir DIR        adapter into base, verified
@@ -164,6 +164,9 @@ def _check_stages(config: Config, report: Report) -> None:
         lambda: plan_batches(config.section(TrainingKeys), data.train_rows, data.train_tokens, stages.processes(config))
     )
     report.estimate = plan.as_json() if plan else None
+    if plan and not report.errors:
+        told = report.attempt(lambda: stages.estimate_run(config, tokenizer, data))
+        report.estimate = told.as_json() if told else report.estimate
 
 
 def preview(argv: list[str]) -> int:
@@ -192,7 +195,7 @@ def preview(argv: list[str]) -> int:
 
 
 def estimate(argv: list[str]) -> int:
-    """Tells what a run will take: the memory of each rank at its peak, and its tokens and steps."""
+    """Tells what a run will take: each rank's memory at its peak, its tokens and steps, and the least time."""
     import config_manager
 
     config, options = _config("estimate", argv)

@@ -263,6 +263,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
         loss_chunk_size=config.loss_chunk_size,
         master_weights=precision.master_weights,
         max_seq_length=config.max_seq_length,
+        assumes_batch_size=keys.per_device_train_batch_size == "auto",
     )
 
 
