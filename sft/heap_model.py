@@ -3,10 +3,10 @@
 torch takes CPU memory from malloc, and glibc's gives little of it back. Blocks below a size that it raises by itself to
 32 MiB lie in a heap that shrinks only at its end; an aligned request (`posix_memalign`) asks for some bytes more than
 it uses, so that it does not fit the hole that a block of its own size has left; and what is small settles in the holes:
-the records of tensors, and the nodes of autograd's graph, which live until the backward pass has ended. After the first
-forward pass of a LoRA on a model of 100M parameters 530 MB were in use and 1,050 held. No sum tells that (it told
-610 MB of 920), nor do the large blocks alone: without the small ones the heap of a model of 20M grew by 215 MB, with
-them by 300, and by 315 in training.
+the records of tensors, and the nodes of autograd's graph, which live until the backward pass has ended. In the
+first forward pass of a LoRA on a model of 100M parameters 530 MiB came into use and the heap grew by 1,020. A sum tells
+550 at the peak of a step, this 850 to 910. The small ones matter: replayed as it was recorded, the training of a model
+of 20M grew the heap by 335 MiB (315 in training itself), and by 220 without what is smaller than 64 bytes.
 
 So a child process makes the same requests to the same malloc in the same order, and touches none of the memory: the
 system gives no page for it but those where malloc writes down a block's size.
@@ -27,7 +27,9 @@ _ALIGNMENT = 64  # bytes, of torch's CPU storages (gAlignment in c10)
 _STORAGE = 96  # before the storage's own block
 _TENSOR = (176, 24)  # behind it
 _NODE = (488, 16, 24)
-_LOOKS_FROM = 2**16  # bytes of a request after which it is asked what is held: 300,000 small ones ask nothing
+_LOOKS_FROM = (
+    2**16
+)  # bytes of a request after which it is asked what is held; smaller ones are seen with the next of these
 
 # Reads pairs of int64: a block's number and its size as in `allocation_trace.Event`; prints bytes.
 _REPLAY = f"""
