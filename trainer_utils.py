@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from sft.out_of_memory import ShrinkingPasses, first_line, is_out_of_memory, out
 from sft.pass_halves import halves
 from sft.row_order import RowOrder
 from sft.run_shape import RunShape, describe_adapter, digest_lengths
+from sft.split_masters import summed_in_a_pass
 from sft.step_watch import StepWatch
 from sft.stream_state import StreamProgress
 from sft.streaming import STEP, TrainingStream
@@ -234,12 +234,9 @@ class SFTTrainer(RowOrder, TokenEvaluation):
 
     def _summed(self) -> list[torch.nn.Parameter] | None:
         """Of a step that is one pass, the weights whose gradients are sums all the same; None for other steps."""
-        model: Any = self.model
         if self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1 or self._shrinking:
             return None
-        names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        shared = [p for p in model.parameters() if names[id(p)] > 1]
-        return [*shared, *model.get_output_embeddings().parameters()]
+        return summed_in_a_pass(self.model)
 
     @torch.no_grad()
     def _measure_evaluating(self, inputs: dict[str, Any]) -> TokenLoss:

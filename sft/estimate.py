@@ -11,7 +11,7 @@ in what is measured there (`torch.cuda.max_memory_allocated`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sft.allocation_trace import Event, PassTrace, peak_of, trace_pass
 from sft.heap_model import held_at_most
+from sft.optimizers import splits_masters
+from sft.split_masters import LARGEST_PIECE
 
 logger = logging.getLogger("sft")
 
@@ -97,23 +99,26 @@ def optimizer_memory(
     Args:
         optim: e.g. `adamw_torch_fused`, `paged_adamw_8bit`, `sgd`; another family than those known is said aloud and
             counted as Adam's.
-        master_weights: the optimizer keeps float32 values of 16-bit weights, and its states in float32.
+        master_weights: the optimizer keeps float32 values of 16-bit weights, split or whole (`sft.optimizers`), and
+            its states in float32.
     """
     weights = list(trainable)
     paged = optim.startswith("paged_")
     name = optim.removeprefix("paged_")
     family = next((f for f in sorted(_STATES, key=len, reverse=True) if name.startswith(f)), None)
+    halves = [w for w in weights if w.element_size() < 4] if master_weights else []
+    masters = tuple((2 if splits_masters(optim) else 4) * w.numel() for w in halves)
+    rebuilt = (4 * min(LARGEST_PIECE, max((w.numel() for w in halves), default=0)),) if splits_masters(optim) else ()
     if name == "adafactor":
         states = [4 * n for w in weights for n in (w.shape[-2:] if w.dim() > 1 else w.shape)]
-        return OptimizerMemory((), tuple(states), (_largest(weights, 4),) * 2)
+        return OptimizerMemory(masters, tuple(states), rebuilt + (_largest(weights, 4),) * 2)
     if family is None:
         logger.warning("The memory of optim %s is not known; it is counted as AdamW's", optim)
     count = _STATES[family or "adamw"]
-    masters = [4 * w.numel() for w in weights if w.element_size() < 4] if master_weights else []
     states = [size for w in weights for size in _states_of(w, name, master_weights) * count]
     if paged and device.type == "cuda":
         states = []
-    return OptimizerMemory(tuple(masters), tuple(states), _step_buffers(weights, name, device))
+    return OptimizerMemory(masters, tuple(states), rebuilt + _step_buffers(weights, name, device))
 
 
 def _states_of(weight: torch.Tensor, name: str, master_weights: bool) -> list[int]:
@@ -149,6 +154,7 @@ def estimate_memory(
     accumulation_steps: int = 1,
     world_size: int = 1,
     master_weights: bool = False,
+    summed: Collection[nn.Parameter] | None = None,
 ) -> MemoryEstimate:
     """The estimate for one rank that holds a whole model (alone, or under DDP).
 
@@ -161,10 +167,11 @@ def estimate_memory(
         accumulation_steps: passes of one optimizer step; the gradients of the first are held during the others.
         world_size: ranks; several have DDP's buckets, as large as all trainable weights, beside the gradients.
         master_weights: the gradients of 16-bit weights are float32, as those of their master values.
+        summed: of which weights only that is so (see `sft.split_masters.SplitMasters`); None is of all.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if master_weights:
-        for parameter in trainable:
+        for parameter in trainable if summed is None else summed:
             parameter.grad_dtype = torch.float32
     weights = _distinct_bytes([*model.parameters(), *model.buffers()])
     buckets = _distinct_bytes(trainable) if world_size > 1 else 0

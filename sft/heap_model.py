@@ -27,9 +27,8 @@ _ALIGNMENT = 64  # bytes, of torch's CPU storages (gAlignment in c10)
 _STORAGE = 96  # before the storage's own block
 _TENSOR = (176, 24)  # behind it
 _NODE = (488, 16, 24)
-_LOOKS_FROM = (
-    2**16
-)  # bytes of a request after which it is asked what is held; smaller ones are seen with the next of these
+# Bytes of a request after which it is asked what is held; smaller ones are seen with the next of these.
+_LOOKS_FROM = 2**16
 
 # Reads pairs of int64: a block's number and its size as in `allocation_trace.Event`; prints bytes.
 _REPLAY = f"""

@@ -59,6 +59,11 @@ def _refusal(name: str, error: Exception, device: torch.device) -> UserError:
     return UserError(Problem(f"{name!r} does not run on {where}: {reason}", hint, "optim"))
 
 
+def splits_masters(optim: str) -> bool:
+    """Whether an optimizer of this name of the Trainer's keeps states that take less room than float32 values would."""
+    return "8bit" in optim or optim == "adafactor"
+
+
 def with_master_weights(
     optimizer: torch.optim.Optimizer, summed: Collection[torch.nn.Parameter] | None = None
 ) -> MasterWeights:

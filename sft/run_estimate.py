@@ -26,8 +26,10 @@ from sft.flops import operations_a_token, peak_of
 from sft.losses import Objective
 from sft.matmul_speed import operations_a_second
 from sft.memory import held_bytes, memory_limit
+from sft.optimizers import splits_masters
 from sft.output_head import assume_output_head
 from sft.sampling import EpochSampler
+from sft.split_masters import summed_in_a_pass
 from sft.streaming import TrainingStream
 from sft.token_forward import TokenForward
 
@@ -125,6 +127,7 @@ def estimate_run(
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = str(getattr(arguments.optim, "value", arguments.optim))
+    is_one_pass = plan.gradient_accumulation_steps == plan.world_size == 1 and not assumes_batch_size
     memory = estimate_memory(
         model,
         run_forward,
@@ -134,6 +137,7 @@ def estimate_run(
         accumulation_steps=plan.gradient_accumulation_steps,
         world_size=plan.world_size,
         master_weights=master_weights,
+        summed=summed_in_a_pass(model) if is_one_pass and splits_masters(name) else None,
     )
     limit = memory_limit(device, plan.world_size)
     if assumes_batch_size:

@@ -15,6 +15,7 @@ one rank, of weights that the pass uses once. There casting them to float32 chan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,9 @@ from sft.master_weights import MASTERS, MasterWeights, require_masters
 from sft.sharded_head import local_part
 
 SUMS = "master_weight_sums"  # the key in a checkpoint's optimizer state: of each piece of a weight, its bits' sum
-_LARGEST = 2**26  # numbers of which a weight is stepped at a time, in whole rows; more than a layer of 8B has in one
+LARGEST_PIECE = (
+    2**26
+)  # numbers of which a weight is stepped at a time, in whole rows; more than a layer of 8B has in one
 _CPU_TOGETHER = 2**20  # numbers of small weights that are stepped together: what fits a CPU's cache in float32,
 _GPU_TOGETHER = 2**26  # and on a GPU enough to fill it, in 256 MiB
 # Optimizers that move each number by itself, or each parameter; of others, all are rebuilt at once.
@@ -61,6 +64,13 @@ class Piece:
         """The piece's part of the weight, or of its gradient."""
         local = local_part(tensor.detach())
         return local[self.start : self.end] if local.ndim else local
+
+
+def summed_in_a_pass(model: Any) -> list[torch.nn.Parameter]:
+    """The weights whose gradient is a sum within one pass: those with two places in the model, and the head's."""
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = [parameter for parameter in model.parameters() if places[id(parameter)] > 1]
+    return [*shared, *model.get_output_embeddings().parameters()]
 
 
 def join(weights: torch.Tensor, remainders: torch.Tensor, out: torch.Tensor) -> None:
@@ -120,7 +130,7 @@ class SplitMasters(MasterWeights):
             parameter.grad_dtype = torch.float32
         local = local_part(parameter.detach())
         rows = len(local) if local.ndim else 1
-        most = max(_LARGEST * rows // max(local.numel(), 1), 1) if self._by_number else max(rows, 1)
+        most = max(LARGEST_PIECE * rows // max(local.numel(), 1), 1) if self._by_number else max(rows, 1)
         made = []
         for start in range(0, rows, most):
             part = local[start : start + most] if local.ndim else local

@@ -75,6 +75,20 @@ def test_masters_adapters_and_quantized_weights_are_counted(
     assert lora["weights"] - qlora["weights"] == pytest.approx(linear * (4 - 0.5 - 4 / 64), rel=0.02)
 
 
+def test_split_masters_are_counted(keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside 8-bit states 2 bytes a weight, and gradients in bfloat16 where a step is one pass, but the head's."""
+    keys = {**keys, "dtype": "bfloat16", "optim": "adamw_8bit"}
+    whole = estimated(tmp_path, {**keys, "optim": "adamw_torch"}, capsys)["memory"]
+    summed = estimated(tmp_path, keys, capsys)["memory"]
+    single = estimated(tmp_path, {**keys, "gradient_accumulation_steps": 1}, capsys)["memory"]
+    model: Any = LlamaForCausalLM.from_pretrained(keys["model_name_or_path"])
+    weights = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    assert summed["gradients"] == whole["gradients"] == 4 * weights
+    assert single["gradients"] == 2 * (weights - head) + 4 * head
+    assert 4 * weights < summed["optimizer"] < 6 * weights < whole["optimizer"]
+
+
 def test_the_batch_size_that_is_not_known_yet_is_said(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,7 +147,7 @@ def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool, monkeyp
     """To the last bit, in buckets of a few weights and slices of a few rows."""
     monkeypatch.setattr(split_masters, "_CPU_TOGETHER", 1000)
     if "8 bits" not in name:  # whose blocks of 256 numbers would be others
-        monkeypatch.setattr(split_masters, "_LARGEST", 640)
+        monkeypatch.setattr(split_masters, "LARGEST_PIECE", 640)
     model, twin = layers(), layers()
     ours = SplitMasters(OPTIMIZERS[name](groups(model)), summed=[] if is_one_pass else None)
     whole = MasterWeights(OPTIMIZERS[name](groups(twin)))
