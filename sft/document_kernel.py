@@ -12,15 +12,13 @@ would see and keep every score, and a compiler would unroll the documents of eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_QUERIES = 128  # of a block; 64 and 256 were 1.0-1.1 times slower, 512 1.1-1.5 (documents of 30 to 1700 tokens)
+from sft.document_blocks import QUERIES, Span, cut, keeps_code_by_shape
 
 
 def attend(
@@ -74,11 +72,11 @@ def _attend(
         raise ValueError(f"the boundaries are of a row of {int(offsets[-1])} tokens, the row has {tokens}")
     out = query.new_empty(tokens, heads, value.shape[-1])
     softmax = _Softmax(query, key, sinks, seed, scale, window, softcap, dropout)
-    for blocks in _blocks(offsets.tolist(), window):
-        for start, first, last in blocks:
-            block = softmax.of(start, first, last)
-            result = torch.bmm(block.kept, value[:, start:last])  # (Hk, G·C, Dv)
-            out[first:last].transpose(0, 1).copy_(result.view(heads, last - first, -1))
+    for spans in cut(offsets.tolist(), window, keeps_code_by_shape(query)):
+        for span in spans:
+            block = softmax.of(span)
+            result = torch.bmm(block.kept, span.keys_of(value))  # (Hk, G·C, Dv)
+            out[span.own].transpose(0, 1).copy_(result.view(heads, span.queries, -1)[:, : span.real])
     return out
 
 
@@ -102,23 +100,23 @@ def _differentiate(
     grads = [_token_major(tensor) for tensor in (query, key, value)]
     grad_sinks = torch.zeros(heads, dtype=torch.float32, device=query.device)
     softmax = _Softmax(query, key, sinks, seed, scale, window, softcap, dropout)
-    for blocks in _blocks(offsets.tolist(), window):
-        begin, end = blocks[0][0], blocks[-1][2]
-        sums = _Sums(key_heads, end - begin, (width, value.shape[-1]), query) if len(blocks) > 1 else None
-        for start, first, last in blocks:
-            block = softmax.of(start, first, last)
-            above = grad[first:last].transpose(0, 1).reshape(key_heads, -1, grad.shape[-1])  # (Hk, G·C, Dv)
-            of_weights = torch.bmm(above, value[:, start:last].transpose(1, 2))
+    for spans in cut(offsets.tolist(), window, keeps_code_by_shape(query)):
+        begin, stop, end = spans[0].start, spans[-1].stop, spans[-1].end
+        sums = _Sums(key_heads, stop - begin, (width, value.shape[-1]), query) if len(spans) > 1 else None
+        for span in spans:
+            block = softmax.of(span)
+            above = span.queries_of(grad.transpose(0, 1)).reshape(key_heads, -1, grad.shape[-1])  # (Hk, G·C, Dv)
+            of_weights = torch.bmm(above, span.keys_of(value).transpose(1, 2))
             of_scores, of_sinks = block.differentiate(of_weights)
-            of_query = torch.bmm(of_scores, key[:, start:last]).mul_(scale)
-            grads[0][:, first:last].copy_(of_query.view(heads, last - first, width))
+            of_query = torch.bmm(of_scores, block.keys).mul_(scale)
+            grads[0][:, span.own].copy_(of_query.view(heads, span.queries, width)[:, : span.real])
             if of_sinks is not None:
                 grad_sinks += of_sinks.view(heads, -1).sum(-1)
             pair = torch.bmm(of_scores.transpose(1, 2), block.rows), torch.bmm(block.kept.transpose(1, 2), above)
             if sums:
-                sums.add(pair, slice(start - begin, last - begin))
+                sums.add(pair, slice(span.start - begin, span.stop - begin))
         for target, total in zip(grads[1:], sums.totals if sums else pair, strict=True):
-            target[:, begin:end].copy_(total)
+            target[:, begin:end].copy_(total[:, : end - begin])
     return grads[0], grads[1], grads[2], grad_sinks
 
 
@@ -148,19 +146,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _attend.register_autograd(_backward, setup_context=_keep)
 
 
-def _blocks(offsets: list[int], window: int | None) -> Iterator[list[tuple[int, int, int]]]:
-    """For each document its blocks: the first key, the first query, and the end of both.
-
-    A document is cut into blocks of nearly the same size, so that none ends with a sliver of a few queries.
-    """
-    for begin, end in pairwise(offsets):
-        count = -(-(end - begin) // _QUERIES)
-        size = -(-(end - begin) // count)
-        firsts = range(begin, end, size)
-        starts = [begin if window is None else max(begin, first - window + 1) for first in firsts]
-        yield [(start, first, min(first + size, end)) for start, first in zip(starts, firsts, strict=True)]
-
-
 def _token_major(tensor: Tensor) -> Tensor:
     """An empty (H, N, D) with a token's heads side by side in memory, as projections write and read them."""
     heads, tokens, width = tensor.shape
@@ -185,13 +170,14 @@ class _Softmax:
         self.sinks = None if sinks is None else sinks.to(query.dtype)
         self.dropout = dropout
         self.generator = torch.Generator(query.device).manual_seed(int(seed)) if seed is not None else None
-        self.future = query.new_full((_QUERIES, _QUERIES), -torch.inf).triu_(1)
+        self.future = query.new_full((QUERIES, QUERIES), -torch.inf).triu_(1)
 
-    def of(self, start: int, first: int, last: int) -> _Block:
-        """The weights of queries `first` to `last` over keys `start` to `last`."""
-        key_heads, size, keys = self.key.shape[0], last - first, last - start
-        rows = (self.query[:, first:last] * self.scale).reshape(key_heads, -1, self.query.shape[-1])  # (Hk, G·C, D)
-        scores = torch.bmm(rows, self.key[:, start:last].transpose(1, 2))  # (Hk, G·C, keys)
+    def of(self, span: Span) -> _Block:
+        """The weights of the span's queries over its keys."""
+        key_heads, size, keys = self.key.shape[0], span.queries, span.stop - span.start
+        rows = (span.queries_of(self.query) * self.scale).reshape(key_heads, -1, self.query.shape[-1])  # (Hk, G·C, D)
+        taken = span.keys_of(self.key)
+        scores = torch.bmm(rows, taken.transpose(1, 2))  # (Hk, G·C, keys)
         slope = None
         if self.softcap is not None:
             squashed = scores.div_(self.softcap).tanh_()
@@ -209,10 +195,10 @@ class _Softmax:
             weights = torch.softmax(torch.cat([by_head, column], -1), -1).view(key_heads, -1, keys + 1)
             weights, sunk = weights[..., :-1].contiguous(), weights[..., -1].float()
         if self.generator is None:
-            return _Block(rows, weights, weights, slope, sunk, None)
+            return _Block(rows, taken, weights, weights, slope, sunk, None)
         factor = torch.empty_like(weights).bernoulli_(1 - self.dropout, generator=self.generator)
         factor /= 1 - self.dropout
-        return _Block(rows, weights, weights * factor, slope, sunk, factor)
+        return _Block(rows, taken, weights, weights * factor, slope, sunk, factor)
 
 
 @dataclass
@@ -221,6 +207,7 @@ class _Block:
 
     Attributes:
         rows: (Hk, G·C, D) the queries, times the scale.
+        keys: (Hk, keys, D).
         weights: (Hk, G·C, keys) of the softmax.
         kept: the same after dropout.
         slope: of the soft cap at each score.
@@ -229,6 +216,7 @@ class _Block:
     """
 
     rows: Tensor
+    keys: Tensor
     weights: Tensor
     kept: Tensor
     slope: Tensor | None

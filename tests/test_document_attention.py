@@ -271,20 +271,6 @@ def test_the_mask_that_goes_along_takes_no_memory() -> None:
     assert mask.untyped_storage().nbytes() == 1
 
 
-def test_a_block_holds_at_most_128_queries_of_one_document_and_the_keys_they_see() -> None:
-    for window in (None, 7, 300):
-        covered: list[int] = []
-        for (begin, end), blocks in zip(
-            pairwise([0, 1, 128, 257, 1500]), document_kernel._blocks([0, 1, 128, 257, 1500], window), strict=True
-        ):
-            for start, first, last in blocks:
-                assert begin <= start <= first < last <= end
-                assert last - first <= 128
-                assert start == max(begin, first - (window or end) + 1)
-                covered += range(first, last)
-        assert covered == list(range(1500))
-
-
 # The kernel
 
 
