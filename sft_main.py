@@ -43,8 +43,10 @@ _LET_FIRST_RANK_SPEAK = 5.0  # seconds
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    from sft import kernel_caches
     from sft.console import console, show_error
 
+    kernel_caches.limit(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
     try:

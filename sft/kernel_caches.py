@@ -1,0 +1,22 @@
+"""How many kernels the libraries under torch keep on a CPU: enough for a pass, not for all the passes of a run.
+
+A product in half precision gets code for its very shape. Two caches keep it, for 1,024 shapes each: oneDNN's, and one
+in torch's layer above it (ideep). A shape costs some 0.3 MiB in either, and leaves holes in the heap between the
+tensors. A pass has 10 to 50 shapes that hold its number of tokens, which hardly ever comes again, beside those of
+attention, which come again all the time (`document_blocks`). With few places the one kind goes and the other stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+_SHAPES = 96
+# The first name that is set counts.
+_CACHES = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",))
+
+
+def limit(environ: MutableMapping[str, str]) -> None:
+    """Sets both capacities where the user has not; read by the libraries at their first product in half precision."""
+    for names in _CACHES:
+        if not any(name in environ for name in names):
+            environ[names[0]] = str(_SHAPES)
