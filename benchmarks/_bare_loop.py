@@ -5,6 +5,7 @@ What the command is slower than this is what Trainer, callbacks, logs and checks
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,12 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     """Trains for `arguments["steps"]`, the learning rate falling to 0, clipping at 1."""
     import torch
 
+    from sft import kernel_caches
     from sft.document_attention import attention_inputs
     from sft.losses import Objective
     from sft.optimizers import with_master_weights
 
+    kernel_caches.limit(os.environ)
     device = torch.device(arguments["device"])
     torch.manual_seed(0)
     model, causal_lm = load(arguments, adapter)
