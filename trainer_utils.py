@@ -27,12 +27,13 @@ from sft.document_attention import takes_documents
 from sft.errors import TrainingStopped
 from sft.flops import operations_a_token, peak_of
 from sft.gradient_reduction import GradientReducer
+from sft.gradients import clip_factor, clip_gradients, gradient_norm
 from sft.isolation import require_isolation
 from sft.losses import Objective, TokenLoss
 from sft.master_weights import MasterWeights
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
-from sft.nonfinite import clip_factor, clip_gradients, gradient_norm, require_finite
+from sft.nonfinite import require_finite
 from sft.optimizers import with_master_weights
 from sft.out_of_memory import ShrinkingPasses, first_line, is_out_of_memory, out_of_memory
 from sft.pass_halves import halves

@@ -17,14 +17,9 @@ from transformers import AutoTokenizer
 import sft_main
 from sft.collation import Collator
 from sft.errors import TrainingStopped
-from sft.nonfinite import (
-    NonfiniteGuard,
-    clip_gradients,
-    documents_alone,
-    gradient_norm,
-    nonfinite_parameters,
-    require_finite,
-)
+from sft.gradients import clip_gradients, gradient_norm
+from sft.nonfinite import NonfiniteGuard, nonfinite_parameters, require_finite
+from sft.nonfinite_diagnosis import documents_alone
 from sft.sampling import EpochSampler
 from tests.builders import save_model_dir
 from tests.by_hand import rows_of

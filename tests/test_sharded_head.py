@@ -26,8 +26,8 @@ from sft import document_attention
 from sft.chunked_loss import score_rows
 from sft.collation import Collator
 from sft.document_attention import takes_documents
+from sft.gradients import clip_gradients, gradient_norm
 from sft.losses import Objective, TokenLoss
-from sft.nonfinite import clip_gradients, gradient_norm
 from sft.output_head import LogitTransform
 from sft.sharded_head import VocabularyShard, whole
 from sft.token_forward import TokenForward
