@@ -27,14 +27,14 @@ from sft.document_attention import takes_documents
 from sft.errors import TrainingStopped
 from sft.flops import operations_a_token, peak_of
 from sft.gradient_reduction import GradientReducer
-from sft.gradients import clip_factor, clip_gradients, gradient_norm
+from sft.gradients import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.isolation import require_isolation
 from sft.losses import Objective, TokenLoss
 from sft.master_weights import MasterWeights
 from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
 from sft.nonfinite import require_finite
-from sft.optimizers import with_master_weights
+from sft.optimizers import skipping, with_master_weights
 from sft.out_of_memory import ShrinkingPasses, first_line, is_out_of_memory, out_of_memory
 from sft.pass_halves import halves
 from sft.row_order import RowOrder
@@ -147,6 +147,7 @@ class SFTTrainer(RowOrder, TokenEvaluation):
         self._sums = TokenSums(args.device)
         self._counts = TokenCounts.zero()
         self._clock = time.perf_counter()
+        self._settled_at: tuple[int, float] = (0, 0.0)  # steps and epochs before the step asked for last
         noise_alpha, self.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None  # upstream's hook stays off
         self._watch = StepWatch(
             model,
@@ -257,25 +258,55 @@ class SFTTrainer(RowOrder, TokenEvaluation):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
         """Judges the step, then clips its gradients; their norm is the step's before clipping.
 
-        What the passes of a step add up to counts only once the step is made.
+        What the passes of a step add up to counts only once the step is made. Where the optimizer can leave a step
+        out itself nothing is read from the device here but how the step before this one went, which is known by now.
         """
         if self._shrinking:
             self._shrinking.begin()  # the passes of this step are made, the next one is another step's
-        self.accelerator.unscale_gradients()
-        norm = gradient_norm(model.parameters())
-        made, optimizer = self.state.global_step, self.optimizer
-        assert isinstance(self.model, torch.nn.Module)
-        assert optimizer is not None
-        rates = [group["lr"] for group in optimizer.param_groups]
+        self._settle()
+        self._settled_at = self.state.global_step, self.state.epoch
         is_scaled = self.accelerator.scaler is not None
-        if self._watch.may_step(norm, self.model, made, self._total_steps - made, rates, scaled=is_scaled):
+        self.accelerator.unscale_gradients()
+        assert isinstance(self.model, torch.nn.Module)
+        assert self.optimizer is not None
+        norms = gradient_norms(self.model.named_parameters())
+        norm = total_norm(norms.values())
+        if self._watch.may_step(
+            norm,
+            norms,
+            made=self.state.global_step,
+            left=self._total_steps - self.state.global_step,
+            rates=[group["lr"] for group in self.optimizer.param_groups],
+            skipping=None if is_scaled else skipping(self.optimizer),
+            scaled=is_scaled,
+        ):
             self._sums.absorb(self._watch.sums)
             if self.args.max_grad_norm > 0:
                 if self._masters:
                     self._masters.scale_gradients(clip_factor(self.args.max_grad_norm, norm))
                 else:
                     clip_gradients(model.parameters(), self.args.max_grad_norm, norm)
+        else:
+            model.zero_grad()  # so that the optimizer moves nothing
         return norm
+
+    def _settle(self) -> None:
+        """Hears how the step made last went, before anything is built on it; every rank must call it.
+
+        Raises:
+            TrainingStopped: it was not made, and the run ends at the step before it.
+        """
+        try:
+            self._watch.settle()
+        except TrainingStopped:
+            self.state.global_step, self.state.epoch = self._settled_at
+            raise
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self._settle()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def fit(self, checkpoint: Path | None) -> None:
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
@@ -293,6 +324,7 @@ class SFTTrainer(RowOrder, TokenEvaluation):
         self._clock = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self._settle()
             require_finite(self.model.named_parameters(), "the final model")  # type: ignore[union-attr]
         except TrainingStopped:
             self._leave_logs()

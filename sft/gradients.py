@@ -8,26 +8,34 @@ from typing import Any
 import torch
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+def gradient_norms(named: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """The 2-norm of each gradient by its parameter's name, float32 scalars on the device.
+
+    One that is spread over ranks has a norm that is spread likewise. `torch.nn.utils.get_total_norm` would round norms
+    of bfloat16 to bfloat16.
+    """
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    kinds: dict[Any, list[str]] = {}
+    for name, gradient in gradients.items():
+        kinds.setdefault((_mesh(gradient), gradient.device, gradient.dtype), []).append(name)
+    norms = dict(gradients)
+    for names in kinds.values():
+        found = torch._foreach_norm([gradients[name] for name in names], 2, torch.float32)
+        norms.update(zip(names, found, strict=True))
+    return norms
+
+
+def total_norm(norms: Iterable[torch.Tensor]) -> torch.Tensor:
     """The 2-norm of all gradients together, a float32 scalar on the device, the same on all ranks."""
-    norms = [_norm([p.grad for p in group if p.grad is not None]) for group in _by_mesh(parameters)]
-    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    meshes: dict[Any, list[torch.Tensor]] = {}
+    for norm in norms:
+        of_mesh = meshes.setdefault(_mesh(norm), [])
+        of_mesh.append(norm.to(of_mesh[0].device) if of_mesh else norm)
+    found = [torch.linalg.vector_norm(torch.stack(of_mesh)) for of_mesh in meshes.values()]
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in found]
     if len(whole) == 1:
         return whole[0]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.tensor(0.0)
-
-
-def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Of gradients on one mesh: `torch.nn.utils.get_total_norm`, which would round norms of bfloat16 to bfloat16."""
-    norms: list[torch.Tensor] = [gradients[0]] * len(gradients)
-    places: dict[Any, list[int]] = {}
-    for place, gradient in enumerate(gradients):
-        places.setdefault((gradient.device, gradient.dtype), []).append(place)
-    for of_kind in places.values():
-        found = torch._foreach_norm([gradients[place] for place in of_kind], 2, torch.float32)
-        for place, norm in zip(of_kind, found, strict=True):
-            norms[place] = norm.to(gradients[0].device)
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_factor(max_norm: float, norm: torch.Tensor) -> torch.Tensor:
@@ -37,14 +45,14 @@ def clip_factor(max_norm: float, norm: torch.Tensor) -> torch.Tensor:
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
     """Scales all gradients by max_norm / norm where that is below 1, as `torch.nn.utils.clip_grad_norm_` does."""
-    for group in _by_mesh(parameters):
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
-
-
-def _by_mesh(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-    """Parameters with a gradient, those on one device mesh together: one operation cannot span several."""
-    groups: dict[Any, list[torch.nn.Parameter]] = {}
+    meshes: dict[Any, list[torch.nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    return list(groups.values())
+            meshes.setdefault(_mesh(parameter.grad), []).append(parameter)
+    for of_mesh in meshes.values():
+        torch.nn.utils.clip_grads_with_norm_(of_mesh, max_norm, norm)
+
+
+def _mesh(tensor: torch.Tensor) -> Any:
+    """What it is spread over, None for a whole one: one operation cannot span several."""
+    return getattr(tensor, "device_mesh", None)

@@ -103,6 +103,10 @@ class TokenSums:
         """Starts anew."""
         self._sums.zero_()
 
+    def clear_where(self, flag: torch.Tensor) -> None:
+        """Starts anew where `flag`, a scalar on the device, is not 0; it is not read."""
+        self._sums.masked_fill_(flag.bool(), 0)
+
     def take(self) -> TokenCounts:
         """The sums over all ranks since the last call; every rank must call it."""
         counts = self.total()

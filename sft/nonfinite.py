@@ -1,13 +1,15 @@
 """Losses and gradients that are not finite (NaN, infinity): noticed before the optimizer uses them, on all ranks alike.
 
-A rank whose loss is not finite makes its gradients NaN, so that the reduction over the ranks tells all of them, and the
-norm of the gradients, which clipping needs anyway, is the one number that is read from the device in a step.
+A rank whose loss is not finite makes its gradients NaN, so that the reduction over the ranks tells all of them by the
+norm of the gradients, which clipping needs anyway. An optimizer that can leave a step out on the device is told there,
+and the host learns of it one step later, while the device is busy with that one's passes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,8 +26,18 @@ Named = Iterable[tuple[str, torch.nn.Parameter]]
 _OVERFLOWS = 32  # steps in a row that a loss scale may halve: from 65,536 to 2e-5, below which it is not the scale
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A step that was asked for: what its diagnosis takes, and the answer on its way to the host."""
+
+    step: int
+    passes: list[Pass]
+    norms: Mapping[str, torch.Tensor]
+    is_bad: Callable[[], bool]
+
+
 class NonfiniteGuard:
-    """Judges each optimizer step before it is made.
+    """Judges each optimizer step: `ask` on the device, `answer` on the host, at once or after the next step's passes.
 
     Args:
         action: `stop` ends the run; `skip` leaves the step out.
@@ -47,6 +59,7 @@ class NonfiniteGuard:
         self._action, self._limit = action, limit
         self._decode, self._measure = decode, measure
         self._passes: list[Pass] = []
+        self._asked: _Asked | None = None
         self._overflows = 0
         self.skipped = 0
 
@@ -69,35 +82,46 @@ class NonfiniteGuard:
             factor = 1 + 0 * loss
         return loss * factor
 
-    def judge(self, norm: torch.Tensor, parameters: Named, step: int, *, scaled: bool = False) -> bool:
-        """Whether the optimizer step is left out; its gradients are gone then, so that the optimizer moves nothing.
+    def ask(self, norm: torch.Tensor, norms: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
+        """Whether the optimizer step must be left out whose passes were watched, as 1 or 0: a float32 scalar.
+
+        Nothing is read from the device. `answer` must be called before the next step is asked for.
 
         Args:
             norm: of all gradients, before they are clipped, the same on all ranks.
+            norms: of each gradient, or of this rank's part of it, by its parameter's name.
             step: the step that is about to be made, counted from 1.
+        """
+        passes, self._passes = self._passes, []
+        is_bad = norm.isfinite().logical_not().float()
+        self._asked = _Asked(step, passes, norms, _arriving(is_bad))
+        return is_bad
+
+    def answer(self, *, scaled: bool = False) -> bool:
+        """The same on the host, once for each step asked for; says what is wrong with one that is left out.
+
+        The weights must still be those before the step, which a step that is left out has not moved.
+
+        Args:
             scaled: whether a loss scale (fp16) is in use, which leaves steps out itself when gradients overflow.
 
         Raises:
             TrainingStopped: the step is not finite and `action` is to stop, or `limit` steps were left out before it.
         """
-        passes, self._passes = self._passes, []
-        if bool(norm.isfinite()):
+        asked, self._asked = self._asked, None
+        if asked is None or not asked.is_bad():
             self._overflows = 0
             return False
-        named = [(name, p) for name, p in parameters if p.grad is not None]
-        gradients = {name: local_part(p.grad.detach()) for name, p in named if p.grad is not None}
-        findings = _gather(look(passes, gradients, self._decode, self._measure))
+        findings = _gather(look(asked.passes, asked.norms, self._decode, self._measure))
         if scaled and not any(finding.passes for finding in findings) and self._overflows < _OVERFLOWS:
             self._overflows += 1
             return False
-        problems = describe(findings, step)
+        problems = describe(findings, asked.step)
         if self._action == "stop" or self.skipped >= self._limit:
             raise TrainingStopped(*problems, self._advice())
         self.skipped += 1
-        for _, parameter in named:
-            parameter.grad = None
         logger.warning("%s", "\n".join(str(p) for p in problems))
-        logger.warning("step %d is left out (%d of at most %d)", step, self.skipped, self._limit)
+        logger.warning("step %d is left out (%d of at most %d)", asked.step, self.skipped, self._limit)
         return True
 
     def _advice(self) -> Problem:
@@ -109,6 +133,21 @@ class NonfiniteGuard:
             "max_grad_norm; on_nonfinite: skip leaves such steps out"
         )
         return Problem(done, hint)
+
+
+def _arriving(flag: torch.Tensor) -> Callable[[], bool]:
+    """`flag` on its way to the host: a call waits for what was queued before it, and for nothing behind it."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    on_host = flag.to("cpu", non_blocking=True)  # in pinned memory
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(flag.device))
+
+    def read() -> bool:
+        arrived.synchronize()
+        return bool(on_host)
+
+    return read
 
 
 def nonfinite_parameters(parameters: Named) -> list[str]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from sft.boundaries import Boundaries
 from sft.documents import IGNORE_INDEX
 from sft.errors import Problem
+from sft.sharded_head import local_part
 
 Pass = tuple[torch.Tensor, Mapping[str, Any]]  # whether its loss is finite, and its batch
 
@@ -30,7 +31,7 @@ class Finding:
         rows: numbers of the training rows to look at; where a loss is not finite, those that alone give such a loss.
         texts: how these begin.
         alone: whether each of them was found to do it alone.
-        gradients: names of the parameters with such a gradient.
+        gradients: names of the parameters whose gradient has such a norm.
         parameters: with a gradient.
     """
 
@@ -46,7 +47,7 @@ class Finding:
 
 def look(
     passes: Sequence[Pass],
-    gradients: Mapping[str, torch.Tensor],
+    norms: Mapping[str, torch.Tensor],
     decode: Callable[[list[int]], str | list[str]],
     measure: Callable[[dict[str, Any]], torch.Tensor] | None,
 ) -> Finding:
@@ -54,7 +55,7 @@ def look(
 
     Args:
         passes: of the step.
-        gradients: this rank's part of each, by parameter.
+        norms: of each gradient, by its parameter's name.
         decode, measure: see `sft.nonfinite.NonfiniteGuard`.
     """
     bad = [number for number, (is_finite, _) in enumerate(passes, 1) if not bool(is_finite)]
@@ -72,8 +73,8 @@ def look(
         rows=tuple(dict.fromkeys(row for row, _ in listed if row >= 0)),
         texts=tuple(str(text)[:_TEXT] for text in texts),
         alone=bool(guilty),
-        gradients=tuple(name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())),
-        parameters=len(gradients),
+        gradients=tuple(name for name, norm in norms.items() if not bool(local_part(norm).isfinite())),
+        parameters=len(norms),
     )
 
 
@@ -85,7 +86,7 @@ def describe(findings: Sequence[Finding], step: int) -> list[Problem]:
         problems = [Problem(f"step {step}: the loss is not finite on rank {ranks}")]
     elif names := tuple(dict.fromkeys(name for finding in findings for name in finding.gradients)):
         which = f"{len(names)} of {findings[0].parameters} parameters: {some(names)}"
-        problems = [Problem(f"step {step}: the loss is finite, the gradients are not, of {which}")]
+        problems = [Problem(f"step {step}: the loss is finite, the gradients are not (or exceed 1e19), of {which}")]
     else:
         problems = [
             Problem(f"step {step}: every gradient is finite, and their norm is too large for its number format")

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Adafactor, Trainer, TrainingArguments
 
 from sft.errors import Problem, UserError
@@ -62,6 +63,18 @@ def _refusal(name: str, error: Exception, device: torch.device) -> UserError:
 def splits_masters(optim: str) -> bool:
     """Whether an optimizer of this name of the Trainer's keeps states that take less room than float32 values would."""
     return "8bit" in optim or optim == "adafactor"
+
+
+def skipping(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer behind its wrappers, if it leaves a step out where its `found_inf`, a scalar on the device, is 1.
+
+    torch's fused kernels do: weights, states and step counters stay as they are. Only Adam's are taken, whose states
+    begin as zeros: SGD's momentum is left uninitialised where the first step of a parameter is left out.
+    """
+    while isinstance(optimizer, (AcceleratedOptimizer, MasterWeights)):
+        optimizer = optimizer.inner if isinstance(optimizer, MasterWeights) else optimizer.optimizer
+    is_fused = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and optimizer.defaults["fused"]
+    return optimizer if is_fused else None
 
 
 def with_master_weights(

@@ -68,6 +68,7 @@ class StepWatch:
 
     def forget(self) -> None:
         """Drops the passes of a step that will not be made."""
+        self._guard.answer()
         self.sums.clear()
         self._rows = []
         self._guard.forget()
@@ -102,22 +103,45 @@ class StepWatch:
         """`loss`, whose backward makes every gradient NaN on all ranks where it is not finite."""
         return self._guard.watch(loss, inputs)
 
+    def settle(self) -> None:
+        """Says what is wrong with the step made last, if it was left out on the device.
+
+        Raises:
+            TrainingStopped: its loss or gradients are not finite, and the run is to end for it.
+        """
+        self._guard.answer()
+
     def may_step(
-        self, norm: torch.Tensor, model: torch.nn.Module, made: int, left: int, rates: list[float], *, scaled: bool
+        self,
+        norm: torch.Tensor,
+        norms: Mapping[str, torch.Tensor],
+        made: int,
+        left: int,
+        rates: list[float],
+        *,
+        skipping: torch.optim.Optimizer | None,
+        scaled: bool,
     ) -> bool:
-        """Whether the step may be made whose passes have been measured.
+        """Whether the step may be made whose passes have been measured. The step before it must be settled.
 
         Args:
             norm: of its gradients, not clipped yet.
+            norms: of each of them.
             made, left: optimizer steps of the run, before this one and from this one on.
             rates: learning rates of the step.
+            skipping: an optimizer that leaves the step out itself, on the device (`sft.optimizers.skipping`): it is
+                told whether it must, and `settle` what that was.
             scaled: whether an fp16 scaler judges the gradients as well.
 
         Raises:
             TrainingStopped: a loss or gradient is not finite, and the run is to end for it.
         """
         rows, self._rows = self._rows, []
-        if self._guard.judge(norm, list(model.named_parameters()), made + 1, scaled=scaled):
+        must_skip = self._guard.ask(norm, norms, made + 1)
+        if skipping is not None and not self._checks.is_open:
+            skipping.found_inf = must_skip  # type: ignore[attr-defined]
+            self.sums.clear_where(must_skip)
+        elif self._guard.answer(scaled=scaled):
             self.sums.clear()
             return False
         if self._checks.is_open:

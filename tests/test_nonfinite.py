@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 import sft_main
 from sft.collation import Collator
 from sft.errors import TrainingStopped
-from sft.gradients import clip_gradients, gradient_norm
+from sft.gradients import clip_gradients, gradient_norms, total_norm
 from sft.nonfinite import NonfiniteGuard, nonfinite_parameters, require_finite
 from sft.nonfinite_diagnosis import documents_alone
+from sft.optimizers import skipping, with_master_weights
 from sft.sampling import EpochSampler
 from tests.builders import save_model_dir
 from tests.by_hand import rows_of
@@ -47,8 +48,16 @@ class Weights(nn.Module):
         self.one, self.other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
 
 
-def judged(guard: NonfiniteGuard, model: nn.Module, step: int = 5, **options: Any) -> bool:
-    return guard.judge(gradient_norm(model.parameters()), list(model.named_parameters()), step, **options)
+def judged(guard: NonfiniteGuard, model: nn.Module, step: int = 5, *, late: bool = False, scaled: bool = False) -> bool:
+    """Whether the step is left out, heard at once, or `late`: once its gradients are gone and the next passes made."""
+    norms = gradient_norms(model.named_parameters())
+    must_skip = guard.ask(total_norm(norms.values()), norms, step)
+    if late:
+        model.zero_grad()
+        guard.watch(torch.ones(()), batch_of([9, 9, 9], flatten=True, first_row=90))
+    answer = guard.answer(scaled=scaled)
+    assert answer == bool(must_skip) or scaled
+    return answer
 
 
 # One pass
@@ -81,18 +90,21 @@ def test_a_sound_step_is_made() -> None:
     assert guard.passes == 1
     assert judged(guard, model) is False
     assert guard.passes == 0
+    assert guard.answer() is False, "no other step was asked for"
     assert model.one.grad is not None
     assert model.one.grad.tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("flatten", [True, False])
-def test_the_run_stops_and_names_step_pass_and_row(flatten: bool) -> None:
+def test_the_run_stops_and_names_step_pass_and_row(flatten: bool, late: bool) -> None:
     guard, model = guard_of(), Weights()
     guard.watch(model.one.sum(), batch_of([1, 2], [3], flatten=flatten, first_row=10)).backward()
     batch = batch_of([1, 2], [3, BAD, 4], [5, 6], flatten=flatten)
     guard.watch(model.other.sum() * math.nan, batch).backward()
     with pytest.raises(TrainingStopped) as caught:
-        judged(guard, model, step=5)
+        judged(guard, model, step=5, late=late)
+    assert guard.passes == late
     assert caught.value.exit_code == 3
     first, second, last = caught.value.problems
     assert first.message == "step 5: the loss is not finite on rank 0"
@@ -111,35 +123,53 @@ def test_where_no_document_does_it_alone_all_of_the_pass_are_named() -> None:
     )
 
 
-def test_gradients_that_are_not_finite_under_a_finite_loss_are_named() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_that_are_not_finite_under_a_finite_loss_are_named(late: bool) -> None:
     guard, model = guard_of(), Weights()
     loss = guard.watch((model.one.sum() + (model.other * 0).sqrt().sum()), batch_of([1, 2], flatten=True))
     loss.backward()  # the square root's slope at 0 is infinite, times 0
     with pytest.raises(TrainingStopped) as caught:
-        judged(guard, model)
+        judged(guard, model, late=late)
     first, second, _ = caught.value.problems
-    assert first.message == "step 5: the loss is finite, the gradients are not, of 1 of 2 parameters: other"
+    assert first.message == (
+        "step 5: the loss is finite, the gradients are not (or exceed 1e19), of 1 of 2 parameters: other"
+    )
     assert second.message == "rank 0: row 20 of the prepared training data (from 0) is in it"
 
 
 def test_a_norm_that_overflows_is_told_as_such() -> None:
+    """The square of 2e19 is no float32; where the squares are, their sum may be none."""
     guard, model = guard_of(), Weights()
-    (model.one.sum() * 1e30).backward()
+    model.one.grad, model.other.grad = torch.tensor([2e19, 0, 0]), torch.tensor([1.0, 0])
+    with pytest.raises(TrainingStopped, match=r"\(or exceed 1e19\), of 1 of 2 parameters: one"):
+        judged(guard, model)
+    model.one.grad, model.other.grad = torch.tensor([1.7e19, 0, 0]), torch.tensor([1.7e19, 0])
     with pytest.raises(TrainingStopped, match="every gradient is finite, and their norm is too large"):
         judged(guard, model)
 
 
-def test_skipping_moves_nothing_and_stops_behind_the_limit() -> None:
-    model = Weights()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipping_moves_nothing_and_stops_behind_the_limit(fused: bool, masters: bool) -> None:
+    """A fused optimizer leaves the step out itself: it gets NaN for gradients, and may be read when it is made."""
+    model = Weights().bfloat16() if masters else Weights()
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+    optimizer = with_master_weights(optimizer) if masters else optimizer
     guard = guard_of("skip", limit=2)
+    skips = skipping(optimizer)
+    assert (skips is not None) == fused
 
     def step(factor: float) -> bool:
         guard.watch((model.one.sum() + model.other.sum()) * factor, batch_of([1, BAD], flatten=True)).backward()
-        is_skipped = judged(guard, model)
+        norms = gradient_norms(model.named_parameters())
+        must_skip = guard.ask(total_norm(norms.values()), norms, 5)
+        if skips:
+            skips.found_inf = must_skip  # type: ignore[attr-defined]
+        elif must_skip:
+            optimizer.zero_grad()
         optimizer.step()
         optimizer.zero_grad()
-        return is_skipped
+        return guard.answer()
 
     assert step(1.0) is False
     weights = [p.detach().clone() for p in model.parameters()]
@@ -221,7 +251,7 @@ def test_norm_and_clipping_are_torchs_own(max_norm: float) -> None:
     for model in models:
         model.one.grad, model.other.grad = torch.tensor([3.0, 0.1, 0.0]), torch.tensor([-4.0, 0.0])
     expected = nn.utils.clip_grad_norm_(models[0].parameters(), max_norm)
-    norm = gradient_norm(models[1].parameters())
+    norm = total_norm(gradient_norms(models[1].named_parameters()).values())
     clip_gradients(models[1].parameters(), max_norm, norm)
     assert norm.equal(expected)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -231,7 +261,7 @@ def test_norm_and_clipping_are_torchs_own(max_norm: float) -> None:
 
 
 def test_no_gradient_has_the_norm_zero() -> None:
-    assert gradient_norm(Weights().parameters()).item() == 0
+    assert total_norm(gradient_norms(Weights().named_parameters()).values()).item() == 0
 
 
 # Before a save

@@ -26,7 +26,7 @@ from sft import document_attention
 from sft.chunked_loss import score_rows
 from sft.collation import Collator
 from sft.document_attention import takes_documents
-from sft.gradients import clip_gradients, gradient_norm
+from sft.gradients import clip_gradients, gradient_norms, total_norm
 from sft.losses import Objective, TokenLoss
 from sft.output_head import LogitTransform
 from sft.sharded_head import VocabularyShard, whole
@@ -227,9 +227,9 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
             sums.append(result)
     spread = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
-    norm = gradient_norm(model.parameters())
+    norm = total_norm(gradient_norms(model.named_parameters()).values())
     clip_gradients(model.parameters(), float(norm) / 4, norm)
-    norms = [float(norm), float(gradient_norm(model.parameters()))]
+    norms = [float(norm), float(total_norm(gradient_norms(model.named_parameters()).values()))]
     model.eval()
     with torch.no_grad():
         evaluated = forward(model, collate(rows))
