@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sft.gradients import gradient_norms, total_norm
 from sft.losses import Objective
-from sft.optimizers import with_master_weights
+from sft.optimizers import skipping, with_master_weights
 from sft.sharded_head import whole
 from sft.token_forward import TokenForward
 from tests.test_fused_head import batch, llama
@@ -42,6 +43,19 @@ def trained(model: Any, optimizer: Any, ranks: list[int], scale: torch.Tensor) -
         optimizer.zero_grad()
 
 
+def leave_out_a_step(model: Any, optimizer: Any) -> None:
+    """A step on gradients that are NaN, which the optimizer is told not to make."""
+    fused: Any = skipping(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan, dtype=torch.float32)
+    norm = total_norm(gradient_norms(model.named_parameters()).values())
+    assert norm.isnan()
+    fused.found_inf = torch.ones(())
+    optimizer.step()
+    optimizer.zero_grad()
+    fused.found_inf = torch.zeros(())
+
+
 def adamw(model: Any) -> torch.optim.Optimizer:
     """Parameters that are spread over ranks are a group of their own: one fused step takes no others with them."""
     groups: dict[Any, list[Any]] = {}
@@ -64,7 +78,9 @@ def _fully_sharded(rank: int, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     model = llama().bfloat16().float()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_sharded(model, "own", mesh, mp_policy=policy)
-    trained(model, with_master_weights(adamw(model)), [rank], 2 * SCALE)
+    optimizer = with_master_weights(adamw(model))
+    trained(model, optimizer, [rank], 2 * SCALE)
+    leave_out_a_step(model, optimizer)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return {name: whole(p.detach()) for name, p in model.named_parameters()}
 
@@ -93,7 +109,7 @@ def _tensor_parallel(mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     tensor_parallel(model, "slices", mesh)
     state = stepped(model, 0).state_dict()
     assert len({type(p) for p in model.parameters()}) == 2
-    stepped(model, STEPS, state)
+    leave_out_a_step(model, stepped(model, STEPS, state))
     return {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
