@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import sft_main
+import trainer_utils
 from sft.collation import Collator
 from sft.errors import TrainingStopped
 from sft.gradients import clip_gradients, gradient_norms, total_norm
@@ -385,6 +386,36 @@ def test_a_run_that_skips_goes_on_from_the_weights_it_had(config_file: Path) -> 
     assert states[0].keys() == states[1].keys()
     for number, state in states[0].items():
         assert all(torch.as_tensor(value).equal(torch.as_tensor(states[1][number][n])) for n, value in state.items())
+
+
+@pytest.mark.parametrize(("action", "code"), [("stop", 3), ("skip", 0)])
+def test_what_is_heard_a_step_later_is_what_is_heard_at_once(
+    config_file: Path,
+    action: str,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No log or checkpoint asks for it earlier: the run ends, or goes on, as if the answer had been waited for."""
+    found: list[Any] = []
+    step = step_of_the_row()
+    for when in ("later", "at_once"):
+        if when == "at_once":
+            monkeypatch.setattr(trainer_utils, "skipping", lambda _: None)
+        out = config_file.parent / f"{action}_{when}"
+        arguments = ["--config_file", str(config_file), f"output_dir={out}", "save_strategy=no", "logging_steps=10"]
+        assert sft_main.main([*arguments, f"on_nonfinite={action}"]) == code
+        said = capsys.readouterr().err.splitlines()
+        start = next(at for at, line in enumerate(said) if f"step {step}: the loss is not finite" in line)
+        state = json.loads((out / "trainer_state.json").read_text())
+        (log,) = log_history(out)
+        ours = {name: value for name, value in log.items() if name not in ("tokens_per_second", "memory_gb")}
+        weights = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+        assert len(weights) == (action == "skip")
+        found.append([said[start : start + 4], state["global_step"], state["epoch"], ours, weights])
+    later, at_once = found
+    assert later == at_once
+    assert later[1] == (step - 1 if action == "stop" else 10)
 
 
 def test_a_skipped_step_counts_in_no_mean(config_file: Path) -> None:
