@@ -18,7 +18,7 @@ def gradient_norms(named: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str,
     kinds: dict[Any, list[str]] = {}
     for name, gradient in gradients.items():
         kinds.setdefault((_mesh(gradient), gradient.device, gradient.dtype), []).append(name)
-    norms = dict(gradients)
+    norms = dict(gradients)  # in the order of the parameters
     for names in kinds.values():
         found = torch._foreach_norm([gradients[name] for name in names], 2, torch.float32)
         norms.update(zip(names, found, strict=True))

@@ -39,6 +39,17 @@ def test_taking_starts_anew() -> None:
     assert sums.take() == TokenCounts.zero()
 
 
+@pytest.mark.parametrize("objective", [1.0, math.nan])
+def test_sums_of_a_step_that_is_left_out_are_dropped_by_a_flag(objective: float) -> None:
+    for flag, tokens in ((0.0, 3), (1.0, 0)):
+        sums = TokenSums(torch.device("cpu"))
+        sums.add(loss(objective, 3, 1, 1, 1), torch.tensor(9))
+        sums.clear_where(torch.tensor(flag))
+        counts = sums.take()
+        assert counts.tokens == tokens
+        assert counts == TokenCounts.zero() or not flag
+
+
 def test_nothing_trained_gives_no_metric_and_no_division_by_zero() -> None:
     assert TokenCounts.zero().metrics() == {}
 
