@@ -110,7 +110,7 @@ def estimate_run(
         assumes_batch_size: `plan` has a number in the place of `per_device_train_batch_size: auto`.
     """
     device = arguments.device
-    process = 0 if device.type == "cuda" else held_bytes(device) + _BROUGHT_LATER
+    process = process_bytes(device)
     batch = collator(_longest_pass(rows, arguments, plan, collator, max_seq_length))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     as_fake(model, mode, device).train()
@@ -168,6 +168,11 @@ def estimate_run(
         seconds_at_least=_least_seconds(operations_a_token(beneath), total_tokens, plan, device, computes_in),
         assumes_batch_size=assumes_batch_size,
     )
+
+
+def process_bytes(device: torch.device) -> int:
+    """What this process will hold beside the model and its passes; 0 for a CUDA device, whose memory that is not."""
+    return 0 if device.type == "cuda" else held_bytes(device) + _BROUGHT_LATER
 
 
 def _least_seconds(

@@ -254,7 +254,9 @@ def test_frozen_layers_but_the_head_take_the_memory_of_quantized_ones() -> None:
 
 
 RUN = """
-import json, sys
+import json, os, sys
+from sft import kernel_caches
+kernel_caches.limit(os.environ)
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -262,7 +264,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sft.allocation_trace import as_fake, fake_batch
 from sft.collation import Collator
 from sft.estimate import estimate_memory, optimizer_memory
-from sft.memory import held_bytes, peak_bytes
+from sft.memory import peak_bytes
+from sft.run_estimate import process_bytes
+from tests.builders import tiny_llama
 from tests.test_out_of_memory import rows
 
 kind = sys.argv[1]
@@ -292,8 +296,12 @@ fake = as_fake(make("meta"), mode, cpu)
 inputs = fake_batch(batch, mode, cpu)
 optimizer = optimizer_memory("adamw_torch_fused", [p for p in fake.parameters() if p.requires_grad], device=cpu)
 trace = lambda process: estimate_memory(fake, lambda: loss_of(fake, inputs), mode, optimizer, process=process)
-trace(0)  # what tracing itself loads is there before the process is measured
-estimate = trace(held_bytes(cpu))
+trace(0)  # what tracing and a first step load is there before the process is measured
+small = tiny_llama(1000)
+loss_of(small, Collator(0)(rows(50, 40))).backward()
+torch.optim.AdamW(small.parameters(), fused=True).step()
+del small
+estimate = trace(process_bytes(cpu))
 
 model = make("cpu")
 adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
