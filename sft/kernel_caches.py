@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-_SHAPES = 96
+# Of 20M parameters on gsm8k (one thread, 16 steps, two rounds each), beside 96 shapes: 32 took 0.99 to 1.00 of the
+# processor time and 1.37 to 1.56 GiB where 96 came to 1.6 to 2.1; 16 took 1.03 to 1.05, and 1.31 to 1.50 GiB.
+_SHAPES = 32
 # The first name that is set counts.
 _CACHES = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",))
 

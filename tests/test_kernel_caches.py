@@ -9,15 +9,16 @@ import sys
 import pytest
 
 from sft import kernel_caches
+from tests.runs import ROOT
 
 MEMORY = """
-import resource, sys
 import torch
+from sft.memory import peak_bytes
 def grown(shapes):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes(torch.device("cpu"))
     for tokens in shapes:
         torch.mm(rows[:tokens], weight, out=room[:tokens])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    return (peak_bytes(torch.device("cpu")) - before) // 2**20
 rows, weight = torch.ones(1000, 384, dtype=torch.bfloat16), torch.ones(384, 512, dtype=torch.bfloat16)
 room = torch.ones(1000, 512, dtype=torch.bfloat16)
 grown([1000, *range(301, 501)])
@@ -43,7 +44,8 @@ def test_memory_does_not_grow_with_each_new_number_of_tokens() -> None:
     """400 shapes take some 200 MiB with the libraries' own limits, where oneDNN multiplies in bfloat16."""
     environ = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
     kernel_caches.limit(environ)
-    ran = subprocess.run([sys.executable, "-c", MEMORY], env=environ, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEMORY]
+    ran = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(ran.stdout) <= 30
 
 
