@@ -368,4 +368,6 @@ def _save(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from distributed_utils import end_process
+
+    end_process(main())

@@ -233,3 +233,22 @@ def test_two_processes_of_torchrun_are_a_group_that_trainer_uses(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     results = sorted(json.loads(line) for line in done.stdout.splitlines())
     assert results == [[rank, "gloo", [2**25 + 2, 1], [2, rank, 0]] for rank in range(2)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_process_ends_with_its_code_and_all_that_waits_for_the_end(world_size: int) -> None:
+    """One of several before the interpreter's own end, in which gloo's threads may abort it."""
+    code = """
+import atexit, distributed_utils
+class Late:
+    def __del__(self): print("the interpreter ended")
+late = Late()
+atexit.register(print, "what was registered ran")
+print("what was printed is there")
+distributed_utils.end_process(3)
+"""
+    env = {**os.environ, "WORLD_SIZE": str(world_size)}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 3, ended.stderr
+    expected = ["what was printed is there", "what was registered ran"]
+    assert ended.stdout.splitlines() == ([*expected, "the interpreter ended"] if world_size == 1 else expected)
