@@ -94,6 +94,10 @@ class MasterWeights(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         moved = [(weight, master) for weight, master in self.pairs if weight.grad is not None]
         for weight, master in moved:
             master.grad = weight.grad  # the same memory
@@ -101,7 +105,6 @@ class MasterWeights(torch.optim.Optimizer):
         for _, master in moved:
             master.grad = None
         _round([master for _, master in moved], [weight for weight, _ in moved])
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the model's gradients."""

@@ -140,20 +140,7 @@ def estimate_run(
         summed=summed_in_a_pass(model) if is_one_pass and splits_masters(name) else None,
     )
     limit = memory_limit(device, plan.world_size)
-    if assumes_batch_size:
-        rows_a_pass, rows_a_step = plan.per_device_train_batch_size, plan.global_batch_size
-        logger.info(
-            "per_device_train_batch_size: auto is chosen when the run starts; counted here: %d rows a pass, %d a step",
-            rows_a_pass,
-            rows_a_step,
-        )
-    if memory.peak > limit:
-        logger.warning(
-            "The run will hold %.2f GiB at its peak, and there are %.2f: a smaller per_device_train_batch_size or "
-            "max_seq_length, activation_checkpointing: true, or an adapter (lora_config) takes less",
-            memory.peak / 2**30,
-            limit / 2**30,
-        )
+    _say(memory, plan, limit, assumes_batch_size)
     total_tokens = _total_tokens(plan)
     computes_in = half if autocasts else beneath.dtype
     return RunEstimate(
@@ -170,6 +157,24 @@ def estimate_run(
     )
 
 
+def _say(memory: MemoryEstimate, plan: BatchPlan, limit: int, assumes_batch_size: bool) -> None:
+    """What the reader of the numbers must know."""
+    if assumes_batch_size:
+        rows_a_pass, rows_a_step = plan.per_device_train_batch_size, plan.global_batch_size
+        logger.info(
+            "per_device_train_batch_size: auto is chosen when the run starts; counted here: %d rows a pass, %d a step",
+            rows_a_pass,
+            rows_a_step,
+        )
+    if memory.peak > limit:
+        logger.warning(
+            "The run will hold %.2f GiB at its peak, and there are %.2f: a smaller per_device_train_batch_size or "
+            "max_seq_length, activation_checkpointing: true, or an adapter (lora_config) takes less",
+            memory.peak / 2**30,
+            limit / 2**30,
+        )
+
+
 def process_bytes(device: torch.device) -> int:
     """What this process will hold beside the model and its passes; 0 for a CUDA device, whose memory that is not."""
     return 0 if device.type == "cuda" else held_bytes(device) + _BROUGHT_LATER
@@ -182,11 +187,13 @@ def _least_seconds(
 
     On a CPU the clock is that of the process's work: what other programs hold up does not make the bound too high.
     """
+    if total_tokens is None:
+        return None
     if device.type == "cpu":
         speed: float | None = operations_a_second(dtype, lambda: time.process_time() / torch.get_num_threads())
     else:
         speed = peak_of(device)
-    if total_tokens is None or speed is None:
+    if speed is None:
         return None
     return operations * total_tokens / (speed * plan.world_size)
 

@@ -16,7 +16,7 @@ one rank, of weights that the pass uses once. There casting them to float32 chan
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,13 +159,8 @@ class SplitMasters(MasterWeights):
         self._factor = None
         super().zero_grad(set_to_none)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(self) -> None:
         """Rebuilds, steps and splits the values of some weights after the others."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         groups = self.inner.param_groups
         whole = [group["params"] for group in groups]
         ids = {id(master) for _, master in self.pairs}
@@ -188,7 +183,6 @@ class SplitMasters(MasterWeights):
             self._factor = None
             for group, parameters in zip(groups, whole, strict=True):
                 group["params"] = parameters
-        return loss
 
     def _rebuild(self, pieces: list[Piece], scratch: Scratch) -> None:
         """Gives the stand-ins their values and gradients."""

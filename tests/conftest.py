@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before anything imports a Hugging Face library: no test may ask the hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,13 @@ import pytest
 from tests.builders import save_model_dir
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _no_earlier_optimizer() -> None:
+    """bitsandbytes remembers parameters by their ids, which those of a later test may have."""
+    if optim := sys.modules.get("bitsandbytes.optim"):
+        optim.GlobalOptimManager.get_instance().initialize()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.optim import AdamW, AdamW8bit, GlobalOptimManager, Lion8bit
+from bitsandbytes.optim import AdamW, AdamW8bit, Lion8bit
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,12 +35,6 @@ UPPER_HALVES = {
     "the largest, infinity and NaN": range(0x7F7E, 0x7F83),
     "the last NaN": (0x7FFE, 0x7FFF),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_earlier_optimizer() -> None:
-    """bitsandbytes remembers parameters by their ids, which those of a later test may have."""
-    GlobalOptimManager.get_instance().initialize()
 
 
 def floats(uppers: Any) -> torch.Tensor:
