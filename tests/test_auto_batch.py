@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, longest_rows, undisturbed
 from sft.errors import UserError
 from sft.memory import held_bytes
 from tests.builders import tiny_llama
+from tests.ranks import spawn_ranks
 
 CPU = torch.device("cpu")
 ROW = 32 * 2**20  # bytes that a row of `Hungry` takes in the forward pass
@@ -191,9 +190,7 @@ def test_everything_is_put_back_after_a_mistake_as_well() -> None:
     assert torch.rand(2).equal(expected)
 
 
-def _choose_on_rank(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _choose_on_rank(rank: int, folder: Path) -> None:
     model = Hungry()
     held = torch.tensor(held_bytes(CPU))
     dist.all_reduce(held, dist.ReduceOp.MAX)  # the ranks' processes are not equally large
@@ -201,11 +198,10 @@ def _choose_on_rank(rank: int, folder: str) -> None:
     choice = choose_batch_size(
         model, model.run_pass, [1, 2, 8], budget=budget, reserve=0, device=CPU, clock=model.clock
     )
-    Path(folder, str(rank)).write_text(str(choice.rows))
-    dist.destroy_process_group()
+    (folder / str(rank)).write_text(str(choice.rows))
 
 
 @pytest.mark.slow
 def test_all_ranks_take_the_size_that_fits_on_the_fullest(tmp_path: Path) -> None:
-    mp.spawn(_choose_on_rank, (str(tmp_path),), nprocs=2)
+    spawn_ranks(_choose_on_rank, tmp_path, 2)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2", "2"]

@@ -107,6 +107,7 @@ RUN = """
 import os, resource, sys
 import sft.batch_probe
 import sft.chunked_loss
+import distributed_utils
 import sft_main
 import trainer_utils
 from transformers import TrainerCallback
@@ -140,7 +141,7 @@ def with_limit(self, *args, **options):
     self.add_callback(Limit())
 
 trainer_utils.SFTTrainer.__init__ = with_limit
-sys.exit(sft_main.main(sys.argv[1:]))
+distributed_utils.end_process(sft_main.main(sys.argv[1:]))
 """
 
 

@@ -220,6 +220,7 @@ seen = [arguments.world_size, arguments.process_index, arguments.n_gpu]
 sys.stdout.write(json.dumps([du.rank(), dist.get_backend(), total.tolist(), seen]) + "\\n")
 du.destroy_process_group()
 assert not dist.is_initialized()
+du.end_process(0)
 """
 
 

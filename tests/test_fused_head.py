@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +21,7 @@ from sft.known_gradients import KnownGradients
 from sft.losses import Objective, TokenLoss, token_loss, trained_positions
 from sft.output_head import LogitTransform, OutputHead, find_output_head
 from tests.builders import tiny_llama
+from tests.ranks import spawn_ranks
 from tests.test_losses import OBJECTIVES, assert_sums, by_hand
 
 VOCAB = 101
@@ -509,8 +508,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(kind: str) -> None:
 RANK_HEADS = ("tied", "lora on the head")
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int, folder: Path) -> None:
     found = []
     for kind in RANK_HEADS:
         model = HEADS[kind]()
@@ -521,13 +519,12 @@ def _rank(rank: int, folder: str) -> None:
             loss.objective.backward()
         found.append(gradients(model))
     if rank == 0:
-        torch.save(found, f"{folder}/gradients.pt")
-    dist.destroy_process_group()
+        torch.save(found, folder / "gradients.pt")
 
 
 @pytest.mark.slow
 def test_two_ranks_average_the_gradients_of_their_sums(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    spawn_ranks(_rank, tmp_path, 2)
     for kind, found in zip(RANK_HEADS, torch.load(tmp_path / "gradients.pt", weights_only=True), strict=True):
         model = HEADS[kind]()
         for seed in range(4):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from accelerate import Accelerator
 from sft.errors import UserError
 from sft.master_weights import MasterWeights
 from tests.builders import byte_level_tokenizer, tiny_llama
-from tests.runs import ROOT
+from tests.ranks import spawn_ranks
 
 Optimizer = torch.optim.Optimizer
 
@@ -212,12 +209,13 @@ def trained_on(world_size: int, rank: int) -> dict[str, Any]:
     return {"norms": norms, "masters": [master.detach() for _, master in masters.pairs]}
 
 
+def _train_on(rank: int, folder: Path) -> None:
+    torch.save(trained_on(RANKS, rank), folder / f"{rank}.pt")
+
+
 @pytest.mark.slow
 def test_two_processes_with_accumulation_equal_one(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", __file__, str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    spawn_ranks(_train_on, tmp_path, RANKS)
     one = trained_on(1, 0)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for result in ranks:
@@ -267,10 +265,3 @@ def test_loss_follows_float32_where_plain_bfloat16_stands_still(shared_data: Pat
     assert exact[-1] < exact[0] - 0.1, "nothing was learned, so that nothing was compared"
     assert np.abs(masters - exact).max() < 0.02
     assert np.abs(plain - exact).max() > 0.1
-
-
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    this_rank = torch.distributed.get_rank()
-    torch.save(trained_on(RANKS, this_rank), Path(sys.argv[1]) / f"{this_rank}.pt")
-    torch.distributed.destroy_process_group()

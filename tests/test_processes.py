@@ -200,7 +200,8 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_two_nodes_meet_and_their_ranks_follow_the_nodes(config: Path) -> None:
-    entry = f"NAMES = {GROUP}\n{SHOW}import torch.distributed as d\nd.init_process_group('gloo')\nd.barrier()\n"
+    meet = "import torch.distributed as d\nd.init_process_group('gloo')\nd.barrier()\nsys.stdout.flush()\nos._exit(0)\n"
+    entry = f"NAMES = {GROUP}\n{SHOW}{meet}"
     words = ["--nodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     # Node 1 starts first: it has to wait for node 0.
     nodes = [start(entry, config, *words, "--node_rank", str(node), processes=2) for node in (1, 0)]

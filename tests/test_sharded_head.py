@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -32,6 +30,7 @@ from sft.output_head import LogitTransform
 from sft.sharded_head import VocabularyShard, whole
 from sft.token_forward import TokenForward
 from sft.vocabulary_loss import score_slice, tokens_of_a_chunk
+from tests.ranks import spawn_ranks
 from tests.test_fused_head import HEADS, SIZES, VOCAB, assert_same_gradients, base_of
 from tests.test_losses import OBJECTIVES, by_hand
 
@@ -248,8 +247,7 @@ def _added(results: list[TokenLoss]) -> dict[str, float]:
     return {name: sum(r.as_dict()[name].item() for r in results) for name in results[0].as_dict()}
 
 
-def _on_two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _on_two_ranks(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {}
     for case in FULLY_SHARDED:
@@ -259,11 +257,9 @@ def _on_two_ranks(rank: int, folder: str) -> None:
     torch.save(found, f"{folder}/{rank}.pt")
     torch.save(_slices(rank, mesh.get_group()), f"{folder}/slices{rank}.pt")
     torch.save(_in_bfloat16(rank, mesh), f"{folder}/bfloat16{rank}.pt")
-    dist.destroy_process_group()
 
 
-def _on_four_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=DATA * TENSOR)
+def _on_four_ranks(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (DATA, TENSOR), mesh_dim_names=("data", "tensor"))
 
     def shard(model: Any, way: str) -> None:
@@ -274,7 +270,6 @@ def _on_four_ranks(rank: int, folder: str) -> None:
     for case in BOTH:
         found[str(case)] = measured(case, partial(shard, way=case.way), rows_of(rank // TENSOR), DATA)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def _loaded(folder: Path, ranks: int, name: str = "") -> list[Any]:
@@ -284,14 +279,14 @@ def _loaded(folder: Path, ranks: int, name: str = "") -> list[Any]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(_on_two_ranks, (str(folder),), nprocs=2)
+    spawn_ranks(_on_two_ranks, folder, 2)
     return folder
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
-    mp.spawn(_on_four_ranks, (str(folder),), nprocs=DATA * TENSOR)
+    spawn_ranks(_on_four_ranks, folder, DATA * TENSOR)
     return folder
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,6 +18,7 @@ from sft.losses import Objective
 from sft.optimizers import skipping, with_master_weights
 from sft.sharded_head import whole
 from sft.token_forward import TokenForward
+from tests.ranks import spawn_ranks
 from tests.test_fused_head import batch, llama
 from tests.test_sharded_head import fully_sharded, tensor_parallel
 
@@ -113,18 +112,16 @@ def _tensor_parallel(mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     return {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
-def _on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _on_rank(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for name, run in (("fsdp", partial(_fully_sharded, rank)), ("tp", _tensor_parallel)):
         torch.save(run(mesh), f"{folder}/{name}{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(_on_rank, (str(folder),), nprocs=2)
+    spawn_ranks(_on_rank, folder, 2)
     return folder
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,8 @@ from sft.errors import UserError
 from sft.master_weights import MASTERS, MasterWeights
 from sft.split_masters import SplitMasters, join, split
 from tests import builders
-from tests.runs import ROOT, arithmetic, write_config, write_rows
+from tests.ranks import spawn_ranks
+from tests.runs import arithmetic, write_config, write_rows
 
 EVERY_LOWER_HALF = torch.arange(2**16)
 UPPER_HALVES = {
@@ -322,19 +320,14 @@ def trained(is_sharded: bool) -> list[torch.Tensor]:
     return [p.full_tensor().detach() if is_sharded else p.detach() for p in model.parameters()]
 
 
+def _train_sharded(rank: int, folder: Path) -> None:
+    torch.save(trained(is_sharded=True), folder / f"{rank}.pt")
+
+
 @pytest.mark.slow
 def test_weights_that_are_spread_over_ranks_are_stepped_where_they_lie(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    spawn_ranks(_train_sharded, tmp_path, 2)
     alone = trained(is_sharded=False)
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt")
         assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
-
-
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    torch.save(trained(is_sharded=True), Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
