@@ -95,24 +95,40 @@ class Benchmark:
         self.data, self._means = made["data"], made["means"]
 
     def _plan_sweeps(self) -> dict[str, dict[str, dict[str, str]]]:
-        """For each axis, by value, the names of the model and of the file of rows; notes what must be made."""
+        """For each axis, by value, the names of the model and of the file of rows; notes what must be made.
+
+        What all axes have in common has the same names on each, so that it is measured once.
+        """
         options = self._options
         axes: dict[str, dict[str, dict[str, str]]] = {"vocabulary": {}, "layers x width": {}, "length": {}, "rows": {}}
         for vocabulary in options.sweep_vocabulary:
-            name = f"vocabulary_{vocabulary}"
-            self._models[name] = square(options.layers, options.width, vocabulary)
-            axes["vocabulary"][str(vocabulary)] = {"model": name, "file": "rows"}
+            model = self._model(square(options.layers, options.width, vocabulary))
+            axes["vocabulary"][str(vocabulary)] = {"model": model, "file": "rows"}
         for size in options.sweep_size:
             layers, width = map(int, size.split("x"))
-            self._models[f"size_{size}"] = square(layers, width, options.vocabulary)
-            axes["layers x width"][size] = {"model": f"size_{size}", "file": "rows"}
+            model = self._model(square(layers, width, options.vocabulary))
+            axes["layers x width"][size] = {"model": model, "file": "rows"}
         for joined in options.sweep_joined:
-            self._files[f"joined_{joined}"] = {"rows": max(64, options.rows // joined), "joined": joined}
-            axes["length"][f"joined_{joined}"] = {"model": "model", "file": f"joined_{joined}"}
+            file = self._file(max(64, options.rows // joined), joined)
+            axes["length"][str(joined)] = {"model": "model", "file": file}
         for rows in options.sweep_rows:
-            self._files[f"rows_{rows}"] = {"rows": rows, "joined": 1}
-            axes["rows"][str(rows)] = {"model": "model", "file": f"rows_{rows}"}
+            axes["rows"][str(rows)] = {"model": "model", "file": self._file(rows, 1)}
         return axes
+
+    def _model(self, shape: Shape) -> str:
+        """The name of a model of this shape, a new one where there is none."""
+        names = (name for name, other in self._models.items() if other == shape)
+        name = next(names, f"model_{len(self._models)}")
+        self._models[name] = shape
+        return name
+
+    def _file(self, rows: int, joined: int) -> str:
+        """The name of a file of so many rows of so many questions each, a new one where there is none."""
+        content = {"rows": rows, "joined": joined}
+        names = (name for name, other in self._files.items() if other == content)
+        name = next(names, f"rows_{len(self._files)}")
+        self._files[name] = content
+        return name
 
     def _train(
         self, who: Contestant, label: str, model: str = "model", file: str = "rows", **arguments: Any
@@ -200,13 +216,16 @@ class Benchmark:
     def sweeps(self) -> Sweeps:
         """Speed, time of a whole run and peak memory along each axis, one run a point."""
         found: Sweeps = {}
+        measured: dict[tuple[str, ...], Reports] = {}
         steps = self._options.sweep_steps
         for axis, points in self._axes.items():
             for value, where in points.items():
                 at = str(round(self._means[where["file"]])) if axis == "length" else value
-                reports: Reports = {}
-                for who in (OURS, PLAIN, TRL, TRL_PACKED):
-                    self._take_turn(reports, who, f"{axis} {at}", steps=steps, save=True, **where)
+                if tuple(where.values()) not in measured:
+                    reports = measured[tuple(where.values())] = {}
+                    for who in (OURS, PLAIN, TRL, TRL_PACKED):
+                        self._take_turn(reports, who, f"{axis} {at}", steps=steps, save=True, **where)
+                reports = measured[tuple(where.values())]
                 found.setdefault(axis, {})[at] = {name: one[0] for name, one in reports.items()}
         return found
 

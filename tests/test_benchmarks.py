@@ -292,7 +292,7 @@ def test_the_training_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
     (tmp_path / "RESULTS.md").write_text("# Results\n\n## Data\n\nkept\n")
     sizes = ("--rows", 100, "--max-length", 512, "--step-tokens", 512, "--methods", "lora")
     steps = ("--rounds", 1, "--steps", 2, "--warm-up", 1, "--sweep-steps", 2)
-    sweeps = ("--sweep-vocabulary", "--sweep-size", "--sweep-rows", "--sweep-joined", 1)
+    sweeps = ("--sweep-vocabulary", "--sweep-size", "--sweep-rows", 100, "--sweep-joined", 1)
     places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--without-trl")
     command("train.py", *SMALL, "--parts", "speed", "sweeps", *sizes, *steps, *sweeps, *places)
     found = json.loads((tmp_path / "all.json").read_text())
@@ -306,6 +306,7 @@ def test_the_training_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
     ((length, point),) = found["sweeps"]["length"].items()
     assert 100 < int(length) < 256
     assert set(point) == {"ours", "Trainer, bf16"}
+    assert found["sweeps"]["rows"] == {"100": point}, "the same run was measured on two axes"
     results = (tmp_path / "RESULTS.md").read_text()
     assert "## Data\n\nkept" in results
     assert "## Training" in results
