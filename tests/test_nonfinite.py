@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
+import sft.guarded_step
 import sft_main
-import trainer_utils
 from sft.collation import Collator
 from sft.errors import TrainingStopped
 from sft.gradients import clip_gradients, gradient_norms, total_norm
@@ -401,7 +401,7 @@ def test_what_is_heard_a_step_later_is_what_is_heard_at_once(
     step = step_of_the_row()
     for when in ("later", "at_once"):
         if when == "at_once":
-            monkeypatch.setattr(trainer_utils, "skipping", lambda _: None)
+            monkeypatch.setattr(sft.guarded_step, "skipping", lambda _: None)
         out = config_file.parent / f"{action}_{when}"
         arguments = ["--config_file", str(config_file), f"output_dir={out}", "save_strategy=no", "logging_steps=10"]
         assert sft_main.main([*arguments, f"on_nonfinite={action}"]) == code

@@ -1,0 +1,130 @@
+"""What a run writes down: metrics over all tokens since the last log, and what its checkpoints hold of ours."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft import artifacts, run_shape, stream_state
+from sft.collation import row_lengths
+from sft.flops import peak_of
+from sft.guarded_step import StepSettings
+from sft.memory import peak_memory_gb
+from sft.metrics import TokenCounts, TokenSums
+from sft.nonfinite import require_finite
+from sft.row_order import RowOrder
+from sft.run_shape import RunShape, describe_adapter, digest_lengths
+from sft.step_watch import StepWatch
+from sft.trained_models import save_companions
+
+logger = logging.getLogger("sft")
+
+
+class RunRecords(RowOrder):
+    """The logs and checkpoints of the Trainer."""
+
+    _settings: StepSettings
+    _watch: StepWatch
+    _sums: TokenSums
+    seconds_evaluating: float
+
+    def _keep_records(self, end_token_ids: Sequence[int], operations_a_token: int) -> None:
+        """Begins to count."""
+        self._end_token_ids = end_token_ids
+        self._operations_a_token = operations_a_token
+        self._peak_operations = peak_of(self.args.device)
+        self._counts = TokenCounts.zero()
+        self._clock = time.perf_counter()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replaces the Trainer's mean of step means by the metrics over all tokens since the last log."""
+        if "loss" in logs:
+            self._count_tokens()
+            counts, self._counts = self._counts, TokenCounts.zero()
+            seconds = time.perf_counter() - self._clock - self.seconds_evaluating
+            self._clock, self.seconds_evaluating = time.perf_counter(), 0.0
+            logs |= counts.metrics() or {"loss": math.nan}  # each step was left out
+            if self._watch.skipped:
+                logs["skipped_steps"] = self._watch.skipped
+            for spike in self._watch.spikes():
+                logger.warning("%s", spike)
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            logs["tokens_per_second"] = counts.input_tokens / seconds
+            if self._peak_operations:
+                operations = logs["tokens_per_second"] * self._operations_a_token / self.args.world_size
+                logs["mfu"] = operations / self._peak_operations
+            logs["memory_gb"] = peak_memory_gb(self.args.device)
+        super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        """Reads the sums from the device into the counts since the last log and into the state that is saved."""
+        counts = self._sums.take()
+        self._counts += counts
+        if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts them itself
+            self.state.num_input_tokens_seen += counts.input_tokens
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 a weight and token; 2 less a frozen weight, whose gradient is not made. Attention is not counted."""
+        return self._operations_a_token * inputs["input_ids"].numel()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        started = time.perf_counter()
+        named = self.model.named_parameters()  # type: ignore[union-attr]
+        require_finite(named, f"checkpoint-{self.state.global_step}")
+        self._count_tokens()  # so that num_tokens goes on from the right number after a resume
+        streamed = self.progress.gather() if self.progress else None
+        if streamed:
+            self._end_token_ids = streamed["end_token_ids"]
+        super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            run_shape.save(folder, self._shape(), self._counts)
+            if self.progress and streamed:
+                stream_state.save(folder, streamed)
+                artifacts.write_ledger(Path(str(self.args.output_dir)), self.progress.document(streamed))
+        if self.progress and streamed:
+            self.progress.judge(stream_state.account_in(streamed))
+        self._clock += time.perf_counter() - started
+
+    def stream_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """SPEC's LEDGER of the rows that were streamed to all ranks, which all must call it; and their end tokens."""
+        assert self.progress is not None
+        streamed = self.progress.gather()
+        return self.progress.document(streamed), tuple(streamed["end_token_ids"])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model: Any = self.model
+        tokenizer: Any = self.processing_class
+        save_companions(model, tokenizer, output_dir or str(self.args.output_dir), self._end_token_ids)
+
+    def _leave_logs(self) -> None:
+        """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""
+        if self.state.global_step > self._globalstep_last_logged:
+            self.log({"loss": math.nan})
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(Path(str(self.args.output_dir)) / "trainer_state.json"))
+        self.callback_handler.on_train_end(self.args, self.state, self.control)  # trackers write what they hold
+
+    def _shape(self) -> RunShape:
+        data: dict[str, Any] = {"train_rows": 0, "row_lengths": ""}
+        if self.progress:
+            data |= self.progress.stream.identity()
+        else:
+            data = {"train_rows": len(self.train_rows), "row_lengths": digest_lengths(row_lengths(self.train_rows))}
+        return RunShape(
+            world_size=self.args.world_size,
+            per_device_train_batch_size=self.args.per_device_train_batch_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            seed=self.order_seed,
+            adapter=describe_adapter(self.model),
+            train_sampling_strategy=self.args.train_sampling_strategy,
+            master_weights=self._settings.master_weights,
+            **data,
+        )
