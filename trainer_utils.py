@@ -125,8 +125,11 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         count = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         scale = ranks / count
+        # What float16 gradients are multiplied by they must be before they are rounded, or the smallest are 0 by then.
+        scaler = self.accelerator.scaler
+        gradient_scale = scale if scaler is None else scaler.scale(scale)
         result = self._watch.measure_pass(
-            inputs, self.state.global_step, lambda: self.measure(model, inputs, gradient_scale=scale)
+            inputs, self.state.global_step, lambda: self.measure(model, inputs, gradient_scale)
         )
         loss = self._watch.guard_loss(result.objective * scale, inputs)
         return (loss, {}) if return_outputs else loss

@@ -82,6 +82,26 @@ def test_a_scaled_run_follows_float32(config_file: Path, scalers: list[Any], mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scalers", [2.0**16], indirect=True)
+def test_gradients_of_a_step_of_many_tokens_are_scaled_before_they_are_rounded(
+    config_file: Path, scalers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token's share of a step of 65,536 times the tokens is below what float16 can hold."""
+    take = SFTTrainer.get_batch_samples
+
+    def of_many(*arguments: Any) -> Any:
+        batches, count = take(*arguments)
+        return batches, count * 2**16
+
+    monkeypatch.setattr(SFTTrainer, "get_batch_samples", of_many)
+    scaled = trained(config_file, "shares", "max_steps=1")
+    assert scalers[0].get_scale() == 2.0**16, "the step was made"
+    monkeypatch.undo()
+    exact = trained(config_file, "whole", "max_steps=1")
+    assert norms(scaled)[0] * 2**16 == pytest.approx(norms(exact)[0], rel=2e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scalers", [2.0**26], indirect=True)
 def test_a_scale_that_is_too_large_is_halved_until_it_fits(config_file: Path, scalers: list[Any]) -> None:
     """The steps that overflow move nothing, as their losses show, and none of them stops the run."""
