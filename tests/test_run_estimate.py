@@ -130,11 +130,11 @@ def test_check_tells_the_memory_too(keys: dict[str, Any], tmp_path: Path, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [20, 100])
-@pytest.mark.parametrize(("kind", "bound"), [("full", 0.1), ("lora", 0.2)])
+@pytest.mark.parametrize(("kind", "bound"), [("full", 0.15), ("lora", 0.2)])
 def test_the_peak_of_the_real_command_is_told(
     keys: dict[str, Any], tmp_path: Path, kind: str, bound: float, size: int
 ) -> None:
-    """The holes of a LoRA's heap are most of its peak, and differ by chance: 1.83 and 1.96 GB of 100M, told 2.09."""
+    """The holes of a heap differ by chance, and are most of a LoRA's: 1.83 and 1.96 GB in two runs of one of 100M."""
     torch.manual_seed(0)
     width, layers, vocab = {20: (384, 6, 8000), 100: (768, 10, 16000)}[size]
     settings: dict[str, Any] = {
