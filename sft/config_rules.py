@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from sft.best_model import WATCHING, metric_problems
 from sft.errors import Problem
 from sft.overrides import shown
 from sft.schema import Config
@@ -204,7 +205,8 @@ def _needs_of_training(config: Config) -> Iterator[Problem]:
         yield config.problem("eval_strategy", f"{shown(config.eval_strategy)} needs validation data", hint)
     if config.load_best_model_at_end:
         yield from _best_model(config)
-    if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and config.eval_strategy == "no":
+    yield from metric_problems(config)
+    if config.lr_scheduler_type in WATCHING and config.eval_strategy == "no":
         hint = "Write eval_strategy: steps or epoch."
         yield config.problem("lr_scheduler_type", f"{config.lr_scheduler_type} needs evaluation", hint)
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):

@@ -8,6 +8,7 @@ here with a default of our own replace upstream's.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -83,6 +84,10 @@ class DatasetKeys(Keys):
     """Rows to use at the most, counted from the first; null uses all."""
     train_on: TrainOn | None = None
     """Which turns are trained; null takes the config's `train_on`."""
+
+    def called(self, otherwise: str) -> str:
+        """What reports and metrics call it: `otherwise` where neither `name` nor the path says."""
+        return self.name or Path(self.path).stem or otherwise
 
 
 class DataKeys(Keys):

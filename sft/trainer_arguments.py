@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from sft.batch_plan import BatchPlan
+from sft.best_model import WATCHING, greater_is_better
 from sft.compilation import KEYS as COMPILING
 
 
@@ -44,6 +46,7 @@ def training_arguments(
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
         if plan.train_rows is None:  # a stream begins behind the rows that were trained
             arguments["ignore_data_skip"] = True
+    _choose_the_best(arguments)
     if pads:
         arguments.setdefault("train_sampling_strategy", "group_by_length")
     # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
@@ -61,3 +64,23 @@ def training_arguments(
         os.environ["WANDB_PROJECT"] = wandb_project
     os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(arguments["output_dir"]) / "logs" / "tensorboard")
     return TrainingArguments(**arguments)
+
+
+def _choose_the_best(arguments: dict[str, Any]) -> None:
+    """Says which metric is watched and which way of it is better, where the user has not.
+
+    Upstream takes the higher value of every metric for the better one whose name does not end in "loss", and a schedule
+    that watches a metric takes the lower one whatever the metric is.
+    """
+    if arguments.get("save_strategy") == "best" and arguments.get("metric_for_best_model") is None:
+        arguments["metric_for_best_model"] = "loss"
+    metric = arguments.get("metric_for_best_model")
+    if metric is None:
+        return
+    if arguments.get("greater_is_better") is None:
+        arguments["greater_is_better"] = greater_is_better(metric)
+    if arguments.get("lr_scheduler_type") in WATCHING:
+        settings = arguments.get("lr_scheduler_kwargs") or {}
+        settings = json.loads(settings) if isinstance(settings, str) else settings
+        mode = "max" if arguments["greater_is_better"] else "min"
+        arguments["lr_scheduler_kwargs"] = {"mode": mode, **settings}

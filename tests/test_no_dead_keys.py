@@ -26,7 +26,10 @@ from sft.schema import (
 from sft.upstream_schema import defaults
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG_STAGE = {"config_manager.py", "schema.py", "keys.py", "config_rules.py", "config_errors.py", "overrides.py"}
+CONFIG_STAGE = {
+    *("config_manager.py", "schema.py", "keys.py", "config_rules.py", "config_errors.py", "overrides.py"),
+    *("best_model.py", "training_rules.py"),
+}
 SOURCES = [path for path in [*ROOT.glob("*.py"), *(ROOT / "sft").rglob("*.py")] if path.name not in CONFIG_STAGE]
 # An expression of this kind gives a group of keys: an annotation, `config.section(DataKeys)`, `load_config(...)`,
 # an item of `keys.datasets`.
