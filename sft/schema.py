@@ -170,7 +170,7 @@ class TrainingKeys(TrainingArgumentsKeys):
     report_to: str | list[str] = "none"
     """Trackers that get the metrics, e.g. `wandb`, `tensorboard`; `none` for none, `all` for the installed."""
     fsdp: Bool | str | list[str] | None = None
-    """Shard the model with torch's FSDP: true, with the settings in `fsdp_config`; text is upstream's older way."""
+    """Refused for now: shard the model with torch's FSDP: true, or text, which is upstream's older way."""
     remove_unused_columns: Literal[False] = False
     """Stays false: the data handler makes exactly the columns that the trainer uses."""
     logging_nan_inf_filter: Literal[False] = False

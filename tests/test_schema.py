@@ -44,6 +44,7 @@ TRAINING_VALUES: dict[str, Any] = {
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "activation_checkpointing_kwargs": {"use_reentrant": False},
     "lr_scheduler_kwargs": {"num_cycles": 2},
+    "metric_for_best_model": "perplexity",
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
 }
@@ -275,8 +276,16 @@ def test_every_key_says_what_it_means():
 def test_tables_about_upstream_name_only_keys_that_exist(table):
     for class_name, rows in table.items():
         assert rows.keys() <= facts()[class_name].keys()
-    for class_name in ("TrainingArguments", "LoraConfig", "BitsAndBytesConfig"):
-        assert MEANINGS[class_name].keys() == facts()[class_name].keys()
+
+
+OURS = {"TrainingArguments": TrainingKeys, "LoraConfig": LoraKeys, "BitsAndBytesConfig": QuantizationKeys}
+
+
+@pytest.mark.parametrize(("class_name", "ours"), OURS.items())
+def test_tables_about_upstream_have_every_key_that_ours_do_not_replace(class_name, ours):
+    replaced = ours.__annotations__.keys()
+    assert MEANINGS[class_name].keys() == facts()[class_name].keys() - replaced
+    assert not LIMITS.get(class_name, {}).keys() & replaced
 
 
 def test_all_keys_lists_nested_ones():
