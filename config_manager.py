@@ -15,11 +15,12 @@ import yaml
 from pydantic import ValidationError
 
 from sft.config_errors import bad_keys, problems_of
-from sft.config_rules import broken_rules, training_problems
+from sft.config_rules import broken_rules
 from sft.errors import Problem, UserError
 from sft.keys import Keys, Place, upwards
 from sft.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
 from sft.schema import GROUPS, SECRET_KEYS, Config
+from sft.training_rules import training_problems
 from sft.values import Path as KeyPath
 from sft.values import fit
 from sft.yaml_source import Document, add_core_resolvers, read_yaml
@@ -48,10 +49,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def require_trainable(config: Config) -> None:
-    """Checks what only a training run needs: a model, training data, and an adapter on quantized weights.
+    """Checks what only a training run needs: a model, training data, and no key that no run honours.
 
     Raises:
-        UserError: something of it is missing.
+        UserError: something of it is missing, or is asked for and not honoured.
     """
     problems = training_problems(config)
     if problems:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -169,12 +168,3 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ConsoleProgress):
                     callback.close()
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The rows in their order, and nothing counted yet."""
-        # Called again for a smaller batch (auto_find_batch_size), after an attempt whose sums count for nothing.
-        self._sums.clear()
-        self._watch.forget()
-        if self._shrinking:
-            self._shrinking.begin()
-        return super().get_train_dataloader()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator
 
@@ -25,7 +24,6 @@ _EXCLUSIVE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("bf16_full_eval", "fp16_full_eval"), "Keep one of them."),
     (("warmup_ratio", "warmup_steps"), "Keep one: a share of all steps, or a number of steps."),
     (("global_batch_size", "gradient_accumulation_steps"), "Keep one: each follows from the other."),
-    (("global_batch_size", "auto_find_batch_size"), "Keep one: a batch size that is searched for changes the product."),
 )
 
 _SETTINGS_OF_A_START = {
@@ -47,41 +45,7 @@ def broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> list[Pr
     return [*_exclusive(config), *needs]
 
 
-def training_problems(config: Config) -> list[Problem]:
-    """What a training run needs beyond a valid config; evaluating, previewing and merging do not."""
-    problems = []
-    if config.model_name_or_path is None and config.from_scratch is None:
-        hint = "Name a model folder or hub model, or give `from_scratch` a model config."
-        problems.append(config.problem("model_name_or_path", "is needed to train", hint))
-    if not any(_given(config, key) for key in TRAIN_SOURCES):
-        hint = f"Give one of {', '.join(TRAIN_SOURCES)}."
-        problems.append(config.problem("train_file", "there is no training data", hint))
-    quantization = config.quantization_config
-    if (
-        quantization is not None
-        and config.lora_config is None
-        and (quantization.load_in_4bit or quantization.load_in_8bit)
-    ):
-        message = "quantized weights cannot be trained without an adapter"
-        hint = "Add a lora_config section (`lora_config: {}` takes every default), or remove quantization_config."
-        problems.append(config.problem("quantization_config", message, hint))
-    return [*problems, *_not_trained_here(config)]
-
-
-def _not_trained_here(config: Config) -> Iterator[Problem]:
-    """Keys that upstream's Trainer knows and this one does not honour: better an error than a run that ignores them."""
-    for key in ("fsdp", "deepspeed", "parallelism_config"):
-        if _given(config, key):
-            yield config.problem(key, "models are not sharded yet", "Remove it: processes train whole copies (DDP).")
-    for key in ("bf16_full_eval", "fp16_full_eval"):
-        if _given(config, key):
-            yield config.problem(key, "evaluation computes as training does", "Remove it, or set `dtype`.")
-    if config.auto_find_batch_size and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        hint = "Set per_device_train_batch_size; one process that runs out of memory would leave the others waiting."
-        yield config.problem("auto_find_batch_size", "works in one process only", hint)
-
-
-def _given(config: Config, key: str) -> bool:
+def is_given(config: Config, key: str) -> bool:
     """Whether the user gave `key` a value other than its "off" value: null, false, zero, or an empty list."""
     place: object = config
     for part in key.split("."):
@@ -93,7 +57,7 @@ def _given(config: Config, key: str) -> bool:
 
 def _exclusive(config: Config) -> Iterator[Problem]:
     for keys, hint in _EXCLUSIVE:
-        given = [key for key in keys if _given(config, key)]
+        given = [key for key in keys if is_given(config, key)]
         if len(given) > 1:
             # Named at the one that came last: that is the one just added.
             *others, last = sorted(given, key=lambda key: (config.place(key)[1] or 0, keys.index(key)))
@@ -106,7 +70,7 @@ def _where(config: Config, key: str) -> str:
 
 
 def _needs(config: Config) -> Iterator[Problem]:
-    if _given(config, "from_scratch") and not _given(config, "tokenizer_name_or_path"):
+    if is_given(config, "from_scratch") and not is_given(config, "tokenizer_name_or_path"):
         hint = "Add tokenizer_name_or_path: random weights come with no tokenizer."
         yield config.problem("from_scratch", "needs tokenizer_name_or_path", hint)
     quantization = config.quantization_config
@@ -156,8 +120,6 @@ def _auto_batch(config: Config) -> Iterator[Problem]:
     key = "per_device_train_batch_size"
     if config.per_device_train_batch_size != "auto":
         return
-    if config.auto_find_batch_size:
-        yield config.problem("auto_find_batch_size", f"excludes {key}: auto", "Keep one: both search for the number.")
     if config.streaming:
         hint = "Give a number: the longest rows of a stream are not known before its end."
         yield config.problem(key, "auto needs all rows at once, and streaming reads them one after another", hint)
@@ -171,7 +133,7 @@ def _streaming(config: Config) -> Iterator[Problem]:
         hint = "Write max_steps: how many rows a stream has is not known before its end."
         yield config.problem("streaming", "needs max_steps", hint)
     for key in ("validation_split", "dedupe"):
-        if _given(config, key):
+        if is_given(config, key):
             hint = "Remove one of them; prepare_data.py does it once, in files of their own."
             yield config.problem(key, "needs all rows at once, and streaming reads them one after another", hint)
     if config.train_sampling_strategy not in ("random", "sequential"):
@@ -199,7 +161,7 @@ def _trackers(config: Config) -> Iterator[Problem]:
 
 def _needs_of_training(config: Config) -> Iterator[Problem]:
     # Data sets on the hub or in a folder may bring a validation split of their own.
-    has_validation = any(_given(config, key) for key in (*VALIDATION_SOURCES, "dataset_name", "dataset_path"))
+    has_validation = any(is_given(config, key) for key in (*VALIDATION_SOURCES, "dataset_name", "dataset_path"))
     if config.eval_strategy != "no" and not has_validation:
         hint = f"Give one of {', '.join(VALIDATION_SOURCES)}, or write eval_strategy: no."
         yield config.problem("eval_strategy", f"{shown(config.eval_strategy)} needs validation data", hint)

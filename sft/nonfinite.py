@@ -68,7 +68,7 @@ class NonfiniteGuard:
         """Passes of the step so far."""
         return len(self._passes)
 
-    def forget(self, kept: int = 0) -> None:
+    def forget(self, kept: int) -> None:
         """The step begins anew behind its first `kept` passes, after an attempt that ran out of memory."""
         del self._passes[kept:]
 

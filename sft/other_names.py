@@ -81,7 +81,7 @@ OTHER_NAMES: dict[str, str] = {
     "resume": "resume_from_checkpoint",
     "auto_resume_from_checkpoints": "resume_from_checkpoint",
     "overwrite_output_dir": "resume_from_checkpoint",
-    "use_liger": "use_liger_kernel",
+    "use_liger": "loss_chunk_size",
     "no_cuda": "use_cpu",
     "include_tokens_per_second": "include_num_input_tokens_seen",
     "wandb_run_name": "run_name",
@@ -127,6 +127,7 @@ ADVICE: dict[str, str] = {
     "use_peft": "Write a lora_config section; lora_config: {} takes every default.",
     "overwrite_output_dir": "Leave it out. resume_from_checkpoint says whether a run goes on or starts anew.",
     "validation_split_percentage": "Write validation_split as a share, e.g. 0.05 for 5 percent.",
+    "use_liger": "Leave it out: the head is fused to the loss already; loss_chunk_size is its chunk.",
     "quantization_bit": "Write quantization_config: {load_in_4bit: true}.",
 }
 """What to write, where the name alone does not say it."""

@@ -154,8 +154,8 @@ def describe(code: int) -> str:
 def exit_code(codes: Mapping[int, int]) -> int:
     """The code of the run from those of the processes that failed: the one that says most.
 
-    A process that loses its partner fails with 1, so 2 and 3 name the cause. 143 says that state was saved: it counts
-    only if nothing else went wrong.
+    A process that loses its partner fails with 1, so 2 and 3 name the cause. 143 says that the run was told to end
+    (SIGTERM): it counts only if nothing else went wrong. Nothing is saved then beyond the last checkpoint.
     """
     endings = {PREEMPTED if code == -signal.SIGTERM else code for code in codes.values()}
     if endings == {PREEMPTED}:

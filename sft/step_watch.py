@@ -66,13 +66,6 @@ class StepWatch:
     def skipped(self, count: int) -> None:
         self._guard.skipped = count
 
-    def forget(self) -> None:
-        """Drops the passes of a step that will not be made."""
-        self._guard.answer()
-        self.sums.clear()
-        self._rows = []
-        self._guard.forget()
-
     def counts(self) -> Any:
         """What the passes of the step so far have come to, for `put_back`."""
         return self.sums.copy(), list(self._rows), self._guard.passes

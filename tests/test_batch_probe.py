@@ -78,7 +78,6 @@ def test_a_resumed_run_keeps_the_number(config_file: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--auto_find_batch_size", "true", "--global_batch_size", "null"], "excludes per_device_train_batch_size"),
         (["--streaming", "true"], "auto needs all rows at once"),
         (["--per_device_train_batch_size", "most"], "per_device_train_batch_size"),
         (["--auto_batch_memory_fraction", "0.000001"], "of the longest rows brings the process to"),
