@@ -21,7 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from sft.auto_packing import NEVER, AutoPacking
-from sft.data_sources import DataSource, order_seed, training_sources, validation_sources
+from sft.data_sources import DataSource, split_seed, training_sources, validation_sources
 from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
 from sft.documents import IGNORE_INDEX, Documents, DocumentStore
 from sft.ledger import Ledger, as_document, as_state, from_state, total
@@ -130,7 +130,7 @@ def prepare_data(
     Raises:
         UserError: data that does not exist or cannot be read.
     """
-    plan = _Plan(keys, tokenizer, order_seed(keys, seed), training, auto, on_rows)
+    plan = _Plan(keys, tokenizer, split_seed(keys, seed), training, auto, on_rows)
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
@@ -344,6 +344,7 @@ def stream_data(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
+    order_seed: int,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 1,
@@ -356,6 +357,7 @@ def stream_data(
 
     Args:
         keys, tokenizer, seed, auto, on_rows: as for `prepare_data`.
+        order_seed: of the order of training rows (`Config.order_seed`).
         rank, world_size: which process this is, of how many that train together.
         workers: processes that each of them has for its data; at least 1, for itself.
         shuffle: whether the rows of a window are shuffled.
@@ -376,7 +378,7 @@ def stream_data(
         sources=tuple(sources),
         weights=weights if len(weights) == len(sources) else None,
         packing=packing,
-        seed=order_seed(keys, seed),
+        seed=order_seed,
         shuffle=shuffle,
         known=set(map(bytes.fromhex, prepared.known)),
         world_size=world_size,

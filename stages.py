@@ -69,6 +69,7 @@ def read_data(config: Config, tokenizer: Any, training: bool = True, **options: 
         keys,
         tokenizer,
         seed=config.seed,
+        order_seed=config.order_seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=max(1, config.dataloader_num_workers),
@@ -138,6 +139,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
         bf16=precision.bf16,
         fp16=precision.fp16,
         plan=plan,
+        order_seed=config.order_seed,
         pads=not (takes_documents(model.config) or data.is_packed),
         logging_dir=config.logging_dir,
         wandb_project=config.wandb_project,
@@ -251,6 +253,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
         bf16=precision.bf16,
         fp16=precision.fp16,
         plan=plan,
+        order_seed=config.order_seed,
         pads=not (takes_documents(model.config) or data.is_packed),
     )
     return estimate_run(

@@ -84,6 +84,10 @@ def _needs(config: Config) -> Iterator[Problem]:
             yield config.problem(f"lora_config.{section}", f"is used only with init_lora_weights: {start}", hint)
     if config.dataset_config_name is not None and config.dataset_name is None:
         yield config.problem("dataset_config_name", "needs dataset_name", "It names a configuration of a hub data set.")
+    shuffle_seed, data_seed = config.shuffle_seed, config.data_seed
+    if None not in (shuffle_seed, data_seed) and shuffle_seed != data_seed:
+        message = f"is {data_seed}, but shuffle_seed, which orders the training rows too, is {shuffle_seed}"
+        yield config.problem("data_seed", message, "Keep one of them.")
     yield from _weights(config)
     yield from _auto_batch(config)
     yield from _streaming(config)

@@ -116,8 +116,8 @@ def validation_sources(keys: DataKeys) -> list[DataSource]:
     return []
 
 
-def order_seed(keys: DataKeys, seed: int) -> int:
-    """The seed of the validation split and of the rows' order: `shuffle_seed`, or the run's `seed`."""
+def split_seed(keys: DataKeys, seed: int) -> int:
+    """The seed of the validation split and of the mixture: `shuffle_seed`, or the run's `seed`."""
     return seed if keys.shuffle_seed is None else keys.shuffle_seed
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sft.conversation import Conversation, RowLost, Text
-from sft.data_sources import DataSource, order_seed, training_sources, validation_sources
+from sft.data_sources import DataSource, split_seed, training_sources, validation_sources
 from sft.documents import IGNORE_INDEX
 from sft.encoding import Encoded
 from sft.formats import normalize
@@ -33,7 +33,7 @@ def preview(
     A row whose answers are trained one by one (its template rewrites earlier turns) is several samples. Rows that are
     lost are said aloud and stepped over.
     """
-    seed = order_seed(keys, seed)
+    seed = split_seed(keys, seed)
     encoder = RowEncoder(tokenizer, keys)
     shown = 0
     for split, source, row in _rows_with_split(keys, seed):
@@ -83,7 +83,7 @@ def serving_contract(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, limi
 
 def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[Conversation]:
     """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets."""
-    seed = order_seed(keys, seed)
+    seed = split_seed(keys, seed)
     found: list[Conversation] = []
     for split, source, row in _rows_with_split(keys, seed, training=bool(keys.validation_split)):
         if split == "train" or row.data is None:

@@ -27,7 +27,7 @@ class RowOrder(Trainer):
 
     @property
     def order_seed(self) -> int:
-        """The seed of the order: `data_seed`, or the run's."""
+        """The seed of the order: `data_seed`, which is also how `shuffle_seed` comes here, or the run's."""
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     def get_train_dataloader(self) -> DataLoader:

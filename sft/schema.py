@@ -37,6 +37,7 @@ Group = TypeVar("Group", bound=Keys)
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
+Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]  # what numpy takes
 Format = Literal["auto", "alpaca", "chat", "qa", "text"]
 TrainOn = Literal["assistant", "last_assistant", "all"]
 Packing = Literal["auto", "bfd", "wrapped", False]
@@ -135,8 +136,8 @@ class DataKeys(Keys):
     """Read the training rows while training, for data larger than memory or disk; `max_steps` says when to stop."""
     streaming_window: Positive = 10_000
     """Rows that each process (or dataloader worker) of a streaming run packs and shuffles together."""
-    shuffle_seed: Int | None = None
-    """Seed of the validation split and of the row order; null is `seed`."""
+    shuffle_seed: Seed | None = None
+    """Seed of the validation split, the mixture and the row order (also `data_seed`); null is `seed`."""
     preprocessing_num_workers: Positive | None = None
     """Threads that tokenize; null uses all cores."""
     dedupe: Bool = False
@@ -304,6 +305,12 @@ class WatchKeys(Keys):
 
 class Config(ModelKeys, DataKeys, TrainingKeys, LossKeys, AdapterKeys, DistributionKeys, WatchKeys):
     """The whole config of a run."""
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of training rows, in memory and streamed."""
+        given = (seed for seed in (self.shuffle_seed, self.data_seed) if seed is not None)
+        return next(given, self.seed)
 
     def section(self, group: type[Group]) -> Group:
         """Only the keys of one group, as a stage receives them."""

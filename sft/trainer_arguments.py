@@ -23,6 +23,7 @@ def training_arguments(
     bf16: bool,
     fp16: bool,
     plan: BatchPlan | None,
+    order_seed: int | None = None,
     pads: bool = False,
     logging_dir: str | None = None,
     wandb_project: str | None = None,
@@ -33,6 +34,7 @@ def training_arguments(
         given: `Config.training_arguments()`.
         bf16, fp16: the autocast that was chosen for the machine.
         plan: the run's arithmetic; None where nothing is trained.
+        order_seed: of the order of training rows; None leaves it to `data_seed` and `seed`.
         pads: whether rows are padded to the longest of their pass, so that passes of like lengths compute less.
         logging_dir: of the TensorBoard files; None is `logs/tensorboard` in the output folder.
         wandb_project: None leaves it to the environment.
@@ -46,6 +48,8 @@ def training_arguments(
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
         if plan.train_rows is None:  # a stream begins behind the rows that were trained
             arguments["ignore_data_skip"] = True
+    if order_seed is not None:
+        arguments["data_seed"] = order_seed
     _choose_the_best(arguments)
     if pads:
         arguments.setdefault("train_sampling_strategy", "group_by_length")
