@@ -67,16 +67,18 @@ def train(argv: list[str]) -> int:
     """Trains, evaluates, and saves the model with its logs and its card."""
     import config_manager
     import distributed_utils as distributed
+    from sft.schema import ModelKeys, TrainingKeys
+    from sft.trackers import require_trackers
 
     started = time.perf_counter()
     config, _ = _config("train", argv)
     config_manager.require_trainable(config)
+    require_trackers(config.section(TrainingKeys))
     _take_machine(config)
     import model_manager
     import stages
     from sft import artifacts
     from sft.resume import find_checkpoint, set_aside
-    from sft.schema import ModelKeys
 
     output_dir = Path(config.output_dir)
     if distributed.is_main_process():
@@ -139,8 +141,10 @@ def _check_stages(config: Config, report: Report) -> None:
     from sft.hardware import require_gpus
     from sft.resume import find_checkpoint
     from sft.schema import DataKeys, ModelKeys, TrainingKeys
+    from sft.trackers import require_trackers
 
     report.attempt(lambda: config_manager.require_trainable(config))
+    report.attempt(lambda: require_trackers(config.section(TrainingKeys)))
     report.attempt(lambda: require_gpus(config.num_gpus or 0))
     report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
@@ -220,7 +224,11 @@ def estimate(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Measures a model on the config's validation data."""
+    from sft.schema import TrainingKeys
+    from sft.trackers import require_trackers
+
     config, options = _config("evaluate", argv)
+    require_trackers(config.section(TrainingKeys))
     _take_machine(config)
     import distributed_utils as distributed
     import model_manager
@@ -230,7 +238,6 @@ def evaluate(argv: list[str]) -> int:
     from sft.callbacks import ConsoleProgress
     from sft.console import console
     from sft.document_attention import takes_documents
-    from sft.schema import TrainingKeys
 
     folder = options.model or config.output_dir
     model, tokenizer = model_manager.load_trained(

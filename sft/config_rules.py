@@ -157,6 +157,8 @@ def _streaming(config: Config) -> Iterator[Problem]:
 def _trackers(config: Config) -> Iterator[Problem]:
     asked = [config.report_to] if isinstance(config.report_to, str) else config.report_to
     for name in asked:
+        if name in ("none", "all") and len(asked) > 1:
+            yield config.problem("report_to", f"{name} stands alone, not beside other trackers", "Keep one of them.")
         if name not in (*trackers(), "none", "all"):
             near = difflib.get_close_matches(name.lower(), trackers(), n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Trackers are {', '.join(trackers())}; or none, or all."

@@ -1,14 +1,25 @@
-"""What the trackers received, read back from what they wrote: TensorBoard's events, W&B's offline run."""
+"""What the trackers received, read back from what they wrote: TensorBoard's events, W&B's offline run.
+
+And trackers that cannot start: they are told before anything is loaded.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import sft_main
+import stages
+from config_manager import load_config
+from sft import trackers
+from sft.errors import UserError
+from sft.schema import TrainingKeys
+from sft.upstream_schema import trackers as known_trackers
 from tests.runs import arithmetic, log_history, run, write_config, write_rows
 
 METRICS = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "learning_rate", "grad_norm", "num_tokens")
@@ -91,3 +102,94 @@ def test_wandb_has_every_metric_of_every_log(tracked: Path) -> None:
         written = [row[f"train/{metric}"] for row in rows if f"train/{metric}" in row]
         assert written == [pytest.approx(e[metric]) for e in log_history(tracked / "out")], metric
     assert len([row for row in rows if "eval/loss" in row]) == 2
+
+
+# Trackers that cannot start
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(module: str) -> None:
+        if "." in module:
+            raise ModuleNotFoundError(module)
+
+    monkeypatch.setattr(trackers, "find_spec", find_spec)
+    for name in ("KUBEFLOW_TRAINER_SERVER_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refusals(report_to: str | list[str]) -> list[tuple[str, str]]:
+    try:
+        trackers.require_trackers(TrainingKeys(report_to=report_to))  # type: ignore[call-arg]
+    except UserError as error:
+        return [(problem.message, problem.hint) for problem in error.problems if problem.key == "report_to"]
+    return []
+
+
+def test_what_each_tracker_needs_is_known() -> None:
+    assert list(trackers.MODULES) == known_trackers()
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_what_is_missing_is_told_with_the_command_that_installs_it() -> None:
+    pip = f"Install it: {sys.executable} -m pip install"
+    assert refusals("wandb") == [("wandb needs wandb, not installed here", f"{pip} wandb")]
+    assert refusals(["azure_ml", "comet_ml"]) == [
+        ("azure_ml needs azureml-core, not installed here", f"{pip} azureml-core"),
+        ("comet_ml needs comet-ml, not installed here", f"{pip} comet-ml"),
+    ]
+    assert refusals("dagshub") == [
+        ("dagshub needs dagshub and mlflow, not installed here", f"{pip} dagshub mlflow"),
+        (
+            "dagshub needs the environment variable MLFLOW_TRACKING_URI, which is not set",
+            "Set it, or leave this tracker out.",
+        ),
+    ]
+    ((message, _),) = refusals("kubeflow")
+    assert "KUBEFLOW_TRAINER_SERVER_URL" in message
+    for name in known_trackers():
+        assert refusals(name)
+    assert refusals("none") == refusals("all") == refusals([]) == []
+
+
+def test_what_is_installed_is_found_and_a_folder_of_runs_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("swanlab", "trackio"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "trackio" / "__init__.py").write_text("")
+    (tmp_path / "tensorboardX.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("swanlab", "trackio", "tensorboard", "tensorboardX"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert refusals(["trackio", "tensorboard"]) == []
+    assert refusals("swanlab")[0][0] == "swanlab needs swanlab, not installed here"
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_check_and_train_tell_it_before_the_data_is_read(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = write_config(
+        tmp_path / "run.yaml",
+        model_name_or_path=str(model_dir),
+        train_file=str(write_rows(tmp_path / "train.jsonl", arithmetic(4))),
+        cache_dir=str(tmp_path / "cache"),
+        output_dir=str(tmp_path / "out"),
+        report_to="mlflow",
+    )
+    assert sft_main.main(["check", "--config_file", str(config_file), "--json"]) == 2
+    (told,) = json.loads(capsys.readouterr().out)["errors"]
+    assert (told["key"], told["line"], told["message"]) == ("report_to", 5, "mlflow needs mlflow, not installed here")
+    monkeypatch.setattr(stages, "prepare", lambda *_, **__: pytest.fail("the data was prepared"))
+    for verb in ("train", "evaluate"):
+        assert sft_main.main([verb, "--config_file", str(config_file)]) == 2
+        assert "mlflow needs mlflow" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["none", "all"])
+def test_none_and_all_stand_alone(tmp_path: Path, word: str) -> None:
+    with pytest.raises(UserError, match=f"report_to: {word} stands alone"):
+        load_config(write_config(tmp_path / "run.yaml", report_to=["wandb", word]))
+    assert load_config(write_config(tmp_path / "run.yaml", report_to=[word])).report_to == [word]
