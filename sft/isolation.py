@@ -97,4 +97,6 @@ def _logits_of_second(model: Any, collator: Collator, documents: tuple[np.ndarra
 def _is_precise(model: Any) -> bool:
     """Whether the model computes in float32, TF32 not counted."""
     weight = model.get_input_embeddings().weight
-    return weight.dtype == torch.float32 and (weight.device.type == "cpu" or not torch.backends.cuda.matmul.allow_tf32)
+    # Not `allow_tf32`, which raises an error once `torch.backends.fp32_precision` was set (as `tf32: true` does).
+    uses_tf32 = weight.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return weight.dtype == torch.float32 and not uses_tf32

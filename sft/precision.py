@@ -79,7 +79,9 @@ def device_facts(measured: bool = False) -> DeviceFacts:
     return DeviceFacts("cpu", bf16=True, bf16_speedup=bf16_speedup())
 
 
-def _check_flags(dtype_key: str, bf16: bool | None, fp16: bool | None, device: DeviceFacts) -> None:
+def _check_flags(
+    dtype_key: str, trains_everything: bool, bf16: bool | None, fp16: bool | None, device: DeviceFacts
+) -> None:
     if dtype_key not in ("auto", *DTYPES):
         raise UserError(Problem(f"no such dtype: {dtype_key!r}", f"One of auto, {', '.join(DTYPES)}.", key="dtype"))
     if bf16 and fp16:
@@ -94,6 +96,16 @@ def _check_flags(dtype_key: str, bf16: bool | None, fp16: bool | None, device: D
                 "float16 training needs a GPU",
                 "On a CPU leave the precision on auto, or use `dtype: bfloat16`.",
                 key="fp16" if fp16 else "dtype",
+            )
+        )
+    if trains_everything and dtype_key == "float16":
+        # Gradients have the format of their weights. Unscaled ones vanish in float16, and scaled ones overflow when
+        # they are scaled back, so that torch's GradScaler raises "Attempting to unscale FP16 gradients".
+        raise UserError(
+            Problem(
+                "float16 weights can be held frozen under an adapter, but not trained",
+                "Use `dtype: auto`, which with `fp16: true` trains float32 weights under float16 autocast.",
+                key="dtype",
             )
         )
 
@@ -125,9 +137,9 @@ def choose_precision(
             bfloat16: the optimizer then has nothing to keep beside them.
 
     Raises:
-        UserError: the settings exclude each other, or the device cannot do it.
+        UserError: the settings exclude each other, the device cannot do it, or float16 weights would be trained.
     """
-    _check_flags(dtype_key, bf16, fp16, device)
+    _check_flags(dtype_key, trains_everything, bf16, fp16, device)
     keeps_masters = trains_everything and not sharded
     if device.kind == "cpu" and not sharded:
         return _on_cpu(dtype_key, trains_everything, bf16, device.bf16_speedup)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, MambaConfig, NemotronConfig, OPTConfig, set_seed
 
 from sft.collation import Collator
 from sft.document_attention import NAME, register
 from sft.errors import UserError
-from sft.isolation import Leak, measure_leak, require_isolation
+from sft.isolation import Leak, _is_precise, measure_leak, require_isolation
 from tests.builders import tiny_llama
 
 
@@ -87,3 +90,34 @@ def test_a_model_that_does_not_hand_boundaries_on_is_refused_with_a_way_out() ->
 def test_rounding_is_told_from_a_leak(leak: Leak, in_float32: bool, in_bf16: bool) -> None:
     assert leak.exceeds(precise=True) is in_float32
     assert leak.exceeds(precise=False) is in_bf16
+
+
+@pytest.fixture
+def float32_products() -> Iterator[Any]:
+    """torch's settings of float32 products on CUDA devices, which are put back."""
+    backends: Any = torch.backends
+    yield backends
+    backends.fp32_precision = backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+def on_cuda() -> Any:
+    """What is asked of a model in float32 on a CUDA device."""
+    weight = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    return SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight))
+
+
+def test_float32_products_in_tf32_are_not_precise_by_whichever_setting(float32_products: Any) -> None:
+    """Those of transformers' `tf32: true`, of torch's older flag, and of `set_float32_matmul_precision`."""
+    assert _is_precise(on_cuda())
+    float32_products.fp32_precision = "tf32"
+    assert not _is_precise(on_cuda())
+    assert _is_precise(tiny_llama(50)), "a CPU has no TF32"
+    float32_products.fp32_precision = "ieee"
+    assert _is_precise(on_cuda())
+    float32_products.cuda.matmul.allow_tf32 = True
+    assert not _is_precise(on_cuda())
+    float32_products.cuda.matmul.allow_tf32 = False
+    assert _is_precise(on_cuda())
+    torch.set_float32_matmul_precision("high")
+    assert not _is_precise(on_cuda())

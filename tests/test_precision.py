@@ -92,6 +92,20 @@ def test_what_excludes_itself(dtype: str, bf16: bool | None, fp16: bool | None, 
     assert caught.value.problems[0].key == key
 
 
+@pytest.mark.parametrize("device", [GPU, OLD_GPU])
+@pytest.mark.parametrize("fp16", [None, True, False])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_float16_weights_are_not_trained(device: DeviceFacts, fp16: bool | None, sharded: bool) -> None:
+    with pytest.raises(UserError) as caught:
+        choose_precision("float16", True, None, fp16, device, sharded=sharded)
+    (problem,) = caught.value.problems
+    assert problem.key == "dtype"
+    assert "dtype: auto" in problem.hint
+    remedy = choose_precision("auto", True, None, True, device)
+    assert (remedy.dtype, remedy.fp16, remedy.master_weights) == ("float32", True, False)
+    assert choose_precision("float16", False, None, fp16, device).dtype == "float16", "a frozen base may be"
+
+
 def test_attention_is_flash_where_it_runs_then_ours_then_what_takes_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = LlamaConfig()
     for installed, expected in ((False, "sft_documents"), (True, "flash_attention_2")):
