@@ -99,8 +99,8 @@ def _check_flags(
             )
         )
     if trains_everything and dtype_key == "float16":
-        # Gradients have the format of their weights. Unscaled ones vanish in float16, and scaled ones overflow when
-        # they are scaled back, so that torch's GradScaler raises "Attempting to unscale FP16 gradients".
+        # Gradients have the format of their weights, and small ones vanish in float16: at once, or when scaled ones are
+        # scaled back. torch's GradScaler raises "Attempting to unscale FP16 gradients".
         raise UserError(
             Problem(
                 "float16 weights can be held frozen under an adapter, but not trained",
