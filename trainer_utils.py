@@ -26,6 +26,7 @@ from sft.isolation import require_isolation
 from sft.losses import TokenLoss
 from sft.nonfinite import require_finite
 from sft.out_of_memory import first_line, is_out_of_memory, out_of_memory
+from sft.resume import require_best
 from sft.run_records import RunRecords
 from sft.stream_state import StreamProgress
 from sft.streaming import TrainingStream
@@ -149,7 +150,8 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
             self._watch.skipped = next((e["skipped_steps"] for e in state.log_history[::-1] if "skipped_steps" in e), 0)
             if state.global_step >= self._total_steps:
                 logger.info("%s is at step %d: nothing is left to train", checkpoint, state.global_step)
-                self._load_from_checkpoint(str(checkpoint))
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(str(require_best(Path(best)) if best else checkpoint))
                 self.state = state
                 return
         self._clock = time.perf_counter()

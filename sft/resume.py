@@ -55,6 +55,15 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
     return None
 
 
+def require_best(checkpoint: Path) -> Path:
+    """`checkpoint`, the best of a run that is finished. Raises `UserError` where it is gone or not whole."""
+    damage = find_damage(checkpoint) if checkpoint.is_dir() else "it does not exist any more"
+    if damage:
+        message = f"the run is finished, and its best checkpoint {str(checkpoint)!r} cannot be loaded: {damage}"
+        raise UserError(Problem(message, "set it to false to keep the last weights", "load_best_model_at_end"))
+    return checkpoint
+
+
 def set_aside(output_dir: Path) -> None:
     """Moves an earlier run's checkpoints out of a fresh run's way.
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sft.errors import UserError
-from sft.resume import checkpoints, find_checkpoint, find_damage, set_aside
+from sft.resume import checkpoints, find_checkpoint, find_damage, require_best, set_aside
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:
@@ -89,6 +89,17 @@ def test_auto_with_nothing_but_damaged_checkpoints_is_an_error_and_no_fresh_star
     (make_checkpoint(tmp_path, 5) / "optimizer.pt").unlink()
     with pytest.raises(UserError, match="none of the checkpoints"):
         find_checkpoint("auto", tmp_path)
+
+
+def test_a_best_checkpoint_that_is_gone_or_not_whole_is_an_error(tmp_path: Path) -> None:
+    best = make_checkpoint(tmp_path, 5)
+    assert require_best(best) == best
+    cut(best / "model.safetensors")
+    with pytest.raises(UserError, match=r"best checkpoint .*checkpoint-5.* model.safetensors is cut short"):
+        require_best(best)
+    shutil.rmtree(best)
+    with pytest.raises(UserError, match=r"load_best_model_at_end: .* it does not exist any more"):
+        require_best(best)
 
 
 def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> None:

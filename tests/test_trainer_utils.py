@@ -174,6 +174,14 @@ def test_the_best_checkpoint_is_loaded_measured_and_kept(
     if kind == "full":
         assert found["datasets"]["sums"] == expected(measure(model_in(out), rows_of(out).evals["sums"]), "eval")
 
+    # To resume the run, which is finished, finds the same model again.
+    (out / weights).unlink()
+    again = [*order, *saving, *settings, "load_best_model_at_end=true", "resume_from_checkpoint=auto"]
+    trained(config_file, f"best_{kind}", *again)
+    resumed = load_file(out / weights)
+    assert all(resumed[name].equal(of_best[name]) for name in of_best)
+    assert results(out) == found
+
 
 # What changes training and leaves evaluation alone
 
