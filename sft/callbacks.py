@@ -61,8 +61,10 @@ class MetricsFile(TrainerCallback):
             return
         kept = []
         if state.global_step and self._file.is_file():
-            lines = self._file.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            steps = [(_step_of(line), line) for line in self._file.read_text(errors="replace").splitlines()]
+            kept = [line for step, line in steps if step is not None and step <= state.global_step]
+            if cut := sum(step is None for step, _ in steps):
+                logger.warning("%s: %d unreadable lines (cut short, most likely) are dropped", self._file, cut)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept))
 
@@ -78,6 +80,14 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self._file.open("a") as stream:
                 stream.write(json.dumps({"step": state.global_step, "time": time.time(), **_finite(logs)}) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of the file; None for one that a process which was killed did not finish."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class ConsoleProgress(TrainerCallback):

@@ -15,6 +15,7 @@ from sft.errors import Problem, UserError
 logger = logging.getLogger("sft")
 
 _STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_RUN_SHAPE, _STREAM_STATE = "run_shape.json", "stream_state.json"  # of modules that import torch; `check` does without
 
 
 def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
@@ -110,6 +111,8 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{missing[0]} is missing"
     if not list(checkpoint.glob("rng_state*.pth")):
         return "rng_state.pth is missing"
+    if damage := _damage_of_records(checkpoint):
+        return damage
     for file in weights:
         if not _safetensors_is_whole(file):
             return f"{file.name} is cut short"
@@ -117,6 +120,20 @@ def find_damage(checkpoint: Path) -> str | None:
         if not _zip_is_whole(file):
             return f"{file.name} is damaged"
     return None
+
+
+def _damage_of_records(checkpoint: Path) -> str | None:
+    """What is wrong with the files that are ours; a checkpoint of another trainer has none of them."""
+    if not (checkpoint / _RUN_SHAPE).is_file():
+        return None
+    content = _read_json(checkpoint / _RUN_SHAPE)
+    if not (isinstance(content, dict) and isinstance(content.get("shape"), dict) and "counts" in content):
+        return f"{_RUN_SHAPE} is damaged"
+    if content["shape"].get("streamed_data") is None:
+        return None
+    if not (checkpoint / _STREAM_STATE).is_file():
+        return f"{_STREAM_STATE} is missing"
+    return None if isinstance(_read_json(checkpoint / _STREAM_STATE), dict) else f"{_STREAM_STATE} is damaged"
 
 
 def _read_json(file: Path) -> Any:

@@ -40,6 +40,7 @@ class RunRecords(RowOrder):
         self._operations_a_token = operations_a_token
         self._peak_operations = peak_of(self.args.device)
         self._counts = TokenCounts.zero()
+        self._streamed: dict[str, Any] | None = None  # what the stream's ranks gathered for the checkpoint
         self._clock = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -78,18 +79,14 @@ class RunRecords(RowOrder):
         named = self.model.named_parameters()  # type: ignore[union-attr]
         require_finite(named, f"checkpoint-{self.state.global_step}")
         self._count_tokens()  # so that num_tokens goes on from the right number after a resume
-        streamed = self.progress.gather() if self.progress else None
-        if streamed:
-            self._end_token_ids = streamed["end_token_ids"]
+        if self.progress:
+            self._streamed = self.progress.gather()
+            self._end_token_ids = self._streamed["end_token_ids"]
         super()._save_checkpoint(model, trial)
-        if self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            run_shape.save(folder, self._shape(), self._counts)
-            if self.progress and streamed:
-                stream_state.save(folder, streamed)
-                artifacts.write_ledger(Path(str(self.args.output_dir)), self.progress.document(streamed))
-        if self.progress and streamed:
-            self.progress.judge(stream_state.account_in(streamed))
+        if self.progress and self._streamed:
+            if self.is_world_process_zero():
+                artifacts.write_ledger(Path(str(self.args.output_dir)), self.progress.document(self._streamed))
+            self.progress.judge(stream_state.account_in(self._streamed))
         self._clock += time.perf_counter() - started
 
     def stream_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -99,10 +96,17 @@ class RunRecords(RowOrder):
         return self.progress.document(streamed), tuple(streamed["end_token_ids"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Also what is ours in a checkpoint: older ones are deleted once all of the new one is there."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         model: Any = self.model
         tokenizer: Any = self.processing_class
-        save_companions(model, tokenizer, output_dir or str(self.args.output_dir), self._end_token_ids)
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_companions(model, tokenizer, folder, self._end_token_ids)
+        if self._streamed:
+            stream_state.save(folder, self._streamed)
+        run_shape.save(folder, self._shape(), self._counts)
 
     def _leave_logs(self) -> None:
         """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""

@@ -21,6 +21,8 @@ def make_checkpoint(output_dir: Path, step: int) -> Path:
     torch.save({"last_epoch": step}, folder / "scheduler.pt")
     torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
     (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    (folder / "run_shape.json").write_text('{"shape": {"streamed_data": "3f"}, "counts": {}}')
+    (folder / "stream_state.json").write_text('{"places": []}')
     return folder
 
 
@@ -55,6 +57,11 @@ DAMAGE = {
     "state empty": lambda c: (c / "trainer_state.json").write_text("{}"),
     "optimizer overwritten": lambda c: overwrite(c / "optimizer.pt"),
     "index cut short": lambda c: (c / "model.safetensors.index.json").write_text('{"weight_m'),
+    "shape cut short": lambda c: cut(c / "run_shape.json"),
+    "shape empty": lambda c: (c / "run_shape.json").write_text(""),
+    "shape of nothing": lambda c: (c / "run_shape.json").write_text("[]"),
+    "stream cut short": lambda c: cut(c / "stream_state.json"),
+    "stream gone": lambda c: (c / "stream_state.json").unlink(),
     "a shard gone": lambda c: (c / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "gone.safetensors"}}'
     ),
@@ -70,6 +77,16 @@ def test_auto_steps_over_a_damaged_checkpoint_and_a_path_to_it_is_refused(tmp_pa
     assert find_checkpoint("auto", tmp_path) == whole
     with pytest.raises(UserError, match="is not whole"):
         find_checkpoint(str(broken), tmp_path)
+
+
+def test_a_checkpoint_needs_the_state_of_a_stream_only_where_it_trained_one(tmp_path: Path) -> None:
+    plain, foreign = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
+    (plain / "run_shape.json").write_text('{"shape": {"streamed_data": null}, "counts": {}}')
+    (plain / "stream_state.json").unlink()
+    assert find_damage(plain) is None
+    for name in ("run_shape.json", "stream_state.json"):
+        (foreign / name).unlink()
+    assert find_damage(foreign) is None, "another trainer's"
 
 
 def test_a_path_to_nowhere_is_an_error_that_names_what_there_is(tmp_path: Path) -> None:

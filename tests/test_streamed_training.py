@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import config_manager
 import sft_main
@@ -82,6 +83,34 @@ def test_a_stopped_run_goes_on_as_the_one_that_was_not(config_file: Path, proces
     assert saved[0] == saved[1]
     assert len(saved[0]["places"]) == max(1, processes) * max(1, workers)
     assert saved[0]["batches"] == 12 * 3
+
+
+@pytest.mark.slow
+def test_a_run_killed_as_it_deletes_older_checkpoints_goes_on_from_the_new_one(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metrics file ends in half a line; the newest checkpoint is whole before an older one is touched."""
+    whole, killed = trained(config_file, "not_killed"), config_file.parent / "killed"
+    rotate = transformers.trainer.rotate_checkpoints
+
+    def kill(**options: Any) -> None:
+        rotate(**options)
+        if (killed / "checkpoint-6").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", kill)
+    arguments = ["--config_file", str(config_file), f"output_dir={killed}", "save_steps=3", "save_total_limit=1"]
+    assert sft_main.main(arguments) == 130
+    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-6"]
+    with (killed / "logs" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    monkeypatch.undo()
+    assert sft_main.main([*arguments, "resume_from_checkpoint=auto"]) == 0
+    assert curve(killed) == curve(whole)
+    assert report(killed) == report(whole)
+    metrics = [json.loads(line) for line in (killed / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics if "loss" in entry] == list(range(1, 13))
+    assert "metrics.jsonl: 1 unreadable lines" in (killed / "logs" / "training_log.txt").read_text()
 
 
 @pytest.mark.slow
