@@ -158,6 +158,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self._settle()
+            self._count_tokens()  # of steps that no log and no checkpoint has counted
             require_finite(self.model.named_parameters(), "the final model")  # type: ignore[union-attr]
         except TrainingStopped:
             self._leave_logs()

@@ -12,6 +12,8 @@ from filelock import FileLock
 from safetensors import safe_open
 
 import sft_main
+from sft.sampling import EpochSampler
+from tests.by_hand import rows_of
 from tests.runs import ROOT, arithmetic, log_history, losses, run, write_config, write_rows
 
 
@@ -145,6 +147,35 @@ def test_a_resumed_run_follows_the_configs_intervals(config_file: Path, tmp_path
         "checkpoint-8",
     }
     assert [e["step"] for e in log_history(out)] == [1, 2, 3, 4, 8]
+
+
+def test_steps_behind_the_last_log_are_logged_at_the_end(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their loss is that of the four steps by their tokens, on the console, in the files and in the checkpoint."""
+    each, whole, none = tmp_path / "each", tmp_path / "whole", tmp_path / "none"
+    common = ["--config_file", str(config_file), "save_strategy=no"]
+    assert sft_main.main([*common, f"output_dir={each}", "logging_steps=3"]) == 0
+    assert [entry["step"] for entry in log_history(each)] == [3, 4]
+    capsys.readouterr()
+    assert sft_main.main([*common, f"output_dir={whole}", "logging_steps=10", "save_strategy=steps"]) == 0
+    said = capsys.readouterr().err
+    (log,) = log_history(whole)
+    assert log["step"] == 4
+    rows, order = rows_of(whole).train, EpochSampler(54, 0, seed=42).order()
+    trained = [sum(int((rows[int(i)]["labels"] != -100).sum()) for i in order[a:b]) for a, b in ((0, 12), (12, 16))]
+    weighted = sum(loss * tokens for loss, tokens in zip(losses(each), trained, strict=True)) / sum(trained)
+    assert log["loss"] == pytest.approx(weighted, rel=1e-6)
+    assert f"loss {log['loss']:.4f}" in said
+    assert "train_loss" in said.partition(f"loss {log['loss']:.4f}")[2], "the conclusion comes behind it"
+    assert log_history(whole / "checkpoint-4") == [log]
+    lines = [json.loads(line) for line in (whole / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["loss"]) for entry in lines if "loss" in entry] == [(4, log["loss"])]
+
+    assert sft_main.main([*common, f"output_dir={none}", "logging_strategy=no"]) == 0
+    assert log_history(none) == []
+    seen = [json.loads((out / "trainer_state.json").read_text())["num_input_tokens_seen"] for out in (each, none)]
+    assert seen == [log["num_tokens"]] * 2 == [sum(len(rows[int(i)]["input_ids"]) for i in order[:16])] * 2
 
 
 def test_two_runs_in_one_folder_are_refused(
