@@ -63,9 +63,10 @@ class TokenEvaluation(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         # Upstream keeps the loader with persistent workers for all sets under one name.
         getattr(self, "_eval_dataloaders", {}).clear()
-        return super().get_eval_dataloader(
-            EvenRows(rows, even_multiple(self.args.eval_batch_size, self.args.world_size))
-        )
+        batch_size, ranks = self.args.eval_batch_size, self.args.world_size
+        # dataloader_drop_last is for training, but upstream heeds it here too: fillers leave it no rest to drop.
+        multiple = batch_size * ranks if self.args.dataloader_drop_last else even_multiple(batch_size, ranks)
+        return super().get_eval_dataloader(EvenRows(rows, multiple))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
         return SequentialSampler(eval_dataset)

@@ -125,11 +125,19 @@ def test_loading_in_processes_that_stay_changes_no_number(config_file: Path, pla
     assert_evaluated(out)
 
 
+def test_rows_that_training_drops_are_measured_all_the_same(config_file: Path, plain_run: Path) -> None:
+    """32 rows are one whole batch of training, 5 and 13 no whole number of those of evaluation."""
+    out = trained(config_file, "drop_last", "dataloader_drop_last=true")
+    assert_evaluated(out)
+    assert losses(out) == losses(plain_run)
+
+
 @pytest.mark.slow
-def test_two_processes_count_each_row_once(config_file: Path) -> None:
+@pytest.mark.parametrize("drop_last", ["false", "true"])
+def test_two_processes_count_each_row_once(config_file: Path, drop_last: str) -> None:
     """2 processes of 2 rows: 5 and 13 rows leave 1 row over, which an even split would drop or count twice."""
-    out = config_file.parent / "two"
-    settings = [f"output_dir={out}", "per_device_train_batch_size=16", *WORKERS]
+    out = config_file.parent / f"two_{drop_last}"
+    settings = [f"output_dir={out}", "per_device_train_batch_size=16", f"dataloader_drop_last={drop_last}", *WORKERS]
     done = run("--config_file", config_file, *settings, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_evaluated(out)
