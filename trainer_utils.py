@@ -19,7 +19,7 @@ from sft.callbacks import ConsoleProgress, FollowConfig
 from sft.collation import PACKED, Collator
 from sft.compilation import compile_layers
 from sft.document_attention import takes_documents
-from sft.errors import TrainingStopped
+from sft.errors import RankStopped, TrainingStopped
 from sft.flops import operations_a_token
 from sft.guarded_step import GuardedStep, StepSettings
 from sft.isolation import require_isolation
@@ -160,13 +160,19 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
             self._settle()
             self._count_tokens()  # of steps that no log and no checkpoint has counted
             require_finite(self.model.named_parameters(), "the final model")  # type: ignore[union-attr]
+        except RankStopped:
+            self._leave_curve()
+            raise
         except TrainingStopped:
             self._leave_logs()
             raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise out_of_memory(f"step {self.state.global_step + 1} ran out of memory: {first_line(error)}") from error
+            self._leave_curve()
+            rows = 1 if self._shrinking else self.args.per_device_train_batch_size
+            message = f"step {self.state.global_step + 1} ran out of memory: {first_line(error)}"
+            raise out_of_memory(message, rows) from error
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ConsoleProgress):

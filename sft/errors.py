@@ -57,3 +57,7 @@ class TrainingStopped(UserError):
     """Training went wrong and was stopped before it did damage (a loss that is not finite, say), exit code 3."""
 
     exit_code = 3
+
+
+class RankStopped(TrainingStopped):
+    """This rank was stopped alone: the others do not know, and wait for it in whatever they exchange next."""

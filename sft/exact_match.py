@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sft.conversation import Conversation
+from sft.out_of_memory import measuring
 from sft.replies import exact_match
 from sft.trained_models import stop_tokens
 
@@ -32,12 +33,16 @@ def count_right(
 
     Returns:
         How many answers, without white space around them, are the right ones.
+
+    Raises:
+        RankStopped: memory ran out.
     """
     stops = stop_tokens(tokenizer, end_token_ids)
     messages = [c.messages for c in conversations]
-    result = exact_match(
-        model, tokenizer, messages, batch_size=batch_size, stop_token_ids=stops, on_progress=on_progress
-    )
+    with measuring("answering the questions of exact_match_samples", batch_size):
+        result = exact_match(
+            model, tokenizer, messages, batch_size=batch_size, stop_token_ids=stops, on_progress=on_progress
+        )
     for example in result.examples[:3]:
         mark = "right" if example.reply == example.answer else f"wrong, expected {example.answer!r}"
         logger.info("  %r -> %r (%s)", example.question[-1]["content"], example.reply, mark)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from sft.errors import Problem, TrainingStopped
+from sft.errors import Problem, RankStopped
 
 logger = logging.getLogger("sft")
 
@@ -47,10 +48,36 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def out_of_memory(message: str) -> TrainingStopped:
-    """The end of a run whose memory is gone, with what to do."""
+def out_of_memory(message: str, rows: int = 1) -> RankStopped:
+    """The end of a run whose memory is gone, with what to do.
+
+    Args:
+        message: what ran out of it.
+        rows: of a pass, where the run's config has them as a number that could be smaller.
+    """
     hint = "shorten max_seq_length, set gradient_checkpointing: true, or train an adapter (lora_config)"
-    return TrainingStopped(Problem(message, hint, "max_seq_length"))
+    if rows == 1:
+        return RankStopped(Problem(message, hint, "max_seq_length"))
+    lower = f"lower it from {rows} (global_batch_size keeps the rows of a step) or set it to auto"
+    return RankStopped(Problem(message, f"{lower}; else {hint}", "per_device_train_batch_size"))
+
+
+@contextmanager
+def measuring(what: str, rows: int) -> Iterator[None]:
+    """Around what measures the model on passes of `rows` rows: says so, and what to do, where memory runs out.
+
+    Raises:
+        RankStopped: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint, key = "shorten max_seq_length", "max_seq_length"
+        if rows > 1:
+            hint, key = f"lower it from {rows}, which changes no metric", "per_device_eval_batch_size"
+        raise RankStopped(Problem(f"{what} ran out of memory: {first_line(error)}", hint, key)) from error
 
 
 class ShrinkingPasses:
@@ -90,7 +117,7 @@ class ShrinkingPasses:
             run_pass: forward and backward on one piece; adds to the gradients and returns the loss's part, a scalar.
 
         Raises:
-            TrainingStopped: memory runs out for pieces that cannot be cut any further.
+            RankStopped: memory runs out for pieces that cannot be cut any further.
         """
         before = self._counts()
         loss = self._attempt([batch], run_pass)
@@ -134,7 +161,7 @@ class ShrinkingPasses:
         """One cut more.
 
         Raises:
-            TrainingStopped: it would cut nothing.
+            RankStopped: it would cut nothing.
         """
         passes = [*self._earlier, batch]
         before = [len(self._pieces(p)) for p in passes]

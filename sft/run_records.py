@@ -112,8 +112,15 @@ class RunRecords(RowOrder):
         """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""
         if self.state.global_step > self._globalstep_last_logged:
             self.log({"loss": math.nan})
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(str(self.args.output_dir)) / "trainer_state.json"))
+        self._leave_curve()
+
+    def _leave_curve(self) -> None:
+        """Leaves the curve up to the last log; a rank that stops alone may call it, for it is the same on all ranks."""
+        file = Path(str(self.args.output_dir)) / "trainer_state.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        own = file.with_suffix(f".{self.args.process_index}")
+        self.state.save_to_json(str(own))
+        own.replace(file)  # at once: ranks that stop together do not write into each other's file
         self.callback_handler.on_train_end(self.args, self.state, self.control)  # trackers write what they hold
 
     def _shape(self) -> RunShape:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.collation import EvenRows, even_multiple
 from sft.losses import TokenLoss
 from sft.metrics import TokenCounts, TokenSums
+from sft.out_of_memory import measuring
 
 
 class TokenEvaluation(Trainer):
@@ -85,8 +86,9 @@ class TokenEvaluation(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         model.eval()
         sums = TokenSums(self.args.device)
+        what = f"the evaluation behind step {self.state.global_step}" if self.is_in_train else "the evaluation"
         try:
-            with torch.no_grad():
+            with torch.no_grad(), measuring(what, self.args.eval_batch_size):
                 for batch in dataloader:
                     inputs = self._prepare_inputs(batch)
                     with self.accelerator.autocast():

@@ -204,3 +204,14 @@ def test_a_single_row_that_does_not_fit_stops_the_run(large_head: Path, tmp_path
     assert done.returncode == 3, done.stderr[-3000:]
     assert "memory runs out on a pass of a single row" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_whose_single_row_does_not_fit_asks_nothing_of_the_others(large_head: Path, tmp_path: Path) -> None:
+    """They wait for its gradients; of the steps since the last log it cannot hear what they trained."""
+    keys: dict[str, Any] = yaml.safe_load(large_head.read_text())
+    done = trained(write_config(large_head, **(keys | {"logging_steps": 10})), tmp_path / "out", 0.08, 2)
+    assert "memory runs out on a pass of a single row" in done.stderr
+    assert "exitcode  : 3" in done.stderr, done.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["log_history"]) == (3, [])

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from sft.collation import Collator
-from sft.errors import TrainingStopped
-from sft.out_of_memory import ShrinkingPasses, is_out_of_memory
+from sft.errors import RankStopped
+from sft.out_of_memory import ShrinkingPasses, is_out_of_memory, measuring, out_of_memory
 from sft.pass_halves import halves
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +72,34 @@ def test_only_failed_allocations_are_taken_for_them() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
+@pytest.mark.parametrize(
+    ("raised", "key", "hint"),
+    [
+        (out_of_memory("step 3", rows=8), "per_device_train_batch_size", "lower it from 8 "),
+        (out_of_memory("step 3"), "max_seq_length", "shorten max_seq_length, set gradient_checkpointing"),
+    ],
+)
+def test_the_first_thing_to_do_is_to_lower_the_rows_of_a_pass_where_there_are_several(
+    raised: RankStopped, key: str, hint: str
+) -> None:
+    (problem,) = raised.problems
+    assert (problem.key, raised.exit_code) == (key, 3)
+    assert problem.hint.startswith(hint)
+    assert "shorten max_seq_length" in problem.hint
+
+
+@pytest.mark.parametrize(("rows", "key"), [(8, "per_device_eval_batch_size"), (1, "max_seq_length")])
+def test_an_evaluation_that_is_out_of_memory_says_so(rows: int, key: str) -> None:
+    with (
+        pytest.raises(RankStopped, match="the evaluation ran out of memory: ") as raised,
+        measuring("the evaluation", rows),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+    assert [problem.key for problem in raised.value.problems] == [key]
+    with pytest.raises(ZeroDivisionError), measuring("the evaluation", rows):
+        1 / 0  # noqa: B018
+
+
 class Step:
     """A weight whose passes add up their numbers, and fail on more than `room` at a time."""
 
@@ -116,7 +144,7 @@ def test_the_passes_of_the_step_are_done_again_and_count_once() -> None:
 def test_what_cannot_be_cut_ends_the_run() -> None:
     step = Step(room=0)
     step.shrinking.begin()
-    with pytest.raises(TrainingStopped, match="a pass of a single row"):
+    with pytest.raises(RankStopped, match="a pass of a single row"):
         step.shrinking.run([1.0, 2.0], step.run_pass)
 
 

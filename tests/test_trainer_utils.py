@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import sft_main
 from tests.by_hand import Measured, measure, model_in, rows_of
 from tests.runs import arithmetic, log_history, losses, run, write_config, write_rows
+from trainer_utils import SFTTrainer
 
 WORKERS = ["dataloader_num_workers=1", "dataloader_persistent_workers=true"]
 
@@ -189,6 +191,70 @@ def test_the_best_checkpoint_is_loaded_measured_and_kept(
     resumed = load_file(out / weights)
     assert all(resumed[name].equal(of_best[name]) for name in of_best)
     assert results(out) == found
+
+
+# Out of memory
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said", "logged"),
+    [
+        (["eval_steps=2"], "the evaluation behind step 2 ran out of memory", [1, 2]),
+        (["eval_strategy=no"], "the evaluation ran out of memory", []),
+    ],
+)
+def test_an_evaluation_that_is_out_of_memory_ends_the_run_and_says_what_to_lower(
+    config_file: Path,
+    overrides: list[str],
+    said: str,
+    logged: list[int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure = SFTTrainer.measure
+
+    def fail(self: SFTTrainer, model: Any, inputs: Any, gradient_scale: Any = None) -> Any:
+        if gradient_scale is None and (self.state.global_step or not self.is_in_train):
+            torch.empty(2**60, dtype=torch.uint8)  # not the one pass that the first step makes without gradients
+        return measure(self, model, inputs, gradient_scale)
+
+    monkeypatch.setattr(SFTTrainer, "measure", fail)
+    out = config_file.parent / f"evaluation_{len(logged)}"
+    common = ["--config_file", str(config_file), f"output_dir={out}"]
+    assert sft_main.main([*common, *overrides, "max_steps=3"]) == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"per_device_eval_batch_size: {said}: " in told
+    assert "lower it from 2, which changes no metric" in told
+    assert "Traceback" not in told
+    if logged:
+        assert [entry["step"] for entry in log_history(out)] == logged
+
+
+def test_a_step_that_is_out_of_memory_ends_the_run_and_leaves_the_curve(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = SFTTrainer.measure
+
+    def fail(self: SFTTrainer, model: Any, inputs: Any, gradient_scale: Any = None) -> Any:
+        if self.state.global_step == 2:
+            torch.empty(2**60, dtype=torch.uint8)
+        return measure(self, model, inputs, gradient_scale)
+
+    monkeypatch.setattr(SFTTrainer, "measure", fail)
+    out = config_file.parent / "training_memory"
+    assert sft_main.main(["--config_file", str(config_file), f"output_dir={out}"]) == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert "per_device_train_batch_size: step 3 ran out of memory: " in told
+    assert "lower it from 32 " in told
+    assert [entry["step"] for entry in log_history(out)] == [1, 2]
+
+
+def test_the_command_that_evaluates_says_so_too(
+    config_file: Path, plain_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SFTTrainer, "measure", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    assert sft_main.main(["evaluate", "--config_file", str(config_file), "--model", str(plain_run)]) == 3
+    assert "per_device_eval_batch_size: the evaluation ran out of memory: " in " ".join(capsys.readouterr().err.split())
 
 
 # What changes training and leaves evaluation alone
