@@ -14,7 +14,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft import run_shape
 from sft.callbacks import ConsoleProgress, FollowConfig
 from sft.collation import PACKED, Collator
 from sft.compilation import compile_layers
@@ -143,11 +142,10 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
     def fit(self, checkpoint: Path | None) -> None:
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
         if checkpoint:
-            self._counts = run_shape.load(checkpoint, self._shape())
+            self._restore_counts(checkpoint)
             if self.progress:
                 self.progress.load(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            self._watch.skipped = next((e["skipped_steps"] for e in state.log_history[::-1] if "skipped_steps" in e), 0)
             if state.global_step >= self._total_steps:
                 logger.info("%s is at step %d: nothing is left to train", checkpoint, state.global_step)
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None

@@ -41,7 +41,13 @@ class RunRecords(RowOrder):
         self._peak_operations = peak_of(self.args.device)
         self._counts = TokenCounts.zero()
         self._streamed: dict[str, Any] | None = None  # what the stream's ranks gathered for the checkpoint
+        self._tokens_before = 0  # of the counts since the last log, the input tokens that an earlier process trained
         self._clock = time.perf_counter()
+
+    def _restore_counts(self, checkpoint: Path) -> None:
+        """Goes on counting where the run that left the checkpoint was; see `sft.run_shape.load`."""
+        self._counts, self._watch.skipped = run_shape.load(checkpoint, self._shape())
+        self._tokens_before = self._counts.input_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replaces the Trainer's mean of step means by the metrics over all tokens since the last log."""
@@ -56,7 +62,8 @@ class RunRecords(RowOrder):
             for spike in self._watch.spikes():
                 logger.warning("%s", spike)
             logs["num_tokens"] = self.state.num_input_tokens_seen
-            logs["tokens_per_second"] = counts.input_tokens / seconds
+            logs["tokens_per_second"] = (counts.input_tokens - self._tokens_before) / seconds
+            self._tokens_before = 0
             if self._peak_operations:
                 operations = logs["tokens_per_second"] * self._operations_a_token / self.args.world_size
                 logs["mfu"] = operations / self._peak_operations
@@ -106,7 +113,7 @@ class RunRecords(RowOrder):
         save_companions(model, tokenizer, folder, self._end_token_ids)
         if self._streamed:
             stream_state.save(folder, self._streamed)
-        run_shape.save(folder, self._shape(), self._counts)
+        run_shape.save(folder, self._shape(), self._counts, self._watch.skipped)
 
     def _leave_logs(self) -> None:
         """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""

@@ -58,13 +58,14 @@ def describe_adapter(model: Any) -> str | None:
     return f"r={config.r}, lora_alpha={config.lora_alpha}, target_modules={named}"
 
 
-def save(folder: Path, shape: RunShape, counts: TokenCounts) -> None:
-    """Writes the shape and the counts since the last log into a checkpoint."""
-    (folder / FILE).write_text(json.dumps({"shape": asdict(shape), "counts": asdict(counts)}, indent=2) + "\n")
+def save(folder: Path, shape: RunShape, counts: TokenCounts, skipped: int) -> None:
+    """Writes into a checkpoint the shape, the counts since the last log, and the steps left out since the start."""
+    content = {"shape": asdict(shape), "counts": asdict(counts), "skipped": skipped}
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load(folder: Path, shape: RunShape) -> TokenCounts:
-    """The counts since the last log, from a checkpoint of a run of the same shape.
+def load(folder: Path, shape: RunShape) -> tuple[TokenCounts, int]:
+    """The counts since the last log and the steps left out so far, from a checkpoint of a run of the same shape.
 
     Raises:
         UserError: the run that goes on would train other rows than the one that was stopped.
@@ -72,7 +73,7 @@ def load(folder: Path, shape: RunShape) -> TokenCounts:
     file = folder / FILE
     if not file.is_file():
         logger.warning("%s has no %s: whether its steps mean the same rows is not known", folder, FILE)
-        return TokenCounts.zero()
+        return TokenCounts.zero(), 0
     saved = json.loads(file.read_text())
     differing = [
         Problem(f"was {saved['shape'].get(name)} in {folder}, is {value} now", key=name)
@@ -83,4 +84,4 @@ def load(folder: Path, shape: RunShape) -> TokenCounts:
         hint = "resume with the same settings, or start fresh from its weights: model_name_or_path"
         summary = "the checkpoint is of another run"
         raise UserError(Problem(summary, hint, "resume_from_checkpoint"), *differing)
-    return TokenCounts(**saved["counts"])
+    return TokenCounts(**saved["counts"]), int(saved.get("skipped", 0))

@@ -434,6 +434,18 @@ def test_a_skipped_step_counts_in_no_mean(config_file: Path) -> None:
     assert whole["skipped_steps"] == 1
 
 
+def test_a_resumed_run_remembers_a_skipped_step_that_no_log_has_told(config_file: Path) -> None:
+    """Its log tells of it, and it counts for the limit."""
+    out, step = config_file.parent / "remembered", step_of_the_row()
+    common = ["--config_file", str(config_file), "on_nonfinite=skip", "save_steps=1"]
+    assert sft_main.main([*common, f"output_dir={out}", "logging_strategy=no"]) == 0
+    again = [f"output_dir={out}_again", f"resume_from_checkpoint={out / f'checkpoint-{step}'}", "logging_steps=1"]
+    assert sft_main.main([*common, *again]) == 0
+    logs = log_history(Path(f"{out}_again"))
+    assert [entry["step"] for entry in logs] == list(range(step + 1, 11))
+    assert [entry["skipped_steps"] for entry in logs] == [1] * (10 - step)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_weights_that_are_not_finite_is_not_written(
     config_file: Path, capsys: pytest.CaptureFixture[str]

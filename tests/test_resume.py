@@ -21,7 +21,7 @@ def make_checkpoint(output_dir: Path, step: int) -> Path:
     torch.save({"last_epoch": step}, folder / "scheduler.pt")
     torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
     (folder / "trainer_state.json").write_text('{"global_step": 1}')
-    (folder / "run_shape.json").write_text('{"shape": {"streamed_data": "3f"}, "counts": {}}')
+    (folder / "run_shape.json").write_text('{"shape": {"streamed_data": "3f"}, "counts": {}, "skipped": 0}')
     (folder / "stream_state.json").write_text('{"places": []}')
     return folder
 
@@ -81,7 +81,7 @@ def test_auto_steps_over_a_damaged_checkpoint_and_a_path_to_it_is_refused(tmp_pa
 
 def test_a_checkpoint_needs_the_state_of_a_stream_only_where_it_trained_one(tmp_path: Path) -> None:
     plain, foreign = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
-    (plain / "run_shape.json").write_text('{"shape": {"streamed_data": null}, "counts": {}}')
+    (plain / "run_shape.json").write_text('{"shape": {"streamed_data": null}, "counts": {}, "skipped": 0}')
     (plain / "stream_state.json").unlink()
     assert find_damage(plain) is None
     for name in ("run_shape.json", "stream_state.json"):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sft.run_shape import describe_adapter, digest_lengths
+from sft import run_shape
+from sft.errors import UserError
+from sft.metrics import TokenCounts
+from sft.run_shape import RunShape, describe_adapter, digest_lengths
 
 
 @pytest.mark.parametrize(
@@ -24,6 +29,17 @@ def test_an_adapter_is_described_however_its_modules_are_named(modules: Any, sho
 
 def test_a_whole_model_has_no_adapter() -> None:
     assert describe_adapter(object()) is None
+
+
+def test_what_is_counted_comes_back(tmp_path: Path) -> None:
+    shape = RunShape(1, 2, 3, 40, "3f", 0, None, "random")
+    counts = TokenCounts(1.5, 1.25, 7, 3, 2, 1, 30)
+    run_shape.save(tmp_path, shape, counts, skipped=4)
+    assert run_shape.load(tmp_path, shape) == (counts, 4)
+    with pytest.raises(UserError, match="seed: was 0"):
+        run_shape.load(tmp_path, replace(shape, seed=1))
+    (tmp_path / run_shape.FILE).unlink()
+    assert run_shape.load(tmp_path, shape) == (TokenCounts.zero(), 0)
 
 
 def test_lengths_are_told_apart_by_their_order_too() -> None:

@@ -6,15 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from filelock import FileLock
 from safetensors import safe_open
 
+import sft.run_records
 import sft_main
+import trainer_utils
 from sft.sampling import EpochSampler
 from tests.by_hand import rows_of
 from tests.runs import ROOT, arithmetic, log_history, losses, run, write_config, write_rows
+from trainer_utils import SFTTrainer
 
 
 @pytest.fixture
@@ -106,6 +111,31 @@ def test_a_resumed_run_goes_on_exactly_where_it_stopped(config_file: Path, tmp_p
     assert [e["num_tokens"] for e in log_history(parts)] == [e["num_tokens"] for e in log_history(whole)]
     steps = [json.loads(line)["step"] for line in (parts / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_the_speed_behind_a_resume_is_that_of_the_tokens_since_then(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first log has the loss of steps 1 to 4, of which three came with the checkpoint. A step takes 2 seconds."""
+    seconds, step = [0.0], SFTTrainer.training_step
+
+    def two_seconds(self: SFTTrainer, *args: Any) -> Any:
+        seconds[0] += 2
+        return step(self, *args)
+
+    for module in (sft.run_records, trainer_utils):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(SFTTrainer, "training_step", two_seconds)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    common = ["--config_file", str(config_file), "max_steps=6", "logging_steps=4", "save_steps=3"]
+    assert sft_main.main([*common, f"output_dir={whole}"]) == 0
+    assert sft_main.main([*common, f"output_dir={again}", f"resume_from_checkpoint={whole / 'checkpoint-3'}"]) == 0
+    rows, order = rows_of(whole).train, EpochSampler(54, 0, seed=42).order()
+    tokens = [sum(len(rows[int(i)]["input_ids"]) for i in order[at : at + 4]) for at in range(0, 24, 4)]
+    assert [e["tokens_per_second"] for e in log_history(whole)] == [sum(tokens[:4]) / 8, sum(tokens[4:]) / 4]
+    assert [e["tokens_per_second"] for e in log_history(again)] == [tokens[3] / 2, sum(tokens[4:]) / 4]
+    for name in ("loss", "num_tokens"):
+        assert [e[name] for e in log_history(again)] == [e[name] for e in log_history(whole)]
 
 
 def test_a_resume_that_does_not_fit_its_checkpoint_is_refused(
