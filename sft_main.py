@@ -5,7 +5,7 @@
     sft_main.py preview  --config_file c.yaml [--num_samples N] [--json]
     sft_main.py estimate --config_file c.yaml [--json]       memory per rank, tokens, steps, a least time
     sft_main.py evaluate --config_file c.yaml [--model DIR] [--json]
-    sft_main.py generate --model DIR (--prompts FILE [--output FILE] | --chat)
+    sft_main.py generate --model DIR (--prompts FILE [--output FILE] | --chat) [--system TEXT]
     sft_main.py merge    --model DIR --output_dir DIR        adapter into base, verified
     sft_main.py schema                                       JSON Schema of the config, for editors
 
@@ -77,7 +77,7 @@ def train(argv: list[str]) -> int:
     _take_machine(config)
     import model_manager
     import stages
-    from sft import artifacts
+    from sft import artifacts, system_prompt
     from sft.resume import find_checkpoint, set_aside
 
     output_dir = Path(config.output_dir)
@@ -90,6 +90,7 @@ def train(argv: list[str]) -> int:
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     data = stages.prepare(config, tokenizer)
     stages.require_served(config, tokenizer)
+    system_prompt.remember(tokenizer, config.system_prompt)
     stages.join(config)
     distributed.require_agreement({"checkpoint": str(checkpoint), **data.identity()})
     trainer = stages.build_trainer(config, tokenizer, data, checkpoint)
@@ -276,10 +277,11 @@ def generate(argv: list[str]) -> int:
     from sft.replies import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    asking: dict[str, Any] = {"system": options.system, "trust_remote_code": options.trust_remote_code}
     if options.chat:
-        generation.chat(options.model, sampling)
+        generation.chat(options.model, sampling, **asking)
     else:
-        generation.run_batch(options.model, options.prompts, options.output, sampling, options.batch_size)
+        generation.run_batch(options.model, options.prompts, options.output, sampling, options.batch_size, **asking)
     return 0
 
 
@@ -292,7 +294,8 @@ def merge(argv: list[str]) -> int:
     quiet_libraries()
     import model_manager
 
-    model_manager.merge(options.model, options.output_dir, dtype=options.dtype)
+    trust = options.trust_remote_code
+    model_manager.merge(options.model, options.output_dir, dtype=options.dtype, trust_remote_code=trust)
     return 0
 
 

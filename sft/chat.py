@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from sft.conversation import Message
 from sft.errors import Problem, UserError
 from sft.replies import (
     GREEDY,
-    Message,
     Sampling,
     answering,
     encode_prompt,
@@ -78,10 +78,13 @@ def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampli
 class _Chat:
     """The state of one conversation and what the commands do to it."""
 
-    def __init__(self, model: Any, tokenizer: Any, console: Console, sampling: Sampling) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, console: Console, sampling: Sampling, system: str | None = None
+    ) -> None:
         self._model, self._tokenizer, self._console, self._sampling = model, tokenizer, console, sampling
-        self._system: str | None = None
+        self._system = system
         self.messages: list[Message] = []
+        self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -128,12 +131,23 @@ def _reader(console: Console) -> Callable[[], str]:
     return input
 
 
-def talk(model: Any, tokenizer: Any, sampling: Sampling = GREEDY, console: Console | None = None) -> list[Message]:
-    """Talk until /quit or the end of the input; returns the messages of the conversation as it stands then."""
+def talk(
+    model: Any,
+    tokenizer: Any,
+    sampling: Sampling = GREEDY,
+    console: Console | None = None,
+    *,
+    system: str | None = None,
+) -> list[Message]:
+    """Talk until /quit or the end of the input; returns the messages of the conversation as it stands then.
+
+    Args:
+        system: the system message to begin with; `/system` sets another.
+    """
     from rich.console import Console
 
     console = console or Console()
-    conversation = _Chat(model, tokenizer, console, sampling)
+    conversation = _Chat(model, tokenizer, console, sampling, system)
     read = _reader(console)
     if sys.stdin.isatty():
         console.print(HELP, style="dim")

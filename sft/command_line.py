@@ -49,17 +49,24 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompts", type=Path, help="a .txt (one prompt a line), .json or .jsonl file")
     source.add_argument("--chat", action="store_true", help="chat in the terminal")
     parser.add_argument("--output", type=Path, help="where to write the answers as JSONL (stdout)")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt ('' for none); default: that of the training")
     parser.add_argument("--max_new_tokens", type=_positive, default=256, help="length limit of an answer (256)")
     parser.add_argument("--batch_size", type=_positive, default=8, help="prompts answered at a time (8)")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 always takes the likeliest token (0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    _trust(parser)
 
 
 def _merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the adapter's folder")
     parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
+    _trust(parser)
+
+
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:

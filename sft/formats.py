@@ -52,17 +52,59 @@ def normalize(
     shape, keys = detect(row, format, mapped=columns or ())
     if shape == "text":
         return Text(_text(row, "text"))
-    conversation = _BUILDERS[shape](row, keys)
-    if system_prompt and conversation.messages[0]["role"] not in ("system", "developer"):
-        conversation = Conversation(
-            conversation.format,
-            [{"role": "system", "content": system_prompt}, *conversation.messages],
-            [False, *conversation.trainable],
-            conversation.tools,
-        )
+    conversation = with_system(_BUILDERS[shape](row, keys), system_prompt)
     if "assistant" not in [message["role"] for message in conversation.messages]:
         raise RowLost("no_trained_token", "the conversation has no assistant turn")
     return conversation
+
+
+def question(row: Mapping[str, Any]) -> Conversation:
+    """What a row asks: the messages that stand before its last answer in training, whether it has one or not.
+
+    A row with an answer is read as `normalize` reads it; one without by the key of its question alone.
+
+    Raises:
+        RowLost: `bad_schema` or `empty_answer`, as in training, or `no_question` for a text and for a conversation that
+            ends with nothing to answer.
+    """
+    shape, keys = _asking_shape(row)
+    tools = None
+    if shape == "chat":
+        conversation = _chat(row, keys)
+        messages, tools = conversation.messages, conversation.tools
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+    elif isinstance(row[keys[0]], list):
+        messages, tools = read_messages(row[keys[0]]).messages, read_tools(row.get("tools"))
+    else:
+        messages = _before_answer(row, keys[0])
+    if not messages or messages[-1]["role"] not in ("user", "tool") or not messages[-1]["content"].strip():
+        raise RowLost("no_question", "it does not end with something to answer")
+    return Conversation(shape, messages, [False] * len(messages), tools)
+
+
+def _asking_shape(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The shape in which training would read the row, texts aside, or the one that its question's key begins."""
+    whole = [fit for fit in _fitting(tuple(row), "auto") if fit[0] != "text"]
+    if whole:
+        return max(whole, key=lambda fit: _fullness(row, fit))
+    begun = [(shape, keys[:1]) for shape, keys in _SHAPES if shape != "text" and keys[0] in row]
+    if not begun:
+        known = ", ".join(dict.fromkeys(keys[0] for shape, keys in _SHAPES if shape != "text"))
+        raise RowLost("no_question", f"none of {known} is in it; {keys_of(row)}")
+    return max(begun, key=lambda fit: _has(row, fit[1][0]))
+
+
+def with_system(conversation: Conversation, system_prompt: str | None) -> Conversation:
+    """The conversation behind a system prompt, where there is one and the conversation has none of its own."""
+    if not system_prompt or conversation.messages[0]["role"] in ("system", "developer"):
+        return conversation
+    return Conversation(
+        conversation.format,
+        [{"role": "system", "content": system_prompt}, *conversation.messages],
+        [False, *conversation.trainable],
+        conversation.tools,
+    )
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -118,13 +160,32 @@ def _fullness(row: Mapping[str, Any], fit: tuple[str, tuple[str, ...]]) -> int:
     return int(any(_has(row, key) for key in keys))
 
 
-def _alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
+def _exchange(row: Mapping[str, Any], keys: Sequence[str], format: str) -> Conversation:
+    question_key, answer_key = keys
+    messages = _before_answer(row, question_key)
+    messages.append({"role": "assistant", "content": _answer(row[answer_key], answer_key)})
+    return Conversation(format, messages, [m["role"] == "assistant" for m in messages])
+
+
+def _before_answer(row: Mapping[str, Any], question_key: str) -> list[Message]:
+    """What the model is shown of a row with one question, and what it is asked behind."""
     messages: list[Message] = []
     if _has(row, "system"):
         messages.append({"role": "system", "content": _text(row, "system")})
+    question = _text(row, question_key)
+    if question_key == "instruction":  # Dolly gives the passage after its instruction; so do Alpaca and its descendants
+        messages += _history(row)
+        question = _joined(question, *(_text(row, key) for key in ("context", "input") if _has(row, key)))
+    elif _has(row, "context"):  # SQuAD asks after the passage
+        question = _joined(_text(row, "context"), question)
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _history(row: Mapping[str, Any]) -> list[Message]:
     history = row.get("history") or []
     if not isinstance(history, list):
         raise RowLost("bad_schema", f"history: expected a list of pairs, found {kind_of(history)}")
+    messages: list[Message] = []
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowLost("bad_schema", f"history: expected pairs of question and answer, found {shown(pair)}")
@@ -132,34 +193,18 @@ def _alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
             {"role": "user", "content": as_text(pair[0], "history")},
             {"role": "assistant", "content": _answer(pair[1], "history")},
         ]
-    question_key, answer_key = keys
-    question = _text(row, question_key)
-    if _has(row, "input"):
-        question = _joined(question, _text(row, "input"))
-    messages += [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": _answer(row[answer_key], answer_key)},
-    ]
-    return Conversation("alpaca", messages, [m["role"] == "assistant" for m in messages])
+    return messages
+
+
+def _alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
+    return _exchange(row, keys, "alpaca")
 
 
 def _qa(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
     question_key, answer_key = keys
     if isinstance(row[question_key], list) or (isinstance(row[answer_key], list) and answer_key != "answers"):
         return _prompt_completion_messages(row, question_key, answer_key)
-    question = _text(row, question_key)
-    if question_key == "instruction":  # Dolly gives the passage after its instruction; so do Alpaca's descendants
-        question = _joined(question, *(_text(row, key) for key in ("context", "input") if _has(row, key)))
-    elif _has(row, "context"):  # SQuAD asks after the passage
-        question = _joined(_text(row, "context"), question)
-    messages: list[Message] = []
-    if _has(row, "system"):
-        messages.append({"role": "system", "content": _text(row, "system")})
-    messages += [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": _answer(row[answer_key], answer_key)},
-    ]
-    return Conversation("qa", messages, [m["role"] == "assistant" for m in messages])
+    return _exchange(row, keys, "qa")
 
 
 def _joined(*parts: str) -> str:

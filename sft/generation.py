@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sft import system_prompt
 from sft.chat import talk
+from sft.conversation import Conversation, Message
 from sft.errors import Problem, UserError
+from sft.formats import with_system
 from sft.prompts import read_prompts
-from sft.replies import GREEDY, ExactMatch, Message, Sampling, exact_match, generate_replies
+from sft.replies import GREEDY, ExactMatch, Sampling, exact_match, generate_replies
 from sft.trained_models import load_trained
 
 __all__ = ["ExactMatch", "Sampling", "chat", "exact_match", "generate_replies", "run_batch"]
+logger = logging.getLogger("sft")
 
 
-def _row(conversation: list[Message], reply: str) -> dict[str, Any]:
-    alone = len(conversation) == 1 and conversation[0]["role"] == "user"
-    asked = {"prompt": conversation[0]["content"]} if alone else {"messages": conversation}
-    return {**asked, "response": reply}
+def _row(conversation: Conversation, reply: str) -> dict[str, Any]:
+    messages = conversation.messages
+    alone = len(messages) == 1 and messages[0]["role"] == "user"
+    asked: dict[str, Any] = {"prompt": messages[0]["content"]} if alone else {"messages": messages}
+    tools = {"tools": conversation.tools} if conversation.tools else {}
+    return {**asked, **tools, "response": reply}
 
 
 def _write(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
@@ -38,13 +45,19 @@ def run_batch(
     out: str | Path | None,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
+    *,
+    system: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answer every prompt of a file and write one JSON line for each: `prompt` (or `messages`) and `response`.
+    """Answer every prompt of a file and write one JSON line for each: `prompt` (or `messages`, `tools`) and `response`.
 
     Prompts are read before the model is loaded, and a place to write is made sure of, so that a mistake costs nothing.
 
     Args:
         out: the file; None writes to stdout.
+        system: put before every conversation that has no system message of its own. None is what the model was trained
+            behind, an empty text nothing.
+        trust_remote_code: run the code that the model's folder or its base brings along.
 
     Returns:
         What was written.
@@ -56,7 +69,9 @@ def run_batch(
     path = None if out is None else Path(out).expanduser()
     if path is not None and path.is_dir():
         raise UserError(Problem(f"{str(path)!r} is a folder", "Name a file.", key="--output"))
-    model, tokenizer = load_trained(model_dir, merge_for_speed=True)
+    model, tokenizer = load_trained(model_dir, merge_for_speed=True, trust_remote_code=trust_remote_code)
+    system = _system(tokenizer, system)
+    conversations = [with_system(conversation, system) for conversation in conversations]
     from rich.console import Console
     from rich.progress import Progress
 
@@ -75,11 +90,30 @@ def run_batch(
     return rows
 
 
-def chat(model_dir: str | Path, sampling: Sampling = GREEDY) -> list[Message]:
+def _system(tokenizer: Any, asked: str | None) -> str | None:
+    """The system prompt that was asked for, else that of the training, which is said aloud."""
+    if asked is not None:
+        return asked or None
+    trained = system_prompt.remembered(tokenizer)
+    if trained:
+        logger.info("System prompt, as in training: %r (--system TEXT gives another, --system '' none)", trained)
+    return trained
+
+
+def chat(
+    model_dir: str | Path,
+    sampling: Sampling = GREEDY,
+    *,
+    system: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Message]:
     """Talk with a trained model in the terminal until /quit or the end of the input; returns the conversation.
+
+    Args:
+        system, trust_remote_code: as for `run_batch`.
 
     Raises:
         UserError: the folder holds no model.
     """
-    model, tokenizer = load_trained(model_dir, merge_for_speed=True)
-    return talk(model, tokenizer, sampling)
+    model, tokenizer = load_trained(model_dir, merge_for_speed=True, trust_remote_code=trust_remote_code)
+    return talk(model, tokenizer, sampling, system=_system(tokenizer, system))

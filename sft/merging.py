@@ -254,7 +254,7 @@ def merge(
     folder, target = Path(model_dir).expanduser(), Path(output_dir).expanduser()
     _check_request(folder, target, dtype)
     reference, facts = find_base(folder)
-    tokenizer = load_saved_tokenizer(folder)
+    tokenizer = load_saved_tokenizer(folder, trust_remote_code)
     facts.setdefault("embedding_rows", len(tokenizer))
     ids = probe_tokens(len(tokenizer))
 

@@ -91,7 +91,7 @@ class ChatRenderer:
                 behind its prompt (`Rewritten` when only what follows changes that); `no_trained_token` when nothing of
                 it is to be trained; `control_token` when one is typed and that is an error.
         """
-        messages, tools = self._fit_to_template(conversation)
+        messages, tools = self.fit_to_template(conversation)
         looks = self._typed != "allow"
         typed = self.control_tokens.find(messages, tools) if looks else None
         if typed is None and not (looks and self.control_tokens.begins(messages)):
@@ -138,8 +138,12 @@ class ChatRenderer:
             raise Rewritten("template_mismatch", f"message {turn} is {_difference(answered[:end], whole)}")
         return start, end
 
-    def _fit_to_template(self, conversation: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        """Keeps what the template has no place for: system prompts, tools and their calls become plain text."""
+    def fit_to_template(self, conversation: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
+        """Messages and tools for the template; tools and calls that it has no place for become plain text in messages.
+
+        Raises:
+            RowLost: `template_mismatch` when the template leaves out a message of some role.
+        """
         messages, tools = conversation.messages, conversation.tools
         if not self.renders_calls:
             messages = [_call_as_text(m) for m in messages]

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sft.conversation import Conversation, Message, RowLost
 from sft.errors import Problem, UserError
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("sft")
-Message = dict[str, Any]
-Prompt = str | list[Message]
-"""A conversation to answer, or a text to continue as it stands."""
+Prompt = str | list[Message] | Conversation
+"""A conversation to answer (messages, or with the tools that may be called), or a text to continue as it stands."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class ExactMatch:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids up to where the model starts to answer.
 
-    Control tokens that somebody has typed into a message are encoded as the characters they are.
+    Control tokens that somebody has typed into a message are encoded as the characters they are. Tools and their calls
+    are written as in training, where a template has no place for them as text.
 
     Raises:
         UserError: the chat template refuses the conversation.
@@ -67,13 +68,29 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     try:
+        messages, tools = _as_trained(tokenizer, prompt) if isinstance(prompt, Conversation) else (prompt, None)
         return list(
             tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=False, sanitize_control_tokens=True
+                messages,
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
             )
         )
+    except RowLost as lost:
+        raise UserError(Problem(lost.message)) from lost
     except Exception as error:  # templates raise jinja2 errors of their own, and TypeErrors from inside filters
         raise UserError(Problem(f"the chat template refuses this conversation: {error}")) from error
+
+
+def _as_trained(tokenizer: Any, prompt: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    from sft.rendering import ChatRenderer
+
+    if not prompt.tools and not any("tool_calls" in message for message in prompt.messages):
+        return prompt.messages, None
+    return ChatRenderer(tokenizer).fit_to_template(prompt)
 
 
 @contextmanager
@@ -175,7 +192,7 @@ def generate_replies(
 
     Args:
         model: a causal language model, also one that is being trained: its mode and torch's random state are put back.
-        conversations: messages for the chat template, or texts to continue.
+        conversations: what the chat template is to render, or texts to continue.
         sampling: a prompt near the end of the model's positions gets fewer tokens than this allows.
         stop_token_ids: what ends a reply; None takes the model's generation config, which in training may still be the
             base's and not know the trained end token.

@@ -214,8 +214,8 @@ def inference_device() -> torch.device:
     return torch.device("cpu")
 
 
-def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that was saved beside a model.
+def load_saved_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer that was saved beside a model; `trust_remote_code` lets it run code of its own.
 
     Raises:
         UserError: there is none that loads.
@@ -223,7 +223,7 @@ def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # the loader raises whatever the broken file makes it stumble on
         raise unavailable(str(folder), error, "--model", "tokenizer") from error
     return tokenizer  # type: ignore[no-any-return]
@@ -252,7 +252,7 @@ def load_trained(
 
     folder = Path(model_dir).expanduser()
     require_trained(folder)
-    tokenizer = load_saved_tokenizer(folder)
+    tokenizer = load_saved_tokenizer(folder, trust_remote_code)
     model: Any
     if is_adapter(folder):
         reference, facts = find_base(folder)

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig
 
-from sft import chat, generation
+from sft import chat, generation, system_prompt
+from sft.conversation import Conversation
 from sft.errors import UserError
 from sft.generation import Sampling, exact_match, generate_replies
 from sft.replies import encode_prompt
@@ -170,8 +171,57 @@ def test_a_batch_to_stdout_prints_json_lines_and_nothing_else(
     assert json.loads(capsys.readouterr().out) == {"prompt": "x", "response": "48"}
 
 
+def test_the_system_prompt_of_the_training_is_used_unless_another_is_given(
+    pupil_dir: Path, tmp_path: Path, pupil: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = pupil[1]
+    own = {"role": "system", "content": "mine"}
+    rows = [{"prompt": "x"}, {"messages": [own, *ask("x")]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def first_messages(system: str | None) -> list[Any]:
+        written = generation.run_batch(pupil_dir, tmp_path / "p.jsonl", tmp_path / "out", Sampling(1), system=system)
+        return [row["messages"][0] if "messages" in row else row["prompt"] for row in written]
+
+    assert first_messages(None) == ["x", own]
+    system_prompt.remember(tokenizer, "Be brief.")
+    tokenizer.save_pretrained(pupil_dir)
+    caplog.set_level("INFO")
+    assert first_messages(None) == [{"role": "system", "content": "Be brief."}, own]
+    assert caplog.text.count("System prompt, as in training: 'Be brief.'") == 1
+    assert first_messages("Sing.") == [{"role": "system", "content": "Sing."}, own]
+    assert first_messages("") == ["x", own]
+    system_prompt.remember(tokenizer, None)  # trained once more, without one
+    tokenizer.save_pretrained(pupil_dir)
+    assert first_messages(None) == ["x", own]
+
+
+def test_a_chat_begins_behind_the_system_prompt_of_the_training(
+    pupil_dir: Path, pupil: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system_prompt.remember(pupil[1], "Be brief.")
+    pupil[1].save_pretrained(pupil_dir)
+    system_prompt.remember(pupil[1], None)
+    for typed, system in [("", None), ("x\n/reset\n", None), ("", "Sing."), ("", "")]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        text = "Be brief." if system is None else system
+        messages = generation.chat(pupil_dir, Sampling(2), system=system)
+        assert messages == ([{"role": "system", "content": text}] if text else [])
+
+
+def test_tools_are_written_into_a_prompt_as_they_are_trained(pupil: tuple[Any, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    conversation = Conversation("chat", ask("x"), [False], [tool])
+    written = pupil[1].decode(encode_prompt(pupil[1], conversation))
+    assert written == (
+        '<|im_start|>system\nTools:\n{"name": "look", "parameters": {}}<|im_end|>\n'
+        "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert encode_prompt(pupil[1], Conversation("chat", ask("x"), [False])) == encode_prompt(pupil[1], ask("x"))
+
+
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read it"):
+    with pytest.raises(UserError, match="no such file"):
         generation.run_batch(tmp_path / "no model", tmp_path / "no prompts.txt", None)
     (tmp_path / "p.txt").write_text("x\n")
     with pytest.raises(UserError, match="is a folder"):
