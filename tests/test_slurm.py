@@ -133,6 +133,27 @@ def test_a_section_of_the_configs_own_is_left_alone(cluster: Cluster, work: Path
     assert "train --config_file my.yaml lora_config.r=16 lora_config.lora_alpha=32\n" in output
 
 
+@pytest.mark.slow
+def test_a_job_that_is_started_again_goes_on(cluster: Cluster, work: Path) -> None:
+    resuming = yaml.safe_load((work / "my.yaml").read_text()) | {"resume_from_checkpoint": False}
+    (work / "resuming.yaml").write_text(yaml.safe_dump(resuming))
+    commands: dict[str, list[str]] = {}
+    for words in ("my.yaml", "my.yaml --resume_from_checkpoint auto", "resuming.yaml"):
+        number = cluster.submit(SCRIPT, *words.split(), "--dry-run", cwd=work, extra=EXPORTED)
+        cluster.wait(number, 60)
+        cluster.command("scontrol", "requeue", number)
+        cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+        job = cluster.wait(number, 180)
+        assert (job["Restarts"], job["ExitCode"]) == ("1", "0:0")
+        lines = Path(job["StdOut"]).read_text().splitlines()
+        commands[words] = [line.partition("--config_file ")[2] for line in lines if "--config_file" in line]
+    assert commands == {
+        "my.yaml": ["my.yaml", "my.yaml resume_from_checkpoint=auto"],
+        "my.yaml --resume_from_checkpoint auto": ["my.yaml --resume_from_checkpoint auto"] * 2,
+        "resuming.yaml": ["resuming.yaml"] * 2,
+    }
+
+
 @pytest.mark.parametrize("script", [SCRIPT, PEFT_SCRIPT])
 def test_outside_slurm_a_job_script_says_what_to_do(script: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
