@@ -169,7 +169,8 @@ def _say(memory: MemoryEstimate, plan: BatchPlan, limit: int, assumes_batch_size
     if memory.peak > limit:
         logger.warning(
             "The run will hold %.2f GiB at its peak, and there are %.2f: a smaller per_device_train_batch_size or "
-            "max_seq_length, activation_checkpointing: true, or an adapter (lora_config) takes less",
+            "max_seq_length, activation_checkpoint (mode: selective, then full; the recipes already recompute "
+            "everything), or an adapter (lora_config) takes less",
             memory.peak / 2**30,
             limit / 2**30,
         )
