@@ -10,7 +10,8 @@
     sft_main.py schema                                       JSON Schema of the config, for editors
 
 Overrides are written --learning_rate 1e-5, --lora_config.r=32 or lora_config.r=32.
-Exit codes: 0 done; 2 the config or the data is wrong; 3 training went wrong and was stopped; 1 anything else.
+Exit codes: 0 done; 2 the config or the data is wrong; 3 training went wrong and was stopped; 130 stopped by Ctrl-C;
+1 anything else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes the example data, the tokenizer and the pretraining corpus, all from one seed.
 
-    .venv/bin/python -m examples.make_examples             # data/, and the tokenizer in tiny_llama/: files that are committed
-    .venv/bin/python -m examples.make_examples --corpus    # also the corpus that configs/pretrain_tiny.yaml trains on
+    .venv/bin/python -m examples.make_examples           # data/, the tokenizer in tiny_llama/: files that are committed
+    .venv/bin/python -m examples.make_examples --corpus  # also the corpus that configs/pretrain_tiny.yaml trains on
 
 The same seed gives the same bytes on every machine. Run it from the repository's root.
 """

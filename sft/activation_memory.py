@@ -1,11 +1,11 @@
 """What the forward pass keeps for the backward pass: everything, the costly results only, or each layer's input.
 
-Bytes a token and layer of a Llama keep in bfloat16, in widths of the hidden state, and the time of a step (measured on
-two CPU cores, width 768, rows of 2,048 tokens):
+What one layer of a Llama in bfloat16 adds to the living tensors of a forward pass, in bytes for each token and column of
+the hidden state (width 768, intermediate 2,048, rows of 2,048 tokens), and the time of a step on two CPU cores:
 
-    none       43    1.00    nothing is computed twice
-    selective  22    1.06    matrix products and attention are kept; norms, rotations, gates are computed again
-    full        2    1.28    the layer's input is kept; its whole forward pass runs again
+    none       60    1.00    nothing is computed twice
+    selective  34    1.06    matrix products and attention are kept; norms, rotations, gates are computed again
+    full       11    1.28    the layer's input is kept; its whole forward pass runs again
 
 All three give the same gradients to the last bit, dropout included.
 """
