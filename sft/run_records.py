@@ -123,11 +123,12 @@ class RunRecords(RowOrder):
 
     def _leave_curve(self) -> None:
         """Leaves the curve up to the last log; a rank that stops alone may call it, for it is the same on all ranks."""
-        file = Path(str(self.args.output_dir)) / "trainer_state.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        own = file.with_suffix(f".{self.args.process_index}")
-        self.state.save_to_json(str(own))
-        own.replace(file)  # at once: ranks that stop together do not write into each other's file
+        if self.state.global_step:  # else there is none yet, and a resumed run's earlier one stays
+            file = Path(str(self.args.output_dir)) / "trainer_state.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            own = file.with_suffix(f".{self.args.process_index}")
+            self.state.save_to_json(str(own))
+            own.replace(file)  # at once: ranks that stop together do not write into each other's file
         self.callback_handler.on_train_end(self.args, self.state, self.control)  # trackers write what they hold
 
     def _shape(self) -> RunShape:
