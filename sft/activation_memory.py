@@ -1,7 +1,7 @@
 """What the forward pass keeps for the backward pass: everything, the costly results only, or each layer's input.
 
-What one layer of a Llama in bfloat16 adds to the living tensors of a forward pass, in bytes for each token and column of
-the hidden state (width 768, intermediate 2,048, rows of 2,048 tokens), and the time of a step on two CPU cores:
+What one layer of a Llama in bfloat16 adds to the living tensors of a forward pass, in bytes for each token and column
+of the hidden state (width 768, intermediate 2,048, rows of 2,048 tokens), and the time of a step on two CPU cores:
 
     none       60    1.00    nothing is computed twice
     selective  34    1.06    matrix products and attention are kept; norms, rotations, gates are computed again
