@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sft.conversation import Conversation
 from sft.errors import UserError
 from sft.formats import normalize
 from sft.prompts import read_prompts
@@ -67,7 +68,9 @@ def test_rows_in_the_shapes_of_training(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize(("row", "messages"), ANSWERED)
 def test_a_row_is_asked_what_it_is_trained_behind(row: dict[str, object], messages: list[dict[str, str]]) -> None:
-    assert normalize(row).messages[:-1] == messages
+    conversation = normalize(row)
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages[:-1] == messages
 
 
 def test_tools_come_along(tmp_path: Path) -> None:

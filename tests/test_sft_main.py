@@ -290,7 +290,7 @@ def test_merge_then_evaluate_gives_the_adapters_numbers(
 def test_a_training_file_is_asked_behind_the_tokens_that_were_trained(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"instruction": "Who is he?", "context": "Bob is a cat.", "response": "Bob"},
         {"instruction": "And now?", "history": [["Hi", "Hello"]], "output": "Now"},
         {"question": "Who?", "context": "Bob is a cat.", "answer": "Bob"},
