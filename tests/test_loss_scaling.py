@@ -91,6 +91,7 @@ def test_gradients_of_a_step_of_many_tokens_are_scaled_before_they_are_rounded(
 
     def of_many(*arguments: Any) -> Any:
         batches, count = take(*arguments)
+        assert count is not None
         return batches, count * 2**16
 
     monkeypatch.setattr(SFTTrainer, "get_batch_samples", of_many)
