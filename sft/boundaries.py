@@ -49,8 +49,13 @@ class Boundaries:
         return self.cu_seqlens if self.cu_seqlens.device.type == "cpu" else Boundaries.of(self.lengths).cu_seqlens
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Boundaries:
-        """The same with the offsets on `device`; accelerate and the Trainer call it as they call a tensor's."""
-        return Boundaries(self.lengths, self.cu_seqlens.to(device, non_blocking=non_blocking))
+        """The same with the offsets on `device`; itself where they are there already.
+
+        Accelerate calls it as it calls a tensor's. The Trainer calls `to` of tensors alone, so that
+        `row_order.RowOrder` does it for batches that do not come through accelerate.
+        """
+        moved = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        return self if moved is self.cu_seqlens else Boundaries(self.lengths, moved)
 
     def pin_memory(self) -> Boundaries:
         """The same with the offsets in page-locked memory; the DataLoader calls it."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
+from sft.boundaries import Boundaries
 from sft.callbacks import FollowEpoch
 from sft.collation import EvenRows, even_multiple, row_lengths
 from sft.sampling import EpochSampler
@@ -51,6 +54,20 @@ class RowOrder(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Those of a stream go to the device as they are taken, as accelerate's do.
+
+        Their trained tokens are then counted there; a count in main memory would travel by a copy that waits for all
+        passes queued before it.
+        """
+        return super().get_batch_samples(map(self._prepare_inputs, epoch_iterator), num_batches, device)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """`data` on the device; upstream knows no `Boundaries`, and its copies wait for the passes that are queued."""
+        if isinstance(data, Boundaries) or (isinstance(data, torch.Tensor) and data.is_pinned()):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows: EvenRows = train_dataset if train_dataset is not None else self.train_dataset

@@ -1,0 +1,82 @@
+"""Batches are on the device before they are trained on, however they came, and nothing waits for them to arrive."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sft.boundaries import Boundaries
+from sft.collation import Collator
+from sft.row_order import RowOrder
+
+
+class Pinned(torch.Tensor):
+    """A tensor that says of itself that it is in page-locked memory, which a machine without a GPU has not."""
+
+    asked: list[bool]
+
+    def is_pinned(self, *_: Any) -> bool:
+        return True
+
+    def to(self, device: Any, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
+        self.asked.append(non_blocking)
+        return self.as_subclass(torch.Tensor).to(device)
+
+
+@pytest.fixture
+def trainer() -> Any:
+    """No more than moving takes; its device is `meta`, which is another than the host's, as a GPU is."""
+    made: Any = RowOrder.__new__(RowOrder)
+    made.args = SimpleNamespace(device=torch.device("meta"), average_tokens_across_devices=False, n_gpu=1, world_size=1)
+    made.is_deepspeed_enabled = False
+    made.model_accepts_loss_kwargs = made._loss_shifts_labels = True
+    made.compute_loss_func, made.model = None, torch.nn.Identity()
+    made.accelerator = SimpleNamespace(parallelism_config=None)
+    return made
+
+
+def batch() -> dict[str, Any]:
+    rows = [{"input_ids": np.arange(n), "labels": np.arange(n)} for n in (3, 2, 4)]
+    return Collator(0, flatten=True)(rows)
+
+
+def test_the_boundaries_of_documents_move_with_the_tensors(trainer: Any) -> None:
+    moved = trainer._prepare_inputs({**batch(), "step": "of the stream"})
+    assert moved["documents"].cu_seqlens.device.type == "meta"
+    assert moved["documents"].lengths == (3, 2, 4)
+    assert moved["documents"].offsets.tolist() == [0, 3, 5, 9]  # in main memory
+    tensors = [value for value in moved.values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 4
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved["step"] == "of the stream"
+
+
+def test_what_is_pinned_does_not_wait(trainer: Any) -> None:
+    labels = torch.arange(4).as_subclass(Pinned)
+    offsets = torch.arange(2, dtype=torch.int32).as_subclass(Pinned)
+    labels.asked, offsets.asked = [], []
+    moved = trainer._prepare_input({"labels": labels, "documents": Boundaries((4,), offsets)})
+    assert (labels.asked, offsets.asked) == ([True], [True])
+    assert moved["labels"].device.type == moved["documents"].cu_seqlens.device.type == "meta"
+
+
+def test_boundaries_that_are_there_stay_what_they_are(trainer: Any) -> None:
+    there = Boundaries.of([3, 2]).to("meta")
+    assert trainer._prepare_input(there) is there
+
+
+def test_the_passes_of_a_step_are_counted_where_they_will_be_trained(trainer: Any) -> None:
+    """Taken from a loader that leaves them in main memory, one pass more than the step needs stays in it."""
+    loader = iter([batch(), batch(), batch()])
+    taken, count = trainer.get_batch_samples(loader, 2, torch.device("meta"))
+    assert [each["labels"].device.type for each in taken] == ["meta", "meta"]
+    assert torch.is_tensor(count)
+    assert count.device.type == "meta"
+    assert len(list(loader)) == 1
+    trainer.args.device = torch.device("cpu")  # where the number can be read: 3 documents, whose first tokens are not
+    _, count = trainer.get_batch_samples(iter([batch(), batch(), batch()]), 2, torch.device("cpu"))
+    assert int(count) == 2 * (9 - 3)
