@@ -57,7 +57,9 @@ def training_arguments(
     arguments.setdefault("ddp_find_unused_parameters", False)
     if arguments.get("activation_checkpointing"):
         arguments.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        arguments["accelerator_config"] = _without_waiting(arguments)
+    else:
         # Without use_cpu accelerate does not look for a process group: each rank would train alone on the same rows.
         arguments["use_cpu"] = True
         arguments.setdefault("dataloader_pin_memory", False)  # there is no device to copy to
@@ -88,3 +90,16 @@ def _choose_the_best(arguments: dict[str, Any]) -> None:
         settings = json.loads(settings) if isinstance(settings, str) else settings
         mode = "max" if arguments["greater_is_better"] else "min"
         arguments["lr_scheduler_kwargs"] = {"mode": mode, **settings}
+
+
+def _without_waiting(arguments: Mapping[str, Any]) -> Any:
+    """`accelerator_config` as given, and batches that are copied to the GPU behind the passes that it still computes.
+
+    Otherwise each tensor of each batch waits until all passes queued before it are done. Torch keeps a page-locked
+    block from being used again until its copies have ended, so nothing is overwritten.
+    """
+    given = arguments.get("accelerator_config")
+    is_file = given is not None and not isinstance(given, Mapping)
+    if is_file or not arguments.get("dataloader_pin_memory", True):
+        return given  # memory that is not page-locked is copied in turn, whatever is asked for
+    return {"non_blocking": True, **(given or {})}
