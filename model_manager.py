@@ -23,6 +23,7 @@ from sft.base_models import fresh, model_class, outlined, pretrained, read_confi
 from sft.embeddings import embedding_rows, resize_embeddings
 from sft.errors import Problem, UserError
 from sft.fresh_models import build_config, check_settings
+from sft.hardware import training_device
 from sft.keys import Keys
 from sft.merging import merge
 from sft.model_files import require_weights, resolve_reference, unavailable
@@ -320,7 +321,12 @@ def load_model(
         if activation_checkpoint is not None:
             from sft.activation_memory import checkpoint_activations
 
-            checkpoint_activations(model, activation_checkpoint.mode, offload=activation_checkpoint.offload)
+            checkpoint_activations(
+                model,
+                activation_checkpoint.mode,
+                offload=activation_checkpoint.offload,
+                device=training_device(),  # the Trainer moves the model there; an outline never goes
+            )
         adapted: PreTrainedModel | PeftModel = model
         if lora is not None:
             with _device(outline):

@@ -42,14 +42,18 @@ _COSTLY = {
 _WORTH_MOVING = 2**20  # bytes; a smaller tensor costs more to send to the host than it frees
 
 
-def checkpoint_activations(model: torch.nn.Module, mode: Mode, *, offload: bool = False) -> None:
+def checkpoint_activations(
+    model: torch.nn.Module, mode: Mode, *, offload: bool = False, device: torch.device | None = None
+) -> None:
     """Sets how the decoder layers of `model` keep their activations while training.
 
     Args:
-        model: of transformers, wrapped by peft or not; not yet by DDP.
+        model: of transformers, wrapped by peft or not; not yet by DDP. On the meta device nothing is ever parked, for
+            there is nothing to copy: what is then told of a pass on a GPU counts the inputs of its layers as kept.
         mode: see the module's table.
-        offload: of a model on a GPU: what is left of each layer's input waits in page-locked main memory, copied on a
-            stream of its own while the next layers run, and fetched one layer ahead in the backward pass.
+        offload: of a model that trains on a GPU: what is left of each layer's input waits in page-locked main memory,
+            copied on a stream of its own while the next layers run, and fetched one layer ahead in the backward pass.
+        device: where training will compute, if that is not where the model stands now.
 
     Raises:
         UserError: the model's layers cannot be checkpointed, or there is no GPU whose memory `offload` could spare.
@@ -58,14 +62,15 @@ def checkpoint_activations(model: torch.nn.Module, mode: Mode, *, offload: bool 
     key = "activation_checkpoint"
     if mode != "none" and not layers:
         raise UserError(Problem(f"the layers of {type(model).__name__} cannot be computed again", "Use none.", key))
-    device = next(model.parameters()).device
+    stands = next(model.parameters()).device
+    device = device or stands
     if offload and mode == "none":
         hint = "`mode: full` keeps the inputs of layers, which are what is moved"
         raise UserError(Problem("offload without checkpointing would move every activation", hint, f"{key}.offload"))
     if offload and device.type != "cuda":
-        reason = f"the model is on the {device.type.upper()}: its activations are in main memory already"
+        reason = f"the model is trained on the {device.type.upper()}: its activations are in main memory already"
         raise UserError(Problem(reason, "Leave it out.", f"{key}.offload"))
-    host = HostMemory(device) if offload else None
+    host = HostMemory(device) if offload and stands.type != "meta" else None
     for layer in layers:
         settings: Any = layer
         # transformers calls this function in place of `forward` while the model is in training mode.

@@ -15,6 +15,7 @@ from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, long
 from sft.collation import Collator, row_lengths
 from sft.errors import UserError
 from sft.estimate import optimizer_memory
+from sft.hardware import training_device
 from sft.memory import memory_limit
 from sft.precision import Precision
 from sft.schema import TrainingKeys
@@ -60,7 +61,7 @@ def probe_batch_size(
     Raises:
         UserError: the rows of a step cannot be shared out among the ranks, or a single row does not fit.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = training_device()
     per_rank, rest = divmod(keys.global_batch_size or world_size, world_size)
     if rest:
         message = f"{keys.global_batch_size} rows a step cannot be shared out among {world_size} processes"

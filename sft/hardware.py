@@ -1,11 +1,15 @@
-"""How many GPUs this process may use, answered without torch where there are none."""
+"""How many GPUs this process may use, answered without torch where there are none, and where it trains."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sft.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 DEVICES = Path("/dev")
 # The kernel drivers' nodes: NVIDIA's, AMD's, and those of Windows' Linux subsystem.
@@ -27,6 +31,13 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def training_device() -> torch.device:
+    """Where this process trains: on the GPU that it has claimed (`distributed_utils.claim_devices`), or on the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def require_gpus(wanted: int, key: str = "num_gpus", file: str | None = None, line: int | None = None) -> None:

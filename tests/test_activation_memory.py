@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sft import activation_memory
 from sft.activation_memory import HostMemory, checkpoint_activations, costly_operators
 from sft.errors import UserError
 from tests.builders import tiny_llama
@@ -161,6 +162,23 @@ def test_what_cannot_be_done_is_said() -> None:
     assert caught.value.problems[0].key == "activation_checkpoint.offload"
     with pytest.raises(UserError, match="every activation"):
         checkpoint_activations(llama(), "none", offload=True)
+
+
+def test_offload_asks_where_the_model_will_train_and_not_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's model is in main memory or without numbers at that time; without numbers nothing can be copied."""
+    gpu = torch.device("cuda", 0)
+    parks: list[torch.device] = []
+    monkeypatch.setattr(activation_memory, "HostMemory", parks.append)
+    checkpoint_activations(llama(), "full", offload=True, device=gpu)
+    assert parks == [gpu]
+    with torch.device("meta"):
+        outline = tiny_llama(100).train()
+    checkpoint_activations(outline, "full", offload=True, device=gpu)
+    assert outline.is_gradient_checkpointing
+    assert parks == [gpu]
+    for stands in (outline, llama()):
+        with pytest.raises(UserError, match="trained on the CPU"):  # what a run would be told, an estimate is told
+            checkpoint_activations(stands, "full", offload=True, device=torch.device("cpu"))
 
 
 def test_parked_tensors_come_back_as_they_were_and_are_fetched_one_ahead() -> None:
