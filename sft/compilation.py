@@ -127,7 +127,7 @@ def compile_layers(model: nn.Module, settings: CompileSettings, *, evaluates: bo
     attention = config.get_text_config(decoder=True)._attn_implementation
     if attention != document_attention.NAME:
         reason = f"rows of any length are compiled with attention over documents only, and this run has {attention}"
-        raise UserError(Problem(reason, "Set attn_implementation: auto, or remove torch_compile.", KEYS[0]))
+        raise UserError(Problem(reason, "Set attn_implementation: sft_documents, or remove torch_compile.", KEYS[0]))
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     foreign = [layer for layer in layers if "forward" in layer.__dict__ and not hasattr(layer, _STATE)]
     if not layers or foreign:

@@ -17,6 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+# Here and not where it is called: selective checkpointing lists the operators that it keeps before any layer runs, and
+# torch has this one only once it is imported (20 ms).
+from torch.nn.attention.varlen import varlen_attn
+
 from sft.boundaries import Boundaries
 from sft.document_kernel import attend
 
@@ -146,8 +150,6 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, documents: Boundaries, scale: float, window: int | None
 ) -> Tensor:
     """The same on a GPU by torch's own flash attention: (N, H, D)."""
-    from torch.nn.attention.varlen import varlen_attn
-
     dtype = _compute_dtype(query)
     q, k, v = (tensor.transpose(0, 1).to(dtype) for tensor in (query, key, value))
     offsets, longest = documents.cu_seqlens, documents.max_length

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sft import activation_memory
+from sft import activation_memory, document_attention
 from sft.activation_memory import HostMemory, checkpoint_activations, costly_operators
 from sft.errors import UserError
 from tests.builders import tiny_llama
@@ -125,6 +125,15 @@ def test_selective_computes_no_costly_operator_again(mode: Any, repeated: int) -
             loss.backward()
         counts.append(backward.calls)
     assert counts[1] - counts[0] == repeated
+
+
+def test_what_attention_over_documents_calls_on_a_gpu_is_kept() -> None:
+    """There before the first layer runs, when the operators are listed for the whole run."""
+    document_attention.register()
+    costly_operators.cache_clear()
+    names = {str(operator) for operator in costly_operators()}
+    assert {"torch_attn._varlen_attn.default", "sft.document_attention.default"} <= names
+    assert {"aten.mm.default", "aten._scaled_dot_product_flash_attention.default"} <= names
 
 
 def test_graph_saves_only_the_inputs_of_layers_under_full() -> None:
