@@ -137,19 +137,19 @@ class ShrinkingPasses:
         return loss
 
     def _attempt(self, batches: Sequence[Any], run_pass: RunPass) -> torch.Tensor | None:
-        """The summed loss of the batches; None when memory ran out on the way."""
-        total = torch.zeros(())
+        """The summed loss of the batches, 0 of none; None when memory ran out on the way."""
+        total: torch.Tensor | None = None
         try:
             for batch in batches:
                 for piece in self._pieces(batch):
                     loss = run_pass(piece).detach()
-                    total = total.to(loss.device) + loss
+                    total = loss if total is None else total + loss  # on the device: nobody waits for it
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             logger.warning("Out of memory: %s", first_line(error))
             return None
-        return total
+        return torch.zeros(()) if total is None else total
 
     def _pieces(self, batch: Any) -> list[Any]:
         pieces = [batch]
