@@ -180,7 +180,6 @@ def _choose_batch_size(
     from sft.batch_probe import probe_batch_size, rows_of_checkpoint, with_rows
     from sft.collation import Collator
     from sft.document_attention import takes_documents
-    from sft.token_forward import TokenForward
 
     keys = config.section(TrainingKeys)
     kept = rows_of_checkpoint(checkpoint) if checkpoint else None
@@ -192,8 +191,9 @@ def _choose_batch_size(
         data.train,
         keys,
         Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config)),
-        TokenForward(model, _objective(config, model), config.loss_chunk_size),
+        _objective(config, model),
         precision,
+        loss_chunk_size=config.loss_chunk_size,
         world_size=distributed.world_size(),
         local_world_size=distributed.local_world_size(),
     )

@@ -16,6 +16,7 @@ from sft.collation import Collator, row_lengths
 from sft.errors import UserError
 from sft.estimate import optimizer_memory
 from sft.hardware import training_device
+from sft.losses import Objective
 from sft.memory import memory_limit
 from sft.precision import Precision
 from sft.schema import TrainingKeys
@@ -42,9 +43,10 @@ def probe_batch_size(
     rows: Any,
     keys: TrainingKeys,
     collator: Collator,
-    forward: TokenForward,
+    objective: Objective,
     precision: Precision,
     *,
+    loss_chunk_size: int | None,
     world_size: int,
     local_world_size: int,
 ) -> int:
@@ -55,7 +57,7 @@ def probe_batch_size(
     Args:
         model: as it is trained, with its adapter.
         rows: the training rows.
-        forward: of the trainer, on `model`.
+        objective, loss_chunk_size: of training.
         world_size, local_world_size: processes that train together, and those of them that share this machine's memory.
 
     Raises:
@@ -68,8 +70,10 @@ def probe_batch_size(
         raise UserError(keys.problem("global_batch_size", message, f"take a multiple of {world_size}"))
     candidates = candidate_sizes(per_rank if keys.global_batch_size else None, max(1, len(rows) // world_size))
     longest = longest_rows(row_lengths(rows), candidates[-1]).tolist()
-    if not getattr(forward.causal_lm, "is_quantized", False):  # those stand there already
+    if not getattr(model, "is_quantized", False):  # those stand there already
         model.to(device)
+    # There and not before: flash attention does not run in main memory, so that no head would be found to be fused.
+    forward = TokenForward(model, objective, loss_chunk_size)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if precision.master_weights:
         for parameter in trainable:  # as the optimizer will have it

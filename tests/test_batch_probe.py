@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
 
 import sft_main
+from sft import batch_probe
+from sft.collation import Collator
+from sft.losses import Objective
+from sft.precision import Precision
+from sft.schema import TrainingKeys
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.runs import ROOT, arithmetic, losses, run, write_config, write_rows
 
@@ -73,6 +80,28 @@ def test_a_resumed_run_keeps_the_number(config_file: Path, tmp_path: Path, capsy
     assert chosen(said) == rows
     assert "as in" in said
     assert losses(tmp_path / "resumed")[-2:] == losses(tmp_path / "out")[-2:]
+
+
+def test_the_head_is_looked_for_where_the_model_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that a GPU alone has would refuse the nine tokens in main memory, and all logits would be probed."""
+
+    class HeadFoundError(Exception):
+        pass
+
+    def forward(model: Any, *_: Any) -> Any:
+        raise HeadFoundError(model.device.type)
+
+    monkeypatch.setattr(batch_probe, "training_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(batch_probe, "TokenForward", forward)
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4})
+    options: dict[str, Any] = {"loss_chunk_size": None, "world_size": 1, "local_world_size": 1}
+    given: list[Any] = [rows, TrainingKeys(), Collator(0), Objective(), Precision("float32", False, False, "")]
+    with pytest.raises(HeadFoundError, match="meta"):
+        batch_probe.probe_batch_size(tiny_llama(9), *given, **options)
+    quantized: Any = tiny_llama(9)
+    quantized.is_quantized = True  # bitsandbytes has put it where it trains, and it refuses to move
+    with pytest.raises(HeadFoundError, match="cpu"):
+        batch_probe.probe_batch_size(quantized, *given, **options)
 
 
 @pytest.mark.parametrize(
