@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import nn
@@ -26,14 +27,22 @@ _CPU_RUN = 256  # logits of which the largest is found at a time
 
 def tokens_of_a_chunk(device: torch.device, vocab_size: int, tokens: int) -> int:
     """How many of `tokens` to take at a time, in chunks of equal size; at least 1."""
-    room = _CPU_LOGITS
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = min(_CUDA_LOGITS, (free + cached) // 64)  # a chunk takes up to 16 bytes a logit: a quarter of the rest
+    room = _logits_on_gpu(device) if device.type == "cuda" else _CPU_LOGITS
     most = max(room // vocab_size, 1)
     chunks = -(-tokens // most)
     return max(-(-tokens // max(chunks, 1)), 1)
+
+
+@cache
+def _logits_on_gpu(device: torch.device) -> int:
+    """Asked once a process: chunks that followed the allocator's state would round otherwise in each pass.
+
+    A chunk takes up to 16 bytes a logit, so a sixteenth of what the first pass leaves free; gradients and the
+    optimizer's states are still to come.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_CUDA_LOGITS, (free + cached) // 256)
 
 
 def score_in_place(

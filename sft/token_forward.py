@@ -9,6 +9,7 @@ import torch
 
 from sft import fused_head
 from sft.document_attention import attention_inputs
+from sft.errors import Problem, UserError
 from sft.losses import Objective, TokenLoss, token_loss
 from sft.output_head import OutputHead
 
@@ -28,6 +29,9 @@ class TokenForward:
 
     Attributes:
         causal_lm: the model beneath its adapter.
+
+    Raises:
+        UserError: the balance of experts is asked for, and the head cannot be fused.
     """
 
     def __init__(
@@ -37,6 +41,10 @@ class TokenForward:
         self._config = self.causal_lm.config
         self._objective, self._eval_objective = objective, Objective(entropy=objective.entropy)
         self._reason_for_logits = fused_head.install(self.causal_lm, chunk_size, head, outermost=model)
+        if self._reason_for_logits and objective.router_aux:
+            message = f"the experts of {type(self.causal_lm).__name__} cannot be balanced: {self._reason_for_logits}"
+            hint = "Set it to 0: the loss is then that of the tokens alone."
+            raise UserError(Problem(message, hint, "router_aux_loss_coef"))
         if self._reason_for_logits:
             logger.info("All logits of a pass are held at once: %s", self._reason_for_logits)
 

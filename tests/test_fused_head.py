@@ -482,6 +482,20 @@ def test_chunks_are_of_equal_size_and_hold_no_more_than_the_machine_should(token
     assert chunks * size - tokens < max(chunks, 1)
 
 
+def test_a_gpus_chunks_keep_their_size_whatever_the_allocator_holds_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 GiB of which the first pass leaves 6 free, and 1 more in blocks that nothing is in: a sixteenth of those 7."""
+    device, gib = torch.device("cuda", 0), 2**30
+    chunked_loss._logits_on_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * gib, 8 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: gib)
+    most = 7 * gib // 256 // 32_000
+    assert [tokens_of_a_chunk(device, 32_000, tokens) for tokens in (most, most + 1)] == [most, -(-(most + 1) // 2)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gib, 8 * gib))
+    assert tokens_of_a_chunk(device, 32_000, most) == most
+    chunked_loss._logits_on_gpu.cache_clear()
+
+
 @pytest.mark.parametrize("kind", ["untied", "lora on the head"])
 def test_no_more_than_a_chunk_of_logits_is_ever_held(kind: str) -> None:
     """The largest tensor that is made is the head's own gradient, or a chunk of logits."""

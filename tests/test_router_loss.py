@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft import fused_head
+from sft.errors import UserError
 from sft.losses import Objective, TokenLoss
 from sft.router_loss import load_balancing_loss, router_coefficient
+from sft.token_forward import TokenForward
 
 COEFFICIENT = 0.05
 
@@ -139,3 +141,20 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
         gradients.append([p.grad for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_balance_that_cannot_be_added_is_refused_and_not_left_out() -> None:
+    class Shifted(type(tiny_moe("mixtral"))):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+            outputs = super().forward(input_ids=input_ids, **kwargs)
+            if input_ids is not None:
+                outputs.logits = outputs.logits + input_ids[..., None]
+            return outputs
+
+    model = tiny_moe("mixtral")
+    del model.forward  # of the fused head
+    model.__class__ = Shifted
+    TokenForward(model, Objective())  # the tokens' own loss needs no fused head
+    with pytest.raises(UserError, match="experts of Shifted cannot be balanced: its logits") as caught:
+        TokenForward(model, Objective(router_aux=COEFFICIENT))
+    assert caught.value.problems[0].key == "router_aux_loss_coef"
