@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from sft.errors import Problem, UserError
 from sft.quantization import import_bitsandbytes, quantized_layers
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
@@ -186,7 +188,37 @@ def attach_adapter(
             Problem(f"peft refuses the adapter: {error}", f"The model's linear layers: {layers}.", key="lora_config")
         ) from error
     check_trainable(adapted)
+    _cast_once(adapted)
     return adapted, rows
+
+
+def _cast_once(model: PeftModel) -> None:
+    """Lets the adapter take its input as autocast would have it.
+
+    peft casts what each layer is given to the adapter's float32, and autocast casts it back for the product: two passes
+    over all activations of seven layers a block, for the same bits. Without autocast, and where dropout or a variant
+    of LoRA computes with the input, it stays so.
+    """
+    from peft.tuners.lora import Linear
+    from torch.nn import Identity
+
+    for layer in model.modules():
+        if type(layer) is not Linear or layer.lora_variant:
+            continue
+        if all(type(dropout) is Identity for dropout in layer.lora_dropout.values()):
+            settable: Any = layer
+            settable._cast_input_dtype = types.MethodType(_cast_input_dtype, layer)
+
+
+def _cast_input_dtype(layer: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the place of peft's; a bound method follows a deep copy of the model."""
+    import torch
+
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind):
+        return x
+    cast: torch.Tensor = type(layer)._cast_input_dtype(layer, x, dtype)
+    return cast
 
 
 @contextmanager

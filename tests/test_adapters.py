@@ -1,0 +1,90 @@
+"""An adapter under autocast: the same bits as peft's, with no activation cast to float32 and back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sft.activation_memory import checkpoint_activations
+from sft.adapters import attach_adapter
+from sft.schema import LoraKeys
+from tests.builders import tiny_llama
+
+TOKENS, WIDTH = 48, 64
+SETTINGS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of activations of the hidden state's shape to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten._to_copy.default and (out.dtype, out.ndim) == (torch.float32, 3)
+        return out
+
+
+def base() -> Any:
+    return tiny_llama(100).bfloat16()
+
+
+def ours(**overrides: Any) -> Any:
+    return attach_adapter(base(), LoraKeys(**{**SETTINGS, **overrides}))[0].train()
+
+
+def peft_s(like: Any, **overrides: Any) -> Any:
+    """The same weights in an adapter that only peft has touched."""
+    keys = LoraKeys(**{**SETTINGS, **overrides})
+    model = get_peft_model(base(), LoraConfig(**keys.kwargs())).train()
+    model.load_state_dict(like.state_dict())
+    return model
+
+
+def trained(model: Any) -> tuple[list[torch.Tensor], int]:
+    """Logits and gradients of a pass under autocast, and the casts that its forward made."""
+    ids = torch.randint(0, 100, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)  # of dropout
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        logits = model(input_ids=ids, use_cache=False).logits
+    logits.float().pow(2).mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    return [logits.detach(), *gradients], casts.count
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_autocast_gets_the_input_as_it_is_and_every_bit_stays(is_checkpointed: bool) -> None:
+    """Two layers of seven adapted maps: fourteen casts less."""
+    model = ours()
+    expected, casts = trained(peft_s(model))
+    mine = copy.deepcopy(model)
+    if is_checkpointed:
+        checkpoint_activations(mine, "full")
+    found, fewer = trained(mine)
+    assert len(found) == len(expected) == 1 + 2 * 7 * 2
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+    assert casts - fewer == 14
+
+
+def test_without_autocast_the_adapter_computes_in_float32_as_ever() -> None:
+    model = ours()
+    ids = torch.arange(TOKENS)[None]
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.equal(peft_s(model)(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("overrides", [{"lora_dropout": 0.3}, {"use_dora": True}])
+def test_what_computes_with_the_input_keeps_it_in_float32(overrides: dict[str, Any]) -> None:
+    model = ours(**overrides)
+    expected, casts = trained(peft_s(model, **overrides))
+    found, same = trained(model)
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+    assert same == casts
