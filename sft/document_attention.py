@@ -11,6 +11,7 @@ for documents in `position_ids` (which would wait for the device once a mask). A
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from sft.boundaries import Boundaries
 from sft.document_kernel import attend
+
+logger = logging.getLogger("sft")
 
 NAME = "sft_documents"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -130,6 +133,9 @@ def document_attention(
     fits = fits_varlen(_compute_dtype(query), q.shape[-1], v.shape[-1], softcap, sinks, dropout)
     if fits and query.is_cuda and capability(query.device.index) >= (8, 0):
         return _varlen(q, k, v, documents, scale, window)[None], None
+    if query.is_cuda and module.training and not torch.compiler.is_compiling():
+        widths, has_sinks = (q.shape[-1], v.shape[-1]), sinks is not None
+        _say_what_is_slow(fits, str(_compute_dtype(query)), *widths, softcap, has_sinks, dropout)
     return attend(q, k, v, documents.offsets, scale, window, softcap, sinks, dropout)[None], None
 
 
@@ -144,6 +150,26 @@ def fits_varlen(
     half = dtype in (torch.float16, torch.bfloat16)
     plain = softcap is None and sinks is None and not dropout
     return half and plain and width == value_width and width <= 256 and width % 8 == 0
+
+
+@lru_cache
+def _say_what_is_slow(
+    fits: bool, dtype: str, width: int, value_width: int, softcap: float | None, has_sinks: bool, dropout: float
+) -> None:
+    """Once for each kind of head: that torch's flash attention does not take it on this GPU, and what is faster."""
+    if fits:
+        reason = "GPUs older than Ampere have none of torch's flash attention"
+    else:
+        heads = f"{width} wide" if width == value_width else f"{width} wide with values of {value_width}"
+        extras = [f"a soft cap of {softcap}"] * (softcap is not None) + ["sinks"] * has_sinks
+        extras += [f"dropout {dropout}"] * bool(dropout)
+        with_what = " and ".join(extras) or "no more"
+        reason = f"torch's flash attention does not take heads in {dtype}, {heads}, with {with_what}"
+    logger.warning(
+        "Attention computes a block of queries at a time, and the GPU waits for the host: %s. Faster where the model "
+        "allows it: bf16: true, no attention dropout, or attn_implementation: flash_attention_2 (or sdpa, padded)",
+        reason,
+    )
 
 
 def _varlen(

@@ -529,3 +529,16 @@ def test_torchs_flash_attention_is_called_with_the_same_meaning(
 def _forget_compiled() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+def test_heads_that_are_slow_on_a_gpu_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    document_attention._say_what_is_slow.cache_clear()
+    with caplog.at_level("WARNING", logger="sft"):
+        for _ in range(3):
+            document_attention._say_what_is_slow(False, "torch.float32", 64, 32, 50.0, True, 0.1)
+            document_attention._say_what_is_slow(True, "torch.float16", 64, 64, None, False, 0.0)
+    slow, old = caplog.messages
+    assert (
+        "heads in torch.float32, 64 wide with values of 32, with a soft cap of 50.0 and sinks and dropout 0.1" in slow
+    )
+    assert "older than Ampere" in old
