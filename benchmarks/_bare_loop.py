@@ -13,8 +13,11 @@ from typing import Any
 LEARNING_RATE = 2e-4
 
 
-def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any]:
-    """The model that is trained, and the causal LM beneath its adapter (the same without one), on the device."""
+def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
+    """The model that is trained and the causal LM beneath its adapter (the same without one), on the device.
+
+    The third says whether it computes under bf16 autocast, as the pipeline would.
+    """
     from transformers import AutoModelForCausalLM
 
     from sft import document_attention, fused_head
@@ -33,7 +36,7 @@ def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any]:
         model = get_peft_model(causal_lm, adapter)
     if reason := fused_head.install(causal_lm):
         raise RuntimeError(f"the head stays apart from the loss: {reason}")
-    return model.train(), causal_lm
+    return model.train(), causal_lm, precision.bf16
 
 
 def batches(arguments: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -76,7 +79,7 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     kernel_caches.limit(os.environ)
     device = torch.device(arguments["device"])
     torch.manual_seed(0)
-    model, causal_lm = load(arguments, adapter)
+    model, causal_lm, autocasts = load(arguments, adapter)
     prepared = batches(arguments)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -92,7 +95,8 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
             names = ("input_ids", "position_ids", "labels", "trained_positions")
             on_device = {name: batch[name].to(device, non_blocking=True) for name in names}
             attention = attention_inputs(causal_lm.config, batch["documents"].to(device, non_blocking=True))
-            outputs = model(**on_device, **attention, objective=objective, use_cache=False)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocasts):
+                outputs = model(**on_device, **attention, objective=objective, use_cache=False)
             loss = outputs["objective"] / trained
             loss.backward()
             total += loss.detach()

@@ -72,10 +72,13 @@ def ours(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def real_tokens(batch: dict[str, Any]) -> int:
-    """Tokens of a collated batch without padding; without a mask there is none to count."""
+def real_tokens(batch: dict[str, Any]) -> Any:
+    """Tokens of a collated batch without padding, on its device, so that no step waits for the number.
+
+    Without a mask there is none to count.
+    """
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
+    return mask.sum() if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
 
 
 def clocked(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
@@ -90,7 +93,7 @@ def clocked(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
 
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if begun:
-                report["tokens"] += real_tokens(inputs)
+                report["tokens"] = report["tokens"] + real_tokens(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
     class Clock(TrainerCallback):
@@ -102,6 +105,8 @@ def clocked(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
             elif begun:
                 report["seconds"] = time.perf_counter() - begun["at"]
                 report["steps"] = state.global_step - warm_up
+            if state.global_step == state.max_steps:
+                report["tokens"] = int(report["tokens"])
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

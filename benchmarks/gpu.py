@@ -208,7 +208,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ours", type=json.loads, default={}, help="config keys for ours beside its defaults, as JSON")
     data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
     parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
-    parser.add_argument("--work", type=Path, help="folder for temporary files; 17 GB for the largest model")
+    parser.add_argument("--work", type=Path, help="folder for temporary files; 34 GB for the largest model, twice")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args(argv)

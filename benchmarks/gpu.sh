@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The training benchmark on one CUDA GPU: all sizes, methods and lengths, and the output layer alone. Takes hours and up
-# to 17 GB of disk; options are benchmarks/gpu.py's (--help), e.g.
+# to 34 GB of disk; options are benchmarks/gpu.py's (--help), e.g.
 #   benchmarks/gpu.sh --sizes 8B --methods lora qlora --lengths 4096
 # Without a GPU:
 #   benchmarks/gpu.sh --device cpu --scale tiny
