@@ -518,7 +518,7 @@ def by_documents(
 def test_torchs_flash_attention_is_called_with_the_same_meaning(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
+    monkeypatch.setattr(document_attention, "varlen_attn", by_documents)
     query, key, value = heads()
     documents = Boundaries.of([b - a for a, b in pairwise(OFFSETS)])
     found = document_attention._varlen(query, key, value, documents, 0.3, window)
