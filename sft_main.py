@@ -106,10 +106,12 @@ def train(argv: list[str]) -> int:
     trainer.fit(checkpoint)
     if config.streaming:
         data = stages.streamed_account(config, trainer, data)
+    if distributed.is_main_process():  # before anything else can fail
+        _save_model(trainer, tokenizer, data, output_dir)
     results |= trainer.evaluate_all()
     results |= stages.exact_match(config, trainer.model, tokenizer, data, questions, "_after")
     if distributed.is_main_process():
-        _save(config, trainer, tokenizer, data, results, time.perf_counter() - started)
+        _conclude(config, trainer, tokenizer, data, results, time.perf_counter() - started)
     distributed.barrier()
     distributed.destroy_process_group()
     return 0
@@ -352,21 +354,26 @@ def _take_machine(config: Config) -> None:
     quiet_libraries()
 
 
-def _save(
-    config: Config, trainer: SFTTrainer, tokenizer: Any, data: PreparedData, results: dict[str, Any], seconds: float
-) -> None:
-    """The final model at the top of the output folder, with its results and its card."""
+def _save_model(trainer: SFTTrainer, tokenizer: Any, data: PreparedData, output_dir: Path) -> None:
+    """The final model at the top of the output folder."""
     import model_manager
-    from sft import artifacts
-    from sft.console import show_conclusion
     from sft.serving_contract import check_end_tokens
 
-    output_dir = Path(config.output_dir)
     model: Any = trainer.model
     model_manager.save_final_model(model, tokenizer, output_dir, data.end_token_ids)
     stops = json.loads((output_dir / "generation_config.json").read_text()).get("eos_token_id")
     for problem in check_end_tokens(tokenizer, data.end_token_ids, stops):
         logger.warning("%s", problem)
+
+
+def _conclude(
+    config: Config, trainer: SFTTrainer, tokenizer: Any, data: PreparedData, results: dict[str, Any], seconds: float
+) -> None:
+    """The results of the run, and the model's card."""
+    from sft import artifacts
+    from sft.console import show_conclusion
+
+    output_dir = Path(config.output_dir)
     trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
     artifacts.write_results(output_dir, results)
     stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]

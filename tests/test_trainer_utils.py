@@ -228,6 +228,8 @@ def test_an_evaluation_that_is_out_of_memory_ends_the_run_and_says_what_to_lower
     assert "Traceback" not in told
     if logged:
         assert [entry["step"] for entry in log_history(out)] == logged
+    else:
+        assert load_file(out / "model.safetensors"), "the trained model is there"
 
 
 def test_a_step_that_is_out_of_memory_ends_the_run_and_leaves_the_curve(
