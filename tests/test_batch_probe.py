@@ -186,8 +186,10 @@ def large_head(config_file: Path, tmp_path: Path) -> Path:
 
 def trained(config: Path, output_dir: Path, share: float, processes: int = 0) -> subprocess.CompletedProcess:
     """The run whose first rank is left `share` of the memory that its passes have taken; 0 leaves it all."""
-    # Blocks from 64 kB on are mapped and unmapped one by one, so that the address space is what is in use.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Blocks from 64 kB on are mapped and unmapped one by one, and no thread reserves 64 MiB for itself when it first asks
+    # for memory: so the address space is what is in use.
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    env = {**os.environ, **malloc, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = output_dir.with_suffix(".py")
     script.write_text(RUN)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
