@@ -186,8 +186,8 @@ def large_head(config_file: Path, tmp_path: Path) -> Path:
 
 def trained(config: Path, output_dir: Path, share: float, processes: int = 0) -> subprocess.CompletedProcess:
     """The run whose first rank is left `share` of the memory that its passes have taken; 0 leaves it all."""
-    # Blocks from 64 kB on are mapped and unmapped one by one, and no thread reserves 64 MiB for itself when it first asks
-    # for memory: so the address space is what is in use.
+    # Blocks from 64 kB on are mapped and unmapped one by one, and no thread reserves 64 MiB for itself when it first
+    # asks for memory: so the address space is what is in use.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     env = {**os.environ, **malloc, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = output_dir.with_suffix(".py")
@@ -220,7 +220,8 @@ def test_a_run_that_is_out_of_memory_goes_on_in_halves_with_the_same_losses(larg
 
 @pytest.mark.slow
 def test_a_rank_that_is_out_of_memory_keeps_the_others(large_head: Path, tmp_path: Path) -> None:
-    free, limited = (trained(large_head, tmp_path / name, share, 2) for name, share in (("free", 0), ("limited", 0.8)))
+    shares = (("free", 0), ("limited", 0.8))
+    free, limited = (trained(large_head, tmp_path / name, share, 2) for name, share in shares)
     assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
     assert limited.stderr.count("is done again in passes of 1/2 of the rows") == 1
     assert "is done again" not in free.stderr
