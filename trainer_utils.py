@@ -98,7 +98,8 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         self.progress = progress
         self.eval_names = list(eval_datasets)
         noise_alpha, self.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None  # upstream's hook stays off
-        self._guard_steps(model, settings, total_steps, noise_alpha if train_dataset else 0.0)
+        noise_alpha = noise_alpha if train_dataset else 0.0
+        self._guard_steps(model, settings, total_steps, noise_alpha, self._measure_evaluating)
         self._keep_records(end_token_ids, operations_a_token(self._forward.causal_lm))
 
     @staticmethod

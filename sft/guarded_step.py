@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -64,14 +65,13 @@ class GuardedStep(Trainer):
     _reducer: GradientReducer | None = None
     _settled_at: tuple[int, float] = (0, 0.0)  # steps and epochs before the step asked for last
 
-    def measure(
-        self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: torch.Tensor | None = None
-    ) -> TokenLoss:
-        """What a batch on the device adds up to."""
-        raise NotImplementedError
-
     def _guard_steps(
-        self, model: torch.nn.Module, settings: StepSettings, total_steps: int, noise_alpha: float
+        self,
+        model: torch.nn.Module,
+        settings: StepSettings,
+        total_steps: int,
+        noise_alpha: float,
+        measure_evaluating: Callable[[dict[str, Any]], TokenLoss],
     ) -> None:
         """Makes ready what watches the steps of a run of `total_steps`."""
         self._settings = settings
@@ -82,7 +82,7 @@ class GuardedStep(Trainer):
             model,
             self.args.device,
             tokenizer.decode,
-            self._measure_evaluating,
+            measure_evaluating,
             on_nonfinite=settings.on_nonfinite,
             nonfinite_limit=settings.nonfinite_limit,
             from_scratch=settings.from_scratch,
@@ -133,18 +133,6 @@ class GuardedStep(Trainer):
         if self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1 or self._shrinking:
             return None
         return summed_in_a_pass(self.model)
-
-    @torch.no_grad()
-    def _measure_evaluating(self, inputs: dict[str, Any]) -> TokenLoss:
-        """The sums of one batch in evaluation mode, on this rank alone."""
-        model: Any = self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with self.accelerator.autocast():
-                return self.measure(model, inputs)
-        finally:
-            model.train(was_training)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> None:
         """Waits for `_get_grad_norm`, which comes next: gradients are judged before they are scaled."""

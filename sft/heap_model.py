@@ -89,13 +89,16 @@ def held_at_most(events: Iterable[Event]) -> int | None:
     requests = array("q")
     for block, size in events:
         requests.extend((numbers.setdefault(block, len(numbers)), size))
-    told = [_replay(requests.tobytes(), shift) for shift in _SHIFTS]
-    if None in told:
-        return None
-    return sorted(told)[-len(told) // 4]  # type: ignore[type-var]
+    told = []
+    for shift in _SHIFTS:
+        held = _replay(requests, shift)
+        if held is None:
+            return None
+        told.append(held)
+    return sorted(told)[-len(told) // 4]
 
 
-def _replay(requests: bytes, shift: int) -> int | None:
+def _replay(requests: array[int], shift: int) -> int | None:
     child = subprocess.run(
         [sys.executable, "-I", "-S", "-c", _REPLAY, str(shift)], input=requests, capture_output=True, env={}
     )

@@ -35,6 +35,18 @@ class TokenEvaluation(Trainer):
         """What a batch on the device adds up to."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def _measure_evaluating(self, inputs: dict[str, Any]) -> TokenLoss:
+        """The sums of one batch in evaluation mode, on this rank alone."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with self.accelerator.autocast():
+                return self.measure(model, inputs)
+        finally:
+            model.train(was_training)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
