@@ -15,7 +15,7 @@ import data_handler
 import distributed_utils as distributed
 import model_manager
 from sft import artifacts
-from sft.batch_plan import plan_batches, rows_a_step
+from sft.batch_plan import BatchPlan, plan_batches, rows_a_step
 from sft.console import console, counting, show_ledger, show_sample
 from sft.errors import UserError
 from sft.hardware import visible_gpus
@@ -24,6 +24,8 @@ from sft.schema import DataKeys, ModelKeys, TrainingKeys
 # torch and the Trainer take seconds to import: what needs them imports them where they are used, so that `check` and a
 # mistake in the data do without.
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from data_handler import PreparedData
     from sft.auto_packing import AutoPacking
     from sft.conversation import Conversation
@@ -119,7 +121,6 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
     import trainer_utils
     from sft.callbacks import ConsoleProgress, MetricsFile
     from sft.compilation import compile_settings
-    from sft.document_attention import takes_documents
     from sft.optimizers import require_optimizer
     from sft.stream_state import StreamProgress
 
@@ -134,16 +135,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
         keys = _choose_batch_size(config, model, tokenizer, data, precision, checkpoint)
         plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
     logger.info("Batches: %s", plan)
-    arguments = trainer_utils.training_arguments(
-        keys.training_arguments(),
-        bf16=precision.bf16,
-        fp16=precision.fp16,
-        plan=plan,
-        order_seed=config.order_seed,
-        pads=not (takes_documents(model.config) or data.is_packed),
-        logging_dir=config.logging_dir,
-        wandb_project=config.wandb_project,
-    )
+    arguments = _arguments(config, keys, plan, precision, model, data)
     require_optimizer(arguments)
     callbacks = [
         MetricsFile(Path(config.output_dir) / "logs"),
@@ -237,9 +229,27 @@ def _objective(config: Config, model: Any) -> Objective:
     )
 
 
+def _arguments(
+    config: Config, keys: TrainingKeys, plan: BatchPlan, precision: Precision, model: Any, data: PreparedData
+) -> TrainingArguments:
+    """The Trainer's arguments, of `keys` whose batch size may have been chosen since the config was read."""
+    import trainer_utils
+    from sft.document_attention import takes_documents
+
+    return trainer_utils.training_arguments(
+        keys.training_arguments(),
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        plan=plan,
+        order_seed=config.order_seed,
+        pads=not (takes_documents(model.config) or data.is_packed),
+        logging_dir=config.logging_dir,
+        wandb_project=config.wandb_project,
+    )
+
+
 def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
     """What the run takes, from an outline of its model and its longest real pass."""
-    import trainer_utils
     from sft.collation import Collator
     from sft.document_attention import takes_documents
     from sft.run_estimate import estimate_run
@@ -248,14 +258,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
     plan = plan_batches(keys, data.train_rows, data.train_tokens, processes(config))
     precision = _precision(config)
     model = _model(config, tokenizer, precision, outline=True)
-    arguments = trainer_utils.training_arguments(
-        keys.training_arguments(),
-        bf16=precision.bf16,
-        fp16=precision.fp16,
-        plan=plan,
-        order_seed=config.order_seed,
-        pads=not (takes_documents(model.config) or data.is_packed),
-    )
+    arguments = _arguments(config, keys, plan, precision, model, data)
     return estimate_run(
         model,
         data.train,

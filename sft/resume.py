@@ -15,7 +15,7 @@ from sft.errors import Problem, UserError
 logger = logging.getLogger("sft")
 
 _STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-_RUN_SHAPE, _STREAM_STATE = "run_shape.json", "stream_state.json"  # of modules that import torch; `check` does without
+RUN_SHAPE, STREAM_STATE = "run_shape.json", "stream_state.json"  # their modules import torch; `check` does without
 
 
 def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
@@ -124,16 +124,16 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def _damage_of_records(checkpoint: Path) -> str | None:
     """What is wrong with the files that are ours; a checkpoint of another trainer has none of them."""
-    if not (checkpoint / _RUN_SHAPE).is_file():
+    if not (checkpoint / RUN_SHAPE).is_file():
         return None
-    content = _read_json(checkpoint / _RUN_SHAPE)
+    content = _read_json(checkpoint / RUN_SHAPE)
     if not (isinstance(content, dict) and isinstance(content.get("shape"), dict) and "counts" in content):
-        return f"{_RUN_SHAPE} is damaged"
+        return f"{RUN_SHAPE} is damaged"
     if content["shape"].get("streamed_data") is None:
         return None
-    if not (checkpoint / _STREAM_STATE).is_file():
-        return f"{_STREAM_STATE} is missing"
-    return None if isinstance(_read_json(checkpoint / _STREAM_STATE), dict) else f"{_STREAM_STATE} is damaged"
+    if not (checkpoint / STREAM_STATE).is_file():
+        return f"{STREAM_STATE} is missing"
+    return None if isinstance(_read_json(checkpoint / STREAM_STATE), dict) else f"{STREAM_STATE} is damaged"
 
 
 def _read_json(file: Path) -> Any:

@@ -16,10 +16,11 @@ import numpy as np
 
 from sft.errors import Problem, UserError
 from sft.metrics import TokenCounts
+from sft.resume import RUN_SHAPE
 
 logger = logging.getLogger("sft")
 
-FILE = "run_shape.json"
+FILE = RUN_SHAPE
 
 
 @dataclass(frozen=True)

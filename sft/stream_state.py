@@ -16,9 +16,10 @@ from sft.errors import Problem, UserError
 from sft.interleaving import Cursor
 from sft.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state
 from sft.lost_rows import require_enough_rows
+from sft.resume import STREAM_STATE
 from sft.streaming import Account, Place, Step, TrainingStream
 
-FILE = "stream_state.json"
+FILE = STREAM_STATE
 _ENOUGH_TO_JUDGE = 1000  # rows; before that, a few bad ones at the start would look like many
 
 
