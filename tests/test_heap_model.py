@@ -19,6 +19,13 @@ def test_blocks_that_live_together_add_up() -> None:
     assert held == pytest.approx(60 * MIB, rel=0.02)
 
 
+def test_every_request_reaches_the_process_that_makes_them() -> None:
+    """320 kB of them, more than a pipe holds at once."""
+    held = held_at_most([Event(i, 4096) for i in range(20_000)])
+    assert held is not None
+    assert held > 20_000 * 4096
+
+
 def test_a_large_block_goes_back_when_it_is_freed() -> None:
     """Above 32 MiB every block is mapped for itself."""
     events = [event for i in range(5) for event in (Event(i, 40 * MIB), Event(i, 0))]
