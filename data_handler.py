@@ -9,30 +9,20 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import tokenizers
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from sft.auto_packing import NEVER, AutoPacking
-from sft.data_sources import DataSource, split_seed, training_sources, validation_sources
-from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
-from sft.documents import IGNORE_INDEX, Documents, DocumentStore
-from sft.ledger import Ledger, as_document, as_state, from_state, total
+from sft.data_sources import split_seed, training_sources
+from sft.dataset_cache import cache_root, make_once, read_rows
+from sft.ledger import Ledger, as_document, from_state
 from sft.lost_rows import require_enough_rows
-from sft.mixing import draw
-from sft.packing import lay_out
+from sft.preparation import Preparation, packing_mode
 from sft.previews import preview, serving_contract, validation_conversations
-from sft.row_encoder import RowEncoder, Seen
 from sft.schema import DataKeys
-from sft.sources import Wanted
-from sft.splits import count_rows, held_out
 
 # torch and datasets take 230 MiB and 1.6 s, and nothing here needs them while rows are prepared: checking data, looking
 # at it and preparing it do without.
@@ -51,11 +41,7 @@ __all__ = [
     "validation_conversations",
 ]
 
-Part = tuple[DataSource, Wanted]  # rows of a source, all or some
-
-_CODE = [Path(__file__), *sorted((Path(__file__).parent / "sft").glob("*.py"))]
-# Keys that change where or how fast, not what.
-_NOT_IN_KEY = {"cache_dir", "preprocessing_num_workers", "streaming", "streaming_window"}
+_HEAD = 1000  # rows of a stream that are looked at before training
 
 
 @dataclass(frozen=True)
@@ -130,7 +116,7 @@ def prepare_data(
     Raises:
         UserError: data that does not exist or cannot be read.
     """
-    plan = _Plan(keys, tokenizer, split_seed(keys, seed), training, auto, on_rows)
+    plan = Preparation(keys, tokenizer, split_seed(keys, seed), training, auto, on_rows)
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
@@ -147,196 +133,6 @@ def prepare_data(
         eval_ledgers={name: from_state(state) for name, state in facts["eval_ledgers"].items()},
         known=facts["known"],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """The documents of some sources, one source after another, before they are laid out in rows.
-
-    Attributes:
-        sizes: documents of each source.
-        ledgers: of each source.
-    """
-
-    documents: Documents
-    sizes: list[int]
-    ledgers: list[Ledger]
-
-    @classmethod
-    def nothing(cls) -> _Encoded:
-        return cls(Documents.empty(), [], [])
-
-
-class _Plan:
-    """What is to be prepared, and the preparation itself."""
-
-    def __init__(
-        self,
-        keys: DataKeys,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-        training: bool,
-        auto: AutoPacking,
-        on_rows: Callable[[int], None],
-    ) -> None:
-        self.keys = keys
-        self.tokenizer, self.seed, self.training, self.on_rows = tokenizer, seed, training, on_rows
-        self.auto = auto
-        self.train_packing = _packing(keys.packing)
-        self.eval_packing = _packing(keys.packing if keys.eval_packing is None else keys.eval_packing)
-        self.train_sources = training_sources(keys) if training or keys.validation_split else []
-        self.eval_sources = validation_sources(keys)
-
-    def key(self) -> str:
-        tokenizer = self.tokenizer
-        # Left from an earlier call, these would be part of the backend's text and of the key; nothing here uses them.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        return cache_key(
-            {
-                "keys": self.keys.model_dump(exclude=_NOT_IN_KEY),
-                "plan": [self.seed, self.train_packing, self.eval_packing, self.training],
-                "auto": self._auto_facts(),
-                "tokenizer": [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)],
-                "template": tokenizer.chat_template,
-                "libraries": [transformers.__version__, tokenizers.__version__],
-                "sources": [s.fingerprint() for s in [*self.train_sources, *self.eval_sources]],
-            },
-            _CODE,
-        )
-
-    def _auto_facts(self) -> list[Any]:
-        """As much of what `auto` goes by as matters here."""
-        of_eval = [self.auto.obstacle] if "auto" in (self.train_packing, self.eval_packing) else []
-        return [*of_eval, self.auto.rows_a_step] if self.train_packing == "auto" and self.training else of_eval
-
-    def make(self, folder: Path) -> None:
-        """Prepares everything into `folder`."""
-        self.folder, self.encoder = folder, RowEncoder(self.tokenizer, self.keys, self.on_rows)
-        held = [self._held_out(number) for number in range(len(self.train_sources))]
-        known: set[bytes] = set()
-        limit = self.keys.max_seq_length
-        ledgers: dict[str, Ledger] = {}
-        files: dict[str, str] = {}
-        for number, (name, parts) in enumerate(self._eval_parts(held).items()):
-            seen = Seen(set())
-            encoded = self._encode(parts, seen, self.eval_packing)
-            known |= seen.earlier
-            files[name] = f"eval_{number}.arrow"
-            packing = self.eval_packing
-            if packing == "auto":  # of evaluation there are no steps to be kept
-                packing, _ = replace(self.auto, rows_a_step=0).choose(encoded.documents.lengths, limit)
-            self._write(encoded, files[name], packing)
-            ledgers[name] = total(encoded.ledgers)
-        encoded = _Encoded.nothing()
-        if self.training:
-            # One memory for all training sets: a row may be a duplicate of another set's.
-            parts = [(s, _others(h)) for s, h in zip(self.train_sources, held, strict=True)]
-            encoded = self._encode(parts, Seen(set(), known), self.train_packing)
-        packing, order, choice = self.train_packing, self._mixture(encoded), ""
-        if packing == "auto":
-            lengths = encoded.documents.lengths
-            packing, choice = self.auto.choose(lengths if order is None else lengths[order], limit)
-        self._write(encoded, "train.arrow", packing, order)
-        names = [s.name for s in self.train_sources]
-        trained = dict(zip(names, encoded.ledgers, strict=False))
-        facts = {
-            "ledger": as_document(trained, ledgers),
-            "evals": files,
-            # To be counted among the rows of a stream, which are read after this.
-            "known": [] if self.training else sorted(mark.hex() for mark in known),
-            "eval_ledgers": {name: as_state(ledger) for name, ledger in ledgers.items()},
-            "end_token_ids": self.encoder.end_token_ids,
-            "train_tokens": sum(ledger.tokens for ledger in encoded.ledgers),
-            # Kept here, so that a second start shows it without reading the sources again.
-            "packing": choice,
-            "sample": next(preview(self.keys, self.tokenizer, 1, seed=self.seed), None) if self.training else None,
-        }
-        (folder / "facts.json").write_text(json.dumps(facts))
-
-    def _held_out(self, number: int) -> frozenset[int]:
-        """The rows of a training source that are kept for validation."""
-        if not self.keys.validation_split:
-            return frozenset()
-        count = count_rows(self.train_sources[number])
-        return held_out(count, self.keys.validation_split, self.seed + number)
-
-    def _eval_parts(self, held: list[frozenset[int]]) -> dict[str, list[Part]]:
-        parts: dict[str, list[Part]] = {}
-        for source in self.eval_sources:
-            parts.setdefault(source.name, []).append((source, None))
-        if self.keys.validation_split:
-            parts.setdefault("validation", []).extend(
-                (source, rows.__contains__) for source, rows in zip(self.train_sources, held, strict=True)
-            )
-        return parts
-
-    def _encode(self, parts: list[Part], seen: Seen, packing: str | None) -> _Encoded:
-        """The documents of all parts, on disk until they are laid out."""
-        store = DocumentStore(self.folder / "documents")
-        sizes, ledgers = [], []
-        for source, wanted in parts:
-            ledger, before = Ledger(), store.count
-            rows = source.rows(wanted)
-            for documents in self.encoder.encode(rows, source, ledger, seen, wrapped=packing == "wrapped"):
-                store.add(documents)
-            sizes.append(store.count - before)
-            ledgers.append(ledger)
-        return _Encoded(store.read(), sizes, ledgers)
-
-    def _mixture(self, encoded: _Encoded) -> np.ndarray | None:
-        """The documents that the sources' weights ask for; None takes each once."""
-        weights = [source.weight for source in self.train_sources]
-        if not encoded.ledgers or None in weights:
-            return None
-        documents = encoded.documents
-        starts = np.cumsum(encoded.sizes) - encoded.sizes
-        lengths = np.split(documents.lengths, starts[1:])
-        trained = documents.trained()
-        mixture = draw(lengths, weights, self.keys.mix_by, self.seed)  # type: ignore[arg-type]
-        order = [chosen + start for chosen, start in zip(mixture, starts.tolist(), strict=True)]
-        for ledger, chosen, size in zip(encoded.ledgers, order, encoded.sizes, strict=True):
-            ledger.draw(
-                rows=len(np.unique(documents.rows[chosen])),
-                lengths=documents.lengths[chosen],
-                tokens_trained=int(trained[chosen].sum()),
-                passes=len(chosen) / max(size, 1),
-            )
-        return np.concatenate(order)
-
-    def _write(self, encoded: _Encoded, file: str, packing: str | None, order: np.ndarray | None = None) -> None:
-        documents, limit = encoded.documents, self.keys.max_seq_length
-        if order is not None and packing == "wrapped":  # a stream is cut as it stands
-            documents, order = documents.take(order), None
-        layout = lay_out(documents.lengths, packing, limit, order)
-        write_rows(documents, layout, self.folder / file, packed=packing is not None)
-        if packing and len(documents):
-            # The row count belongs to the set as a whole: it stands in the first ledger and so, once, in the total.
-            encoded.ledgers[0].pack(len(layout.counts), limit)
-        if packing == "wrapped":
-            _note_cuts(encoded, documents, limit)
-        shutil.rmtree(self.folder / "documents", ignore_errors=True)
-
-
-def _packing(value: str | bool) -> str | None:
-    return None if value is False else str(value)
-
-
-def _others(held: frozenset[int]) -> Wanted:
-    return (lambda index: index not in held) if held else None
-
-
-def _note_cuts(encoded: _Encoded, documents: Documents, limit: int) -> None:
-    """Takes out of the ledgers the tokens that are not trained because the stream was cut in front of them."""
-    ends = np.cumsum([ledger.tokens for ledger in encoded.ledgers])
-    cuts = np.arange(limit, len(documents.labels), limit)
-    lost = cuts[documents.labels[cuts] != IGNORE_INDEX]
-    counts = np.bincount(np.searchsorted(ends, lost, side="right"), minlength=len(ends))
-    for ledger, count in zip(encoded.ledgers, counts.tolist(), strict=True):
-        ledger.tokens_trained -= count
-
-
-_HEAD = 1000  # rows of a stream that are looked at before training
 
 
 def stream_data(
@@ -371,7 +167,7 @@ def stream_data(
     prepared = prepare_data(keys, tokenizer, seed=seed, training=False, auto=auto, on_rows=on_rows)
     sources = training_sources(keys)
     weights = tuple(source.weight for source in sources if source.weight is not None)
-    packing = _packing(keys.packing)
+    packing = packing_mode(keys.packing)
     if packing == "auto":  # its steps are given, and a window has samples enough
         packing = None if auto.obstacle else "bfd"
     plan = StreamPlan(

@@ -102,14 +102,14 @@ def train(argv: list[str]) -> int:
             set_aside(output_dir)
 
     questions = stages.questions(config, data)
-    results = stages.exact_match(config, trainer.model, tokenizer, data, questions, "_before")
+    results = stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_before")
     trainer.fit(checkpoint)
     if config.streaming:
         data = stages.streamed_account(config, trainer, data)
     if distributed.is_main_process():  # before anything else can fail
         _save_model(trainer, tokenizer, data, output_dir)
     results |= trainer.evaluate_all()
-    results |= stages.exact_match(config, trainer.model, tokenizer, data, questions, "_after")
+    results |= stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_after")
     if distributed.is_main_process():
         _conclude(config, trainer, tokenizer, data, results, time.perf_counter() - started)
     distributed.barrier()
@@ -262,7 +262,7 @@ def evaluate(argv: list[str]) -> int:
     callbacks = [ConsoleProgress(console, bars=not config.disable_tqdm)]
     trainer = trainer_utils.SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
     results = trainer.evaluate_all()
-    results |= stages.exact_match(config, model, tokenizer, data, stages.questions(config, data), "")
+    results |= stages.measure_exact_match(config, model, tokenizer, data, stages.questions(config, data), "")
     if options.json and distributed.is_main_process():
         print(json.dumps(results))
     distributed.destroy_process_group()

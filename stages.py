@@ -171,7 +171,6 @@ def _choose_batch_size(
     """The keys with the rows of a pass that `auto` stands for: those of the checkpoint, or what real passes say."""
     from sft.batch_probe import probe_batch_size, rows_of_checkpoint, with_rows
     from sft.collation import Collator
-    from sft.document_attention import takes_documents
 
     keys = config.section(TrainingKeys)
     kept = rows_of_checkpoint(checkpoint) if checkpoint else None
@@ -182,7 +181,7 @@ def _choose_batch_size(
         model,
         data.train,
         keys,
-        Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config)),
+        Collator.of(model, tokenizer),
         _objective(config, model),
         precision,
         loss_chunk_size=config.loss_chunk_size,
@@ -251,7 +250,6 @@ def _arguments(
 def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
     """What the run takes, from an outline of its model and its longest real pass."""
     from sft.collation import Collator
-    from sft.document_attention import takes_documents
     from sft.run_estimate import estimate_run
 
     keys = config.section(TrainingKeys)
@@ -264,7 +262,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
         data.train,
         arguments,
         plan,
-        Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config)),
+        Collator.of(model, tokenizer),
         _objective(config, model),
         loss_chunk_size=config.loss_chunk_size,
         master_weights=precision.master_weights,
@@ -285,20 +283,30 @@ def questions(config: Config, data: PreparedData) -> list[Conversation]:
     return rows
 
 
-def exact_match(
+def measure_exact_match(
     config: Config, model: Any, tokenizer: Any, data: PreparedData, rows: list[Conversation], when: str
 ) -> dict[str, float]:
     """The share of `rows` that the model answers exactly, said aloud; nothing when there is none to ask."""
     import torch
 
-    from sft.exact_match import count_right
+    from sft.exact_match import exact_match
+    from sft.trained_models import stop_tokens
 
     if not rows:
         return {}
     mine = rows[distributed.rank() :: distributed.world_size()]
     with counting("questions answered:") as on_progress:
-        right = count_right(model, tokenizer, mine, data.end_token_ids, config.per_device_eval_batch_size, on_progress)
-    total = int(distributed.all_reduce_sum(torch.tensor(right)))
+        result = exact_match(
+            model,
+            tokenizer,
+            mine,
+            batch_size=config.per_device_eval_batch_size,
+            stop_token_ids=stop_tokens(tokenizer, data.end_token_ids),
+            on_progress=on_progress,
+        )
+    for example in result.examples[:3]:
+        logger.info("  %s", example)
+    total = int(distributed.all_reduce_sum(torch.tensor(result.right)))
     words = f"Exact match{when.replace('_', ' ')}"
     logger.info("%s: %d of %d (%.1f %%)", words, total, len(rows), 100 * total / len(rows))
     return {f"exact_match{when}": total / len(rows)}

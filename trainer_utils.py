@@ -17,7 +17,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sft.callbacks import ConsoleProgress, FollowConfig
 from sft.collation import PACKED, Collator
 from sft.compilation import compile_layers
-from sft.document_attention import takes_documents
 from sft.errors import RankStopped, TrainingStopped
 from sft.flops import operations_a_token
 from sft.guarded_step import GuardedStep, StepSettings
@@ -67,7 +66,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         progress: StreamProgress | None = None,
         settings: StepSettings | None = None,
     ) -> None:
-        collator = Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config))
+        collator = Collator.of(model, tokenizer)
         super().__init__(
             model=model,
             args=args,

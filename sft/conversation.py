@@ -38,6 +38,12 @@ class Conversation:
     trainable: list[bool]
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def ends_with_answer(self) -> bool:
+        """Whether the last message is the assistant's, in words: a call of a tool can be written in many ways."""
+        last = self.messages[-1] if self.messages else {}
+        return last.get("role") == "assistant" and isinstance(last.get("content"), str) and not last.get("tool_calls")
+
 
 @dataclass(frozen=True, slots=True)
 class Text:

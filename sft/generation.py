@@ -15,10 +15,10 @@ from sft.conversation import Conversation, Message
 from sft.errors import Problem, UserError
 from sft.formats import with_system
 from sft.prompts import read_prompts
-from sft.replies import GREEDY, ExactMatch, Sampling, exact_match, generate_replies
+from sft.replies import GREEDY, Sampling, generate_replies
 from sft.trained_models import load_trained
 
-__all__ = ["ExactMatch", "Sampling", "chat", "exact_match", "generate_replies", "run_batch"]
+__all__ = ["Sampling", "chat", "generate_replies", "run_batch"]
 logger = logging.getLogger("sft")
 
 

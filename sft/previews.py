@@ -92,7 +92,7 @@ def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[C
             content = normalize(row.data, source.format, source.columns, keys.system_prompt)
         except RowLost:
             continue
-        if isinstance(content, Conversation) and content.messages[-1]["role"] == "assistant":
+        if isinstance(content, Conversation) and content.ends_with_answer:
             found.append(content)
     limit = min(limit, len(found))
     return [found[number * len(found) // limit] for number in range(limit)]

@@ -39,23 +39,6 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@dataclass(frozen=True)
-class Example:
-    """A question with the right answer and the reply it got, both without whitespace at the ends."""
-
-    question: list[Message]
-    answer: str
-    reply: str
-
-
-@dataclass(frozen=True)
-class ExactMatch:
-    """How many replies were the right answer to the letter; `examples` has all of them, in the order given."""
-
-    right: int
-    examples: tuple[Example, ...]
-
-
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids up to where the model starts to answer.
 
@@ -228,44 +211,3 @@ def generate_replies(
             if on_progress is not None:
                 on_progress(len(batch))
     return replies
-
-
-def exact_match(
-    model: Any,
-    tokenizer: Any,
-    conversations: Sequence[list[Message]],
-    *,
-    max_new_tokens: int | None = None,
-    batch_size: int = 8,
-    stop_token_ids: Sequence[int] | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> ExactMatch:
-    """Answer each conversation greedily and compare with the answer it ends with.
-
-    Args:
-        conversations: each ends with the assistant's message that is the right answer.
-        max_new_tokens: None allows 16 tokens more than the longest right answer has.
-        stop_token_ids, on_progress: as for `generate_replies`.
-
-    Raises:
-        ValueError: a conversation does not end with an answer.
-    """
-    for number, conversation in enumerate(conversations):
-        if not conversation or conversation[-1].get("role") != "assistant":
-            raise ValueError(f"conversation {number} does not end with an answer")
-    questions = [conversation[:-1] for conversation in conversations]
-    answers = [str(conversation[-1]["content"]).strip() for conversation in conversations]
-    if max_new_tokens is None:
-        lengths = [len(tokenizer.encode(answer, add_special_tokens=False)) for answer in answers]
-        max_new_tokens = max(lengths, default=0) + 16
-    replies = generate_replies(
-        model,
-        tokenizer,
-        questions,
-        Sampling(max_new_tokens),
-        batch_size=batch_size,
-        stop_token_ids=stop_token_ids,
-        on_progress=on_progress,
-    )
-    examples = tuple(Example(q, a, r.strip()) for q, a, r in zip(questions, answers, replies, strict=True))
-    return ExactMatch(sum(e.answer == e.reply for e in examples), examples)

@@ -11,46 +11,18 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import GenerationConfig
 
 from sft import chat, generation, system_prompt
 from sft.conversation import Conversation
 from sft.errors import UserError
-from sft.generation import Sampling, exact_match, generate_replies
+from sft.generation import Sampling, generate_replies
 from sft.replies import encode_prompt
-from tests.builders import byte_level_tokenizer, tiny_llama
-
-IM_END = 2
-FACTS = {"capital of France": "Paris", "How many apples": "Two apples are left.", "x": "48"}
-
-
-def ask(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]
-
-
-def with_answer(question: str, answer: str) -> list[dict[str, str]]:
-    return [*ask(question), {"role": "assistant", "content": answer}]
+from tests.pupil import FACTS, IM_END, ask, make_pupil, with_answer
 
 
 @pytest.fixture(scope="module")
 def pupil() -> tuple[Any, Any]:
-    """A tiny model that knows three answers by heart, each ending with <|im_end|>, and its tokenizer."""
-    tokenizer = byte_level_tokenizer()
-    model = tiny_llama(len(tokenizer))
-    prompts = [encode_prompt(tokenizer, ask(question)) for question in FACTS]
-    answers = [[*tokenizer.encode(answer, add_special_tokens=False), IM_END] for answer in FACTS.values()]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    pads = [width - len(p) - len(a) for p, a in zip(prompts, answers, strict=True)]
-    ids = torch.tensor([p + a + [0] * n for p, a, n in zip(prompts, answers, pads, strict=True)])
-    labels = torch.tensor([[-100] * len(p) + a + [-100] * n for p, a, n in zip(prompts, answers, pads, strict=True)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(40):
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.config.use_cache = False
-    model.generation_config = GenerationConfig(eos_token_id=[IM_END, 0], pad_token_id=0)
-    return model, tokenizer
+    return make_pupil()
 
 
 @pytest.fixture
@@ -132,24 +104,6 @@ def test_prompts_that_leave_no_room(pupil: tuple[Any, Any], caplog: pytest.LogCa
     replies = generate_replies(*pupil, [ask("z" * 600), ask("x")], Sampling(10_000))
     assert replies == ["", "48"]
     assert "1 prompts fill all 512 positions" in caplog.text
-
-
-def test_exact_match_counts_to_the_letter(pupil: tuple[Any, Any]) -> None:
-    result = exact_match(
-        *pupil,
-        [
-            with_answer("x", " 48\n"),
-            with_answer("capital of France", "paris"),
-            with_answer("How many apples", "Two apples are left."),
-            with_answer("x", "4"),
-        ],
-    )
-    assert (result.right, len(result.examples)) == (2, 4)
-    second = result.examples[1]
-    assert (second.question, second.answer, second.reply) == (ask("capital of France"), "paris", "Paris")
-    assert exact_match(*pupil, []).right == 0
-    with pytest.raises(ValueError, match="conversation 0"):
-        exact_match(*pupil, [ask("x")])
 
 
 def test_a_batch_from_a_file_to_a_file(pupil_dir: Path, tmp_path: Path) -> None:

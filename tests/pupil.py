@@ -1,0 +1,42 @@
+"""A tiny model that has learnt three answers, for tests of what a model replies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from sft.replies import encode_prompt
+from tests.builders import byte_level_tokenizer, tiny_llama
+
+IM_END = 2
+FACTS = {"capital of France": "Paris", "How many apples": "Two apples are left.", "x": "48"}
+
+
+def ask(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def with_answer(question: str, answer: str) -> list[dict[str, str]]:
+    return [*ask(question), {"role": "assistant", "content": answer}]
+
+
+def make_pupil() -> tuple[Any, Any]:
+    """A tiny model that knows three answers by heart, each ending with <|im_end|>, and its tokenizer."""
+    tokenizer = byte_level_tokenizer()
+    model = tiny_llama(len(tokenizer))
+    prompts = [encode_prompt(tokenizer, ask(question)) for question in FACTS]
+    answers = [[*tokenizer.encode(answer, add_special_tokens=False), IM_END] for answer in FACTS.values()]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    pads = [width - len(p) - len(a) for p, a in zip(prompts, answers, strict=True)]
+    ids = torch.tensor([p + a + [0] * n for p, a, n in zip(prompts, answers, pads, strict=True)])
+    labels = torch.tensor([[-100] * len(p) + a + [-100] * n for p, a, n in zip(prompts, answers, pads, strict=True)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.config.use_cache = False
+    model.generation_config = GenerationConfig(eos_token_id=[IM_END, 0], pad_token_id=0)
+    return model, tokenizer
