@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sft import artifacts, run_shape, stream_state
 from sft.collation import row_lengths
@@ -95,6 +96,12 @@ class RunRecords(RowOrder):
                 artifacts.write_ledger(Path(str(self.args.output_dir)), self.progress.document(self._streamed))
             self.progress.judge(stream_state.account_in(self._streamed))
         self._clock += time.perf_counter() - started
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Behind it every rank's part of the checkpoint is there, so that the first rank may delete an older one."""
+        super()._save_rng_state(output_dir)
+        if dist.is_initialized():
+            dist.barrier()
 
     def stream_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
         """SPEC's LEDGER of the rows that were streamed to all ranks, which all must call it; and their end tokens."""

@@ -1,0 +1,57 @@
+"""What a run writes down; the numbers of its logs are compared in test_gsm8k.py, its resumes in test_equivalence.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, arithmetic, write_config, write_rows
+
+SLOW_DISK = """
+import os, sys, time
+import distributed_utils, sft_main
+import transformers.trainer as upstream
+
+rank = os.environ["RANK"]
+write, rotate = upstream.Trainer._save_rng_state, upstream.rotate_checkpoints
+
+def slow_write(self, folder):
+    time.sleep(1.5 * (rank == "1"))
+    write(self, folder)
+
+def tell(output_dir, **options):
+    newest = max(entry for entry in os.listdir(output_dir) if entry.startswith("checkpoint-"))
+    print("ROTATES", newest, sorted(f for f in os.listdir(f"{output_dir}/{newest}") if f.startswith("rng")), flush=True)
+    rotate(output_dir=output_dir, **options)
+
+upstream.Trainer._save_rng_state, upstream.rotate_checkpoints = slow_write, tell
+distributed_utils.end_process(sft_main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_no_checkpoint_is_deleted_before_all_ranks_have_written_the_next(model_dir: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "run.yaml",
+        model_name_or_path=str(model_dir),
+        train_file=str(write_rows(tmp_path / "train.jsonl", arithmetic(16))),
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        save_steps=1,
+        save_total_limit=1,
+    )
+    script = tmp_path / "slow_disk.py"
+    script.write_text(SLOW_DISK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(script), "--config_file", str(config)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [line for line in done.stdout.splitlines() if line.startswith("ROTATES")]
+    both = "['rng_state_0.pth', 'rng_state_1.pth']"
+    assert told == [f"ROTATES checkpoint-1 {both}", f"ROTATES checkpoint-2 {both}"]
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
