@@ -38,7 +38,7 @@ def noise_scale(
         position_ids: (B, T) of padded rows with several documents each: they start from 0 with each.
     """
     if documents is not None:
-        lengths = torch.tensor(documents.lengths).to(input_ids.device, non_blocking=True)
+        lengths = documents.cu_seqlens.diff()  # on the device already
         each = torch.repeat_interleave(lengths, lengths, output_size=input_ids.shape[1])[None]  # (1, T)
     elif attention_mask is not None:
         each = attention_mask.sum(-1, keepdim=True)  # (B, 1)

@@ -98,6 +98,14 @@ def _check_flags(
                 key="fp16" if fp16 else "dtype",
             )
         )
+    if trains_everything and dtype_key == "bfloat16" and fp16:
+        raise UserError(
+            Problem(
+                "fp16 is true, and dtype: bfloat16 trains bfloat16 weights",
+                "Remove `dtype`: fp16 trains float32 weights under float16 autocast. Or remove `fp16`.",
+                key="fp16",
+            )
+        )
     if trains_everything and dtype_key == "float16":
         # Gradients have the format of their weights, and small ones vanish in float16: at once, or when scaled ones are
         # scaled back. torch's GradScaler raises "Attempting to unscale FP16 gradients".

@@ -83,6 +83,7 @@ def test_the_machine_is_measured_only_where_that_is_asked_for(monkeypatch: pytes
         ("auto", True, None, OLD_GPU, "bf16"),
         ("auto", None, True, CPU, "fp16"),
         ("float16", None, None, CPU, "dtype"),
+        ("bfloat16", None, True, GPU, "fp16"),
         ("int8", None, None, GPU, "dtype"),
     ],
 )
