@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,18 +114,7 @@ def estimate_run(
     process = process_bytes(device)
     batch = collator(_longest_pass(rows, arguments, plan, collator, max_seq_length))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    as_fake(model, mode, device).train()
-    beneath = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = TokenForward(model, objective, loss_chunk_size, assume_output_head(beneath))
-    inputs = fake_batch(batch, mode, device)
-    half = torch.bfloat16 if arguments.bf16 else torch.float16
-    autocasts = arguments.bf16 or arguments.fp16
-
-    def run_forward() -> torch.Tensor:
-        scale = torch.ones((), device=device)
-        with torch.autocast(device.type, half, enabled=autocasts):
-            return forward(model, inputs, scale).objective * scale
-
+    run_forward = _on_fakes(model, batch, mode, arguments, objective, loss_chunk_size)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = str(getattr(arguments.optim, "value", arguments.optim))
     is_one_pass = plan.gradient_accumulation_steps == plan.world_size == 1 and not assumes_batch_size
@@ -142,7 +132,7 @@ def estimate_run(
     limit = memory_limit(device, plan.world_size)
     _say(memory, plan, limit, assumes_batch_size)
     total_tokens = _total_tokens(plan)
-    computes_in = half if autocasts else beneath.dtype
+    beneath = _beneath(model)
     return RunEstimate(
         memory=memory,
         plan=plan,
@@ -152,9 +142,43 @@ def estimate_run(
         tokens=int(batch["lengths"].sum()),
         trained_tokens=len(batch["trained_positions"]),
         total_tokens=total_tokens,
-        seconds_at_least=_least_seconds(operations_a_token(beneath), total_tokens, plan, device, computes_in),
+        seconds_at_least=_least_seconds(
+            operations_a_token(beneath), total_tokens, plan, device, _autocast(arguments) or beneath.dtype
+        ),
         assumes_batch_size=assumes_batch_size,
     )
+
+
+def _on_fakes(
+    model: Any,
+    batch: dict[str, Any],
+    mode: FakeTensorMode,
+    arguments: TrainingArguments,
+    objective: Objective,
+    loss_chunk_size: int | None,
+) -> Callable[[], torch.Tensor]:
+    """The trainer's own forward over the batch, with the model and the batch made of fake tensors; returns the loss."""
+    device, half = arguments.device, _autocast(arguments)
+    as_fake(model, mode, device).train()
+    forward = TokenForward(model, objective, loss_chunk_size, assume_output_head(_beneath(model)))
+    inputs = fake_batch(batch, mode, device)
+
+    def run_forward() -> torch.Tensor:
+        scale = torch.ones((), device=device)
+        with torch.autocast(device.type, half, enabled=half is not None):
+            return forward(model, inputs, scale).objective * scale
+
+    return run_forward
+
+
+def _autocast(arguments: TrainingArguments) -> torch.dtype | None:
+    """The dtype that matrix products are cast to; None is that of their weights."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+
+
+def _beneath(model: Any) -> Any:
+    """The model beneath its adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _say(memory: MemoryEstimate, plan: BatchPlan, limit: int, assumes_batch_size: bool) -> None:
