@@ -42,6 +42,11 @@ class ParameterCount:
         return f"{self.trainable:,} of {self.total:,} weights are trained ({share:.3g} %)"
 
 
+def without_adapter(model: Any) -> Any:
+    """The causal LM that peft has wrapped, its layers replaced by adapted ones; a model that is not wrapped, itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts trainable and all weights; a tied weight counts once."""
     trainable = total = 0

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sft.adapters import without_adapter
+
 NODE = -1
 
 
@@ -197,6 +199,6 @@ def peak_of(events: Iterable[Event]) -> int:
 
 def _decoder(model: Any) -> nn.Module:
     """The part of a causal language model under its head; the model itself where it has none of its own."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     return decoder if isinstance(decoder, nn.Module) else base

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
+from sft.adapters import without_adapter
 from sft.allocation_trace import as_fake, fake_batch
 from sft.batch_plan import BatchPlan
 from sft.collation import Collator, row_lengths
@@ -132,7 +133,7 @@ def estimate_run(
     limit = memory_limit(device, plan.world_size)
     _say(memory, plan, limit, assumes_batch_size)
     total_tokens = _total_tokens(plan)
-    beneath = _beneath(model)
+    beneath = without_adapter(model)
     return RunEstimate(
         memory=memory,
         plan=plan,
@@ -160,7 +161,7 @@ def _on_fakes(
     """The trainer's own forward over the batch, with the model and the batch made of fake tensors; returns the loss."""
     device, half = arguments.device, _autocast(arguments)
     as_fake(model, mode, device).train()
-    forward = TokenForward(model, objective, loss_chunk_size, assume_output_head(_beneath(model)))
+    forward = TokenForward(model, objective, loss_chunk_size, assume_output_head(without_adapter(model)))
     inputs = fake_batch(batch, mode, device)
 
     def run_forward() -> torch.Tensor:
@@ -174,11 +175,6 @@ def _on_fakes(
 def _autocast(arguments: TrainingArguments) -> torch.dtype | None:
     """The dtype that matrix products are cast to; None is that of their weights."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-
-
-def _beneath(model: Any) -> Any:
-    """The model beneath its adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _say(memory: MemoryEstimate, plan: BatchPlan, limit: int, assumes_batch_size: bool) -> None:

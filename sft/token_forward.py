@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sft import fused_head
+from sft.adapters import without_adapter
 from sft.document_attention import attention_inputs
 from sft.errors import Problem, UserError
 from sft.losses import Objective, TokenLoss, token_loss
@@ -37,7 +38,7 @@ class TokenForward:
     def __init__(
         self, model: Any, objective: Objective, chunk_size: int | None = None, head: OutputHead | None = None
     ) -> None:
-        self.causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal_lm: Any = without_adapter(model)
         self._config = self.causal_lm.config
         self._objective, self._eval_objective = objective, Objective(entropy=objective.entropy)
         self._reason_for_logits = fused_head.install(self.causal_lm, chunk_size, head, outermost=model)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.adapters import attach_saved_adapter
+from sft.adapters import attach_saved_adapter, without_adapter
 from sft.embeddings import resize_embeddings
 from sft.errors import Problem, UserError
 from sft.model_files import (
@@ -284,7 +284,7 @@ def _attend(model: Any, attn_implementation: str) -> None:
     from sft import document_attention
     from sft.precision import choose_attention, device_facts
 
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = without_adapter(model)
     in_half = causal_lm.dtype != torch.float32
     document_attention.register()
     name, _ = choose_attention(attn_implementation, causal_lm.config, type(causal_lm), in_half, device_facts())
