@@ -11,26 +11,23 @@ The number format, the attention kernel, the pad token, grown embeddings and the
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sft import chat_templates
 from sft.adapters import attach_adapter, count_parameters
 from sft.base_models import fresh, model_class, outlined, pretrained, read_config
 from sft.embeddings import embedding_rows, resize_embeddings
 from sft.errors import Problem, UserError
 from sft.fresh_models import build_config, check_settings
 from sft.hardware import training_device
-from sft.keys import Keys
+from sft.keys import placed
 from sft.merging import merge
-from sft.model_files import require_weights, resolve_reference, unavailable
+from sft.model_files import require_weights, resolve_reference
 from sft.precision import Precision, choose_attention, choose_precision, device_facts
 from sft.quantization import import_bitsandbytes, settle
-from sft.tokenizer_files import load_tokenizer_files
-from sft.tokenizers import add_special_tokens, set_pad_token
+from sft.tokenizers import dress_tokenizer, load_tokenizer, read_tokenizer
 from sft.trained_models import load_trained, save_companions, save_final_model
 
 if TYPE_CHECKING:
@@ -41,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_model",
+    "dress_tokenizer",
     "load_model",
     "load_tokenizer",
     "load_trained",
@@ -52,73 +50,6 @@ __all__ = [
     "save_final_model",
 ]
 logger = logging.getLogger("sft")
-
-
-@contextmanager
-def _placed(keys: Keys) -> Iterator[None]:
-    """Mistakes found inside get the file and the line where the user wrote the key."""
-    try:
-        yield
-    except UserError as error:
-        problems = []
-        for problem in error.problems:
-            if problem.key is not None and problem.file is None:
-                file, line = keys.place(problem.key)
-                problem = dataclasses.replace(problem, file=file, line=line)
-            problems.append(problem)
-        raise UserError(*problems) from error.__cause__
-
-
-def _read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
-    """The tokenizer as it stands in its files.
-
-    Raises:
-        UserError: no name is given, there is none at that name, or it has no Rust backend.
-    """
-    key = "tokenizer_name_or_path" if keys.tokenizer_name_or_path else "model_name_or_path"
-    name = keys.tokenizer_name_or_path or keys.model_name_or_path
-    if not name:
-        raise UserError(
-            Problem(
-                "no tokenizer is named",
-                "Give `model_name_or_path`, or `tokenizer_name_or_path` with `from_scratch`.",
-                key="tokenizer_name_or_path",
-            )
-        )
-    reference = resolve_reference(name, key)
-    try:
-        tokenizer: Any = load_tokenizer_files(
-            reference, revision=keys.model_revision or "main", trust_remote_code=keys.trust_remote_code
-        )
-    except Exception as error:  # a broken tokenizer file makes the loader raise almost anything
-        raise unavailable(reference, error, key, "tokenizer") from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            Problem(
-                f"{type(tokenizer).__name__} is a slow tokenizer, without the character offsets that exact masks need",
-                "Use a model whose folder has a tokenizer.json.",
-                key=key,
-            )
-        )
-    return tokenizer  # type: ignore[no-any-return]
-
-
-def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
-    """The tokenizer with the user's special tokens, a pad token, and a chat template.
-
-    Raises:
-        UserError: the tokenizer cannot be had, or a setting does not fit it.
-    """
-    with _placed(keys):
-        tokenizer = _read_tokenizer(keys)
-        if keys.special_tokens:
-            added = add_special_tokens(tokenizer, keys.special_tokens)
-            if added:
-                logger.info("Tokens added to the vocabulary: %s", ", ".join(added))
-        logger.info("Padding with %s", set_pad_token(tokenizer))
-        logger.info("Chat template: %s", chat_templates.install(tokenizer, keys.chat_template))
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def plan_precision(
@@ -137,7 +68,7 @@ def plan_precision(
     Raises:
         UserError: the settings exclude each other, or the device cannot do it.
     """
-    with _placed(keys):
+    with placed(keys):
         trains_everything = lora is None and quantization is None
         facts = device_facts(measured=keys.dtype == "auto")
         precision = choose_precision(keys.dtype, trains_everything, bf16, fp16, facts)
@@ -179,7 +110,7 @@ def check_model(keys: ModelKeys) -> None:
     Raises:
         UserError: there is no model of that name, it is no causal language model, or it has no weights.
     """
-    with _placed(keys):
+    with placed(keys):
         _check_combination(keys, None, None, for_training=False)
         if keys.from_scratch is not None:
             check_settings(keys.from_scratch)
@@ -195,7 +126,7 @@ def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> 
     Raises:
         UserError: there is no such model.
     """
-    with _placed(keys):
+    with placed(keys):
         if keys.from_scratch is not None:
             config: Any = build_config(keys.from_scratch, tokenizer)
         else:
@@ -231,7 +162,7 @@ def _untrained_tokens(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, rows_
     """
     first_new = rows_before
     if keys.special_tokens:
-        first_new = min(first_new, len(_read_tokenizer(keys)))
+        first_new = min(first_new, len(read_tokenizer(keys)))
     return [token for token in range(first_new, len(tokenizer)) if token != tokenizer.pad_token_id]
 
 
@@ -311,7 +242,7 @@ def load_model(
     Raises:
         UserError: the model cannot be had, is no causal language model, or a setting does not fit it.
     """
-    with _placed(keys):
+    with placed(keys):
         _check_combination(keys, lora, quantization, for_training)
         if lora is not None or quantization is not None:
             import_bitsandbytes()

@@ -228,7 +228,7 @@ def estimate(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Measures a model on the config's validation data."""
-    from sft.schema import TrainingKeys
+    from sft.schema import ModelKeys, TrainingKeys
     from sft.trackers import require_trackers
 
     config, options = _config("evaluate", argv)
@@ -238,10 +238,12 @@ def evaluate(argv: list[str]) -> int:
     import model_manager
     import stages
     import trainer_utils
+    from sft.adapters import without_adapter
     from sft.auto_packing import AutoPacking
     from sft.callbacks import ConsoleProgress
     from sft.console import console
     from sft.document_attention import takes_documents
+    from sft.embeddings import resize_embeddings
 
     folder = options.model or config.output_dir
     model, tokenizer = model_manager.load_trained(
@@ -250,6 +252,9 @@ def evaluate(argv: list[str]) -> int:
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
+    # A base that was never trained here is measured behind the prompts that training on it would make.
+    model_manager.dress_tokenizer(tokenizer, config.section(ModelKeys))
+    resize_embeddings(without_adapter(model), len(tokenizer))
     obstacle = None if takes_documents(model.config) else "the model takes padded rows"
     data = stages.prepare(config, tokenizer, training=False, auto=AutoPacking(obstacle))
     if not data.evals:

@@ -117,10 +117,14 @@ def _check_initialisation(model: nn.Module, keys: LoraKeys) -> None:
                 key=key,
             )
         )
-    if init.startswith(CHANGES_BASE) and quantized_layers(model):
+    if _changes_base(keys) and quantized_layers(model):
         raise UserError(
             Problem(f"{init!r} rewrites the base weights, and these are quantized", "Use true or gaussian.", key=key)
         )
+
+
+def _changes_base(keys: LoraKeys) -> bool:
+    return str(getattr(keys, "init_lora_weights", True)).startswith(CHANGES_BASE)
 
 
 def _ends(model: PreTrainedModel) -> list[str]:
@@ -160,8 +164,9 @@ def attach_adapter(
 ) -> tuple[PeftModel, dict[str, list[int]]]:
     """Freeze `model` and put a LoRA adapter on it (Hu et al., arXiv:2106.09685); the adapter itself is float32.
 
-    The random start is drawn from a seed of its own, so that an initialisation that also changes the base (PiSSA with
-    a randomized SVD) is the same when the adapter is loaded again.
+    The random start is drawn from the run's seed (torch's, as it was set last), whatever was drawn before. Only an
+    initialisation that also changes the base (PiSSA with a randomized SVD) has a seed of its own, so that it is the
+    same when the adapter is loaded again.
 
     Args:
         new_ids: token ids without a trained embedding.
@@ -185,7 +190,7 @@ def attach_adapter(
         # Left to itself peft trains two copies that drift apart, and the merged model is no longer tied.
         kwargs["ensure_weight_tying"] = True
     try:
-        with fixed_initialisation():
+        with initialising(_changes_base(keys)):
             adapted = get_peft_model(model, LoraConfig(**kwargs), autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         layers = ", ".join(linear_layer_names(model))
@@ -227,13 +232,17 @@ def _cast_input_dtype(layer: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.
 
 
 @contextmanager
-def fixed_initialisation() -> Iterator[None]:
-    """While this lasts torch's random numbers come from a fixed seed; afterwards they go on as if nothing happened."""
+def initialising(changes_base: bool = True) -> Iterator[None]:
+    """While this lasts torch's random numbers begin anew; afterwards they go on as if nothing happened.
+
+    Args:
+        changes_base: they begin with the same seed in every run, and not with the run's.
+    """
     import torch
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_INIT_SEED)
+        torch.manual_seed(_INIT_SEED if changes_base else torch.initial_seed())
         yield
 
 
@@ -275,7 +284,7 @@ def attach_saved_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     from peft import PeftModel
 
     try:
-        with fixed_initialisation(), warnings.catch_warnings(record=True) as caught:
+        with initialising(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:

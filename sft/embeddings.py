@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("sft")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -45,3 +49,25 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> int:
         for matrix in matrices:
             matrix[before:] = matrix[:before].float().mean(dim=0).to(matrix.dtype)
     return rows - before
+
+
+def untie_adapted_ends(adapted: PeftModel) -> None:
+    """Give the head a matrix of its own where LoRA adapts one end of tied embeddings.
+
+    Folding a change into the shared matrix would change the other end too. To be called before an adapter is merged.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    base: Any = adapted.get_base_model()
+    kind: Any = LoraLayer
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or not (isinstance(embedding, kind) or isinstance(head, kind)):
+        return
+    if head.weight is not embedding.weight:
+        return
+    plain = head.get_base_layer() if isinstance(head, kind) else head
+    plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+    logger.info("The adapter changes one end of tied embeddings: the merged model has two matrices")

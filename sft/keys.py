@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from sft.errors import Problem
+from sft.errors import Problem, UserError
 
 Place = tuple[str, int | None]
 """A file (or `command line`) and the line in it, counted from 1."""
@@ -60,3 +62,18 @@ class Keys(BaseModel):
         """A mistake in the value of `key`, with the file and the line where the user wrote it."""
         file, line = self.place(key)
         return Problem(message, hint, key=self._section + key, file=file, line=line)
+
+
+@contextmanager
+def placed(keys: Keys) -> Iterator[None]:
+    """Mistakes found inside get the file and the line where the user wrote the key."""
+    try:
+        yield
+    except UserError as error:
+        problems = []
+        for problem in error.problems:
+            if problem.key is not None and problem.file is None:
+                file, line = keys.place(problem.key)
+                problem = dataclasses.replace(problem, file=file, line=line)
+            problems.append(problem)
+        raise UserError(*problems) from error.__cause__

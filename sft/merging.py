@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.adapters import attach_saved_adapter
+from sft.embeddings import untie_adapted_ends
 from sft.errors import Problem, UserError
 from sft.model_files import is_adapter, require_trained
 from sft.precision import DTYPES
@@ -161,28 +162,6 @@ def _quantized_tolerance(facts: dict[str, Any]) -> float:
     return TOLERANCE[str(quantization.get("bnb_4bit_compute_dtype", "float32"))]
 
 
-def _untie_adapted_ends(adapted: PeftModel) -> None:
-    """Give the head a matrix of its own where LoRA adapts one end of tied embeddings.
-
-    Folding a change into the shared matrix would change the other end too.
-    """
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    base: Any = adapted.get_base_model()
-    kind: Any = LoraLayer
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or not (isinstance(embedding, kind) or isinstance(head, kind)):
-        return
-    if head.weight is not embedding.weight:
-        return
-    plain = head.get_base_layer() if isinstance(head, kind) else head
-    plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
-    base.config.get_text_config().tie_word_embeddings = False
-    base.config.tie_word_embeddings = False
-    logger.info("The adapter changes one end of tied embeddings: the merged model has two matrices")
-
-
 def _fold(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor) -> PreTrainedModel:
     """Merge in float32 and check the arithmetic.
 
@@ -190,7 +169,7 @@ def _fold(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor) -> PreT
         UserError: peft has no formula for merging this kind of adapter.
         RuntimeError: the merged weights compute something else.
     """
-    _untie_adapted_ends(adapted)
+    untie_adapted_ends(adapted)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of adapters on tied weights, which are seen to above

@@ -1,14 +1,23 @@
-"""What is done to a tokenizer before training: tokens that the user adds, and a token to pad with."""
+"""A tokenizer as training needs it: the tokens that the user adds, a token to pad with, and a chat template."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sft import chat_templates
 from sft.errors import Problem, UserError
+from sft.keys import placed
+from sft.model_files import resolve_reference, unavailable
+from sft.tokenizer_files import load_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from sft.schema import ModelKeys
+
+logger = logging.getLogger("sft")
 
 # Names under which vocabularies of the common model families already hold a token that is for padding and nothing
 # else, although their tokenizer config may not say so.
@@ -97,3 +106,66 @@ def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
         )
     tokenizer.pad_token = name
     return f"{name!r}, {reason}"
+
+
+def read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
+    """The tokenizer as it stands in its files.
+
+    Raises:
+        UserError: no name is given, there is none at that name, or it has no Rust backend.
+    """
+    key = "tokenizer_name_or_path" if keys.tokenizer_name_or_path else "model_name_or_path"
+    name = keys.tokenizer_name_or_path or keys.model_name_or_path
+    if not name:
+        raise UserError(
+            Problem(
+                "no tokenizer is named",
+                "Give `model_name_or_path`, or `tokenizer_name_or_path` with `from_scratch`.",
+                key="tokenizer_name_or_path",
+            )
+        )
+    reference = resolve_reference(name, key)
+    revision = keys.model_revision if name == keys.model_name_or_path else None  # another repository has others
+    try:
+        tokenizer: Any = load_tokenizer_files(
+            reference, revision=revision or "main", trust_remote_code=keys.trust_remote_code
+        )
+    except Exception as error:  # a broken tokenizer file makes the loader raise almost anything
+        raise unavailable(reference, error, key, "tokenizer") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            Problem(
+                f"{type(tokenizer).__name__} is a slow tokenizer, without the character offsets that exact masks need",
+                "Use a model whose folder has a tokenizer.json.",
+                key=key,
+            )
+        )
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
+    """The tokenizer with the user's special tokens, a pad token, and a chat template.
+
+    Raises:
+        UserError: the tokenizer cannot be had, or a setting does not fit it.
+    """
+    with placed(keys):
+        tokenizer = read_tokenizer(keys)
+    dress_tokenizer(tokenizer, keys)
+    return tokenizer
+
+
+def dress_tokenizer(tokenizer: PreTrainedTokenizerFast, keys: ModelKeys) -> None:
+    """Gives a tokenizer what the config asks for; one that a run has saved has it already.
+
+    Raises:
+        UserError: a setting does not fit it.
+    """
+    with placed(keys):
+        if keys.special_tokens:
+            added = add_special_tokens(tokenizer, keys.special_tokens)
+            if added:
+                logger.info("Tokens added to the vocabulary: %s", ", ".join(added))
+        logger.info("Padding with %s", set_pad_token(tokenizer))
+        logger.info("Chat template: %s", chat_templates.install(tokenizer, keys.chat_template))
+    tokenizer.padding_side = "right"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.adapters import attach_saved_adapter, without_adapter
-from sft.embeddings import resize_embeddings
+from sft.embeddings import resize_embeddings, untie_adapted_ends
 from sft.errors import Problem, UserError
 from sft.model_files import (
     ADAPTER_CONFIG,
@@ -117,12 +117,14 @@ def base_facts(model: Any, folder: Path) -> dict[str, Any]:
     name = base.name_or_path
     quantization = getattr(base.config, "quantization_config", None)
     local = Path(name).is_dir()
+    commit = getattr(base.config, "_commit_hash", None)  # of a hub's model; a branch may have moved on since
     return {
         "base_model_name_or_path": name,
         "path_from_here": os.path.relpath(name, folder.resolve()) if local else None,
         "dtype": str(base.config.dtype).removeprefix("torch."),
         "embedding_rows": int(base.config.get_text_config().vocab_size),
         "quantization_config": None if quantization is None else _plain(quantization),
+        **({"revision": commit} if commit else {}),
     }
 
 
@@ -259,6 +261,7 @@ def load_trained(
         facts.setdefault("embedding_rows", len(tokenizer))
         model = attach_saved_adapter(load_base(reference, facts, dtype, trust_remote_code), str(folder))
         if merge_for_speed and not facts.get("quantization_config"):
+            untie_adapted_ends(model)
             model = model.merge_and_unload()
         if (folder / "generation_config.json").is_file():
             saved = GenerationConfig.from_pretrained(str(folder))

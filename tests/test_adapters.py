@@ -88,3 +88,35 @@ def test_what_computes_with_the_input_keeps_it_in_float32(overrides: dict[str, A
     found, same = trained(model)
     assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
     assert same == casts
+
+
+def start(seed: int, drawn_before: int = 0, **overrides: Any) -> dict[str, torch.Tensor]:
+    """The adapter's A matrices as it begins in a run of that seed."""
+    model = base().float()
+    torch.manual_seed(seed)
+    torch.rand(drawn_before)
+    adapted, _ = attach_adapter(model, LoraKeys(r=4, **overrides))
+    return {name: weight.detach().clone() for name, weight in adapted.named_parameters() if "lora_A" in name}
+
+
+def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_adapter_starts_from_the_seed_of_its_run() -> None:
+    assert are_equal(start(1), start(1, drawn_before=7))
+    assert not are_equal(start(1), start(2))
+
+
+def test_a_start_that_changes_the_base_is_the_same_in_each_run() -> None:
+    """It is made again, without the run's seed, when the adapter is loaded."""
+    assert are_equal(start(1, init_lora_weights="pissa_niter_2"), start(2, init_lora_weights="pissa_niter_2"))
+
+
+def test_no_random_number_is_used_up() -> None:
+    model = base()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    attach_adapter(model, LoraKeys(r=4))
+    assert torch.equal(torch.rand(2), expected)

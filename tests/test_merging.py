@@ -24,6 +24,7 @@ LORA: dict[str, dict[str, Any]] = {
     "whole embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "whole head": {"modules_to_save": ["lm_head"]},
     "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "lora on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
 }
 
 
@@ -48,6 +49,8 @@ def test_each_kind_of_adapter(tmp_path: Path, kind: str, tied: bool) -> None:
     report = model_manager.merge(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (logits(merged, probe) - expected).abs().max() < 1e-4
+    in_memory, _ = model_manager.load_trained(adapter, merge_for_speed=True)
+    assert (logits(in_memory, probe) - expected).abs().max() < 1e-4
     assert report.error < 1e-5
     assert report.effect > 1e-2
     assert (report.dtype, report.quantized_error) == ("float32", None)

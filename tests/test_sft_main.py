@@ -20,6 +20,7 @@ import trainer_utils
 from sft import replies
 from sft.replies import encode_prompt
 from sft.sampling import EpochSampler
+from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.by_hand import rows_of
 from tests.runs import ROOT, arithmetic, log_history, losses, run, write_config, write_rows
 from trainer_utils import SFTTrainer
@@ -272,6 +273,25 @@ def test_evaluate_gives_the_run_its_own_numbers_again(
     assert results["eval_loss"] == pytest.approx(saved["eval_loss"], abs=1e-6)
     assert results["eval_tokens"] == saved["eval_tokens"]
     assert results["datasets"]["validation"]["eval_tokens"] == saved["eval_tokens"]
+
+
+def test_a_base_is_evaluated_behind_the_prompts_that_training_on_it_makes(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base as it comes: no pad token, no template, and without the token that the config adds."""
+    tokenizer = byte_level_tokenizer(chat_template=None, pad=False)
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    keys = [f"model_name_or_path={tmp_path / 'base'}", "chat_template=chatml", "special_tokens=[<|new|>]"]
+    keys += ["lora_config=null", "max_steps=1", "learning_rate=0", "dtype=float32"]
+    assert sft_main.main(["--config_file", str(config_file), *keys]) == 0
+    saved = json.loads((tmp_path / "out" / "logs" / "eval_results.json").read_text())
+    capsys.readouterr()
+    evaluate = ["evaluate", "--config_file", str(config_file), "--model", str(tmp_path / "base"), "--json"]
+    assert sft_main.main([*evaluate, *keys]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["eval_loss"] == pytest.approx(saved["eval_loss"], abs=1e-6)
+    assert results["eval_tokens"] == saved["eval_tokens"]
 
 
 def test_merge_then_evaluate_gives_the_adapters_numbers(

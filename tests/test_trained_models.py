@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import model_manager
 from sft.errors import UserError
 from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
-from sft.trained_models import generation_config, stop_tokens
+from sft.trained_models import find_base, generation_config, stop_tokens
 from tests.builders import byte_level_tokenizer, tiny_llama
 
 PROBE = torch.arange(5, 45).reshape(2, 20)
@@ -139,6 +139,16 @@ def test_an_adapter_finds_its_base_from_another_folder_and_after_a_move(
     with pytest.raises(UserError, match="base model of this adapter is not at") as caught:
         model_manager.load_trained("moved/run/out")
     assert caught.value.problems[0].file == str(Path("moved/run/out/adapter_config.json"))
+
+
+def test_an_adapter_remembers_the_commit_of_its_base(model_dir: Path, tmp_path: Path) -> None:
+    """Of a base from a hub; `model_revision: main` would be another base tomorrow."""
+    model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), LoraKeys(r=2))
+    model_manager.save_final_model(model, tokenizer, tmp_path, [IM_END])
+    assert find_base(tmp_path)[1]["revision"] is None, "a folder has no commits"
+    model.get_base_model().config._commit_hash = "0123abcd"
+    model_manager.save_final_model(model, tokenizer, tmp_path, [IM_END])
+    assert find_base(tmp_path)[1]["revision"] == "0123abcd"
 
 
 def test_a_checkpoint_of_peft_alone_loads(model_dir: Path, tmp_path: Path) -> None:
