@@ -56,7 +56,7 @@ def all_figures(results: Measured) -> list[Figures]:
     tables = []
     if found := targets(results):
         lines = [
-            (what, f"{reached:,.3g}", f"{sign} {limit:,}", _met(reached, sign, limit))
+            (what, _shown(reached), f"{sign} {limit:,}", _met(reached, sign, limit))
             for what, reached, sign, limit in found
         ]
         tables.append(Figures("Targets", ("", "reached", "target", "met"), lines))
@@ -67,7 +67,13 @@ def all_figures(results: Measured) -> list[Figures]:
     return tables
 
 
-def _met(reached: float, sign: str, limit: float) -> str:
+def _shown(reached: float | str) -> str:
+    return reached if isinstance(reached, str) else f"{reached:,.3g}"
+
+
+def _met(reached: float | str, sign: str, limit: float) -> str:
+    if isinstance(reached, str):
+        return "no"
     return "yes" if (reached >= limit if sign == ">=" else reached <= limit) else "no"
 
 
@@ -97,38 +103,49 @@ def head_figures(runs: dict[str, list[Measured]], shape: list[int]) -> Figures:
     return Figures(title, ("", "ms", "peak GB"), lines)
 
 
-def targets(results: Measured) -> list[tuple[str, float, str, float]]:
-    """What, what was reached, the sign, what was promised: ratios to peers on any GPU, absolute figures on an H100."""
+Target = tuple[str, float | str, str, float]
+"""What, what was reached (or why nothing was), the sign, what was promised."""
+
+
+def targets(results: Measured) -> list[Target]:
+    """Ratios to peers on any GPU, absolute figures on an H100."""
     is_h100 = re.search("H100", results["device"]["name"]) is not None
-    found: list[tuple[str, float, str, float]] = []
-    places: dict[tuple[str, str, int], dict[str, Measured]] = {}
-    for one in results.get("train", []):
-        places.setdefault((one["size"], one["method"], one["length"]), {})[one["name"]] = one
-    for (size, method, length), by_name in places.items():
+    found: list[Target] = []
+    places: dict[tuple[str, str, int, int], dict[str, Measured]] = {}
+    for one in results.get("train", []) if results["device"]["memory_gib"] is not None else []:
+        place = (one["size"], one["method"], one["length"], one["pass_tokens"])
+        places.setdefault(place, {})[one["name"]] = one
+    for (size, method, length, pass_tokens), by_name in places.items():
         what, ours = f"{size} {method} {length:,}", by_name["ours"]
         reached = tokens_per_second(ours)
-        if reached is None or results["device"]["memory_gib"] is None:
-            continue
         if is_h100 and (promised := H100_SPEEDS.get((size, method))):
-            found.append((f"{what}: tokens/s", reached, ">=", promised))
+            found.append((f"{what}: tokens/s", reached or _failure(ours["runs"]), ">=", promised))
+        if reached is None:
+            continue
         if is_h100 and (size, method) == ("8B", "full 8-bit") and (held := _peak_gb(ours["runs"])):
             found.append((f"{what}: peak GB", held, "<=", H100_8BIT_GB))
-        small = length == 2048 and results["options"]["pass_tokens"] == "4096"
-        if small and (size, method) == ("8B", "qlora") and (held := _peak_gb(ours["runs"])):
+        is_small = (length, pass_tokens) == (2048, 4096)
+        if is_small and (size, method) == ("8B", "qlora") and (held := _peak_gb(ours["runs"])):
             found.append((f"{what}: peak GiB", held * 1e9 / 2**30, "<=", H100_QLORA_GIB))
-        lora = places.get((size, "lora", length), {}) if method == "qlora" else {}
+        lora = places.get((size, "lora", length, pass_tokens), {}) if method == "qlora" else {}
         if lora and (beside := tokens_per_second(lora["ours"])):
             found.append((f"{what}: share of LoRA's tokens/s", reached / beside, ">=", QLORA_OF_LORA))
-        rivals = {
-            name: speed for name, one in by_name.items() if name[:3] == "TRL" and (speed := tokens_per_second(one))
-        }
-        if "TRL" in rivals:
-            found.append((f"{what}: times TRL's default", reached / rivals["TRL"], ">=", TIMES_TRL))
-            best = max(rivals, key=lambda name: rivals[name])
-            found.append((f"{what}: times TRL's best ({best})", reached / rivals[best], ">=", TIMES_TRL_BEST))
+        found += _beside_trl(what, reached, by_name)
     head = [run for run in results.get("head", {}).get("ours", []) if "ms" in run]
     if is_h100 and head and list(results["head_shape"]) == H100_HEAD_SHAPE:
         found.append(("head and loss: ms", median(run["ms"] for run in head), "<=", H100_HEAD_MS))
         if (held := _peak_gb(head)) is not None:
             found.append(("head and loss: peak GB", held, "<=", H100_HEAD_GB))
+    return found
+
+
+def _beside_trl(what: str, reached: float, by_name: dict[str, Measured]) -> list[Target]:
+    speeds = {name: speed for name, one in by_name.items() if name[:3] == "TRL" and (speed := tokens_per_second(one))}
+    if not speeds:
+        return []
+    found: list[Target] = []
+    if "TRL" in speeds:
+        found.append((f"{what}: times TRL's default", reached / speeds["TRL"], ">=", TIMES_TRL))
+    best = max(speeds, key=lambda name: speeds[name])
+    found.append((f"{what}: times TRL's best ({best})", reached / speeds[best], ">=", TIMES_TRL_BEST))
     return found

@@ -38,6 +38,7 @@ def ours() -> Loss:
         model = torch.nn.Module()
         model.lm_head = torch.nn.Linear(1, 1, bias=False, device="meta")
         model.lm_head.weight = weight
+        weight.grad_dtype = torch.float32  # as in full training, where master values take the gradient
         # Position t predicts token t + 1: one position more, whose hidden state nobody reads.
         row = torch.cat([hidden, hidden[-1:].detach()])[None]
         labels = torch.cat([targets[:1], targets])[None]
@@ -106,6 +107,7 @@ def trl() -> Loss:
 
     def loss(hidden: Any, weight: Any, targets: Any) -> Any:
         model.lm_head.weight = weight
+        weight.grad_dtype = torch.float32  # as in full training, where master values take the gradient
         return model(hidden[None], shift_labels=targets[None], fused_lm_head=True).loss
 
     return loss

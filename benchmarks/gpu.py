@@ -4,19 +4,20 @@
     python benchmarks/gpu.py --sizes 0.6B --methods full --lengths 4096
     python benchmarks/gpu.py --device cpu --scale tiny             # tries every path without a GPU
 
-What is measured and how: benchmarks/README.md. The figures go to the terminal, to the section `## One GPU` of
-RESULTS.md in `--out`, and with `--json FILE` to a file.
+What is measured and how: benchmarks/README.md. The figures go to the terminal and, each as soon as it is there, to the
+file `--json` and to the section `## One GPU` of RESULTS.md in `--out`. What that file held before stays in it and in
+the tables, so that the work can be done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/gpu.py`
 
+from benchmarks._gpu_contestants import HEAD_CONTESTANTS, Contestant, contestants, is_installed
 from benchmarks._gpu_report import all_figures, device_line
 from benchmarks._measure import ROOT, machine, run_worker
 from benchmarks._models import GPU_SHAPES, Shape
@@ -34,57 +36,6 @@ METHODS = ("full", "full 8-bit", "lora", "qlora")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger_kernel", "cut_cross_entropy", "flash_attn")
 WORKERS, HEADS = "benchmarks._train_contestants", "benchmarks._head_contestants"
 OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """Who trains: a worker, what it is told beyond what all are told, and the packages without which it stays away."""
-
-    name: str
-    worker: str
-    needs: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-def _attention() -> str:
-    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
-
-
-def contestants() -> list[Contestant]:
-    """All that can take part, whether they are installed or not; those of the same settings stand together."""
-    half = {
-        "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": _attention()},
-        "packing": True,
-        "packing_strategy": "bfd",
-    }
-    fast = {**half, "gradient_checkpointing": False}
-    return [
-        Contestant("ours", "ours"),
-        Contestant("bare loop", "bare"),
-        Contestant("Trainer, bf16", "plain"),
-        Contestant("Trainer, Liger", "plain", ("liger_kernel",), {"use_liger_kernel": True}),
-        Contestant("Trainer, CCE", "plain", ("cut_cross_entropy",), extra={"cut_cross_entropy": True}),
-        Contestant("TRL", "trl", ("trl",)),
-        Contestant("TRL, packed", "trl", ("trl",), half),
-        Contestant("TRL, packed, no checkpointing", "trl", ("trl",), fast),
-        Contestant("TRL, packed, Liger", "trl", ("trl", "liger_kernel"), {**fast, "use_liger_kernel": True}),
-    ]
-
-
-HEAD_CONTESTANTS = {
-    "ours": (),
-    "torch_plain": (),
-    "torch_compiled": (),
-    "liger": ("liger_kernel",),
-    "cut_cross_entropy": ("cut_cross_entropy",),
-    "trl": ("trl",),
-}
-
-
-def is_installed(packages: tuple[str, ...]) -> bool:
-    """Whether all of them can be imported."""
-    return all(importlib.util.find_spec(package) for package in packages)
 
 
 class Benchmark:
@@ -102,33 +53,36 @@ class Benchmark:
         made = run_worker(WORKERS, "inputs", arguments, work)
         self.data, self._mean, self._tokenizer = made["data"], made["means"]["rows"], made["tokenizer"]
 
-    def train(self) -> list[dict[str, Any]]:
+    def train(self) -> Iterator[list[dict[str, Any]]]:
         """Every contestant at every size, method and length; a model's folder is there only while its size is on."""
-        found = []
         for size in self._options.sizes:
             shape = self._fitting(GPU_SHAPES[self._options.scale][size])
             folder = self._work / size
             given = {"folder": str(folder), "shape": shape.as_dict(), "tokenizer": self._tokenizer}
-            run_worker(WORKERS, "model_on_device", {**given, "device": self._options.device}, self._work)
+            made = self._record(
+                f"{size} is made", WORKERS, "model_on_device", {**given, "device": self._options.device}
+            )
             for method in self._options.methods:
                 for length in self._options.lengths:
-                    found += self._compare(size, shape, method, length)
-            shutil.rmtree(folder)
-        return found
+                    yield self._compare(size, shape, method, length, made)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _fitting(self, shape: Shape) -> Shape:
         """The tiny shapes get as many tokens as the rows' tokenizer has."""
         return replace(shape, vocabulary=32_000) if self._options.scale == "tiny" else shape
 
-    def _compare(self, size: str, shape: Shape, method: str, length: int) -> list[dict[str, Any]]:
+    def _compare(self, size: str, shape: Shape, method: str, length: int, made: dict[str, Any]) -> list[dict[str, Any]]:
         who = [c for c in contestants() if is_installed(c.needs) and self._can(c, method)]
         runs: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in who}
+        if "failed" in made:  # without a model there is nothing to train
+            runs = {name: [made] for name in runs}
         for _ in range(self._options.rounds):
             for contestant in who:
                 if not any("failed" in run for run in runs[contestant.name]):  # it would only fail again
                     runs[contestant.name].append(self._run(contestant, size, method, length))
         operations = shape.operations(frozen=method in ("lora", "qlora"))
         at = {"size": size, "method": method, "length": length, "operations_a_token": operations}
+        at["pass_tokens"] = self._options.pass_tokens
         return [{**at, "name": name, "runs": of_it} for name, of_it in runs.items()]
 
     @staticmethod
@@ -139,6 +93,13 @@ class Benchmark:
         options = self._options
         packed_rows = max(1, options.pass_tokens // length)
         eight_bits = {"optim": "adamw_8bit"} if method == "full 8-bit" else {}
+        ours = options.ours if who.worker == "ours" else {}
+        step_tokens = options.step_tokens
+        if (size, method) == ("8B", "full 8-bit"):
+            # 48 GB of weights, remainders and states leave no room for sums of gradients in float32 (32 GB), which
+            # several passes a step need, nor for all activations of a pass. TRL checkpoints by default.
+            step_tokens = options.pass_tokens
+            ours = {"activation_checkpoint": {"mode": "full"}, **ours} if who.worker == "ours" else ours
         arguments = {
             "device": options.device,
             "model": str(self._work / size),
@@ -146,14 +107,14 @@ class Benchmark:
             "pairs": str(self._work / "rows.pairs.jsonl"),
             "mean_length": self._mean,
             "max_length": length,
-            "step_tokens": options.step_tokens,
+            "step_tokens": step_tokens,
             "packed_rows": packed_rows,
-            "passes": max(1, options.step_tokens // (packed_rows * length)),
+            "passes": max(1, step_tokens // (packed_rows * length)),
             "micro_rows": max(1, round(options.pass_tokens / self._mean)),
             "steps": options.steps,
             "warm_up": options.warm_up,
             "dtype": "bfloat16",
-            "settings": {**who.settings, **eight_bits, **(options.ours if who.worker == "ours" else {})},
+            "settings": {**who.settings, **eight_bits, **ours},
             "save": False,
             "lora": method in ("lora", "qlora"),
             "quantized": method == "qlora",
@@ -183,7 +144,10 @@ class Benchmark:
             report = {"failed": OUT_OF_MEMORY if lacks else str(error).strip().splitlines()[-1]}
             self._console.print(label, report["failed"] if lacks else str(error), markup=False, highlight=False)
             return report
-        took = f"{report['ms']:.1f} ms" if "ms" in report else f"{report['tokens'] / report['seconds']:,.0f} tokens/s"
+        if "ms" in report:
+            took = f"{report['ms']:.1f} ms"
+        else:
+            took = f"{report['tokens'] / report['seconds']:,.0f} tokens/s" if "tokens" in report else "done"
         self._console.print(f"{label}: {took}", highlight=False)
         return report
 
@@ -210,7 +174,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
     parser.add_argument("--work", type=Path, help="folder for temporary files; 34 GB for the largest model, twice")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--json", type=Path, help="all figures; what it holds already is kept")
     options = parser.parse_args(argv)
     if options.steps < 2 * options.warm_up:
         parser.error("--steps must be at least twice --warm-up: logs are written every --warm-up steps")
@@ -230,29 +194,61 @@ def describe_device(kind: str) -> dict[str, Any]:
     return {"name": facts.name, "memory_gib": memory, "peak": peak_operations(facts.name)}
 
 
+def earlier(file: Path | None, device: str) -> dict[str, Any]:
+    """What `--json` holds already; nothing where there is no such file."""
+    if file is None or not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text())
+    if found["device"]["name"] != device:
+        raise SystemExit(f"{file} holds figures of {found['device']['name']}, and this is {device}: name another file")
+    return found
+
+
+def added(found: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`found` with `new` in the places of those that were measured before."""
+
+    def place(one: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(one[key] for key in ("size", "method", "length", "pass_tokens", "name"))
+
+    places = {place(one) for one in new}
+    return [one for one in found if place(one) not in places] + new
+
+
+def write(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """All figures so far, as tables and as they are."""
+    text = [device_line(results), *(table.markdown() for table in all_figures(results))]
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_section(options.out / "RESULTS.md", "One GPU", "\n\n".join(text))
+    if options.json:
+        unfinished = options.json.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(results, indent=1))
+        unfinished.replace(options.json)
+
+
 def main() -> int:
     options = read_options()
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    results: dict[str, Any] = {"machine": machine(PACKAGES), "device": describe_device(options.device)}
-    results |= {"options": {key: str(value) for key, value in vars(options).items()}, "head_shape": options.head}
+    device = describe_device(options.device)
+    results = earlier(options.json, device["name"]) | {"machine": machine(PACKAGES), "device": device}
+    results |= {"options": {key: str(value) for key, value in vars(options).items()}}
+    now: list[dict[str, Any]] = []  # runs of ours
     with tempfile.TemporaryDirectory(prefix="gpu_benchmark_", dir=options.work) as work:
         benchmark = Benchmark(options, Path(work), console)
         results["data"] = benchmark.data
-        for part in options.parts:
-            results[part] = getattr(benchmark, part)()
-    tables = all_figures(results)
-    for table in tables:
+        if "train" in options.parts:
+            for compared in benchmark.train():
+                results["train"] = added(results.get("train", []), compared)
+                now += [run for one in compared if one["name"] == "ours" for run in one["runs"]]
+                write(results, options)
+        if "head" in options.parts:
+            results |= {"head": benchmark.head(), "head_shape": options.head}
+            now += results["head"].get("ours", [])
+            write(results, options)
+    for table in all_figures(results):
         table.show(console)
-    text = [device_line(results), *(table.markdown() for table in tables)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_section(options.out / "RESULTS.md", "One GPU", "\n\n".join(text))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-    ours = [one["runs"] for one in results.get("train", []) if one["name"] == "ours"]
-    ours.append(results.get("head", {}).get("ours", []))
-    return int(any(run.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for runs in ours for run in runs))
+    return int(any(run.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for run in now))
 
 
 if __name__ == "__main__":

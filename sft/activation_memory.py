@@ -34,7 +34,7 @@ _COSTLY = {
     ),
     "torch_attn": "_varlen_attn",
     "flash_attn": "_flash_attn_forward _flash_attn_varlen_forward",
-    "bitsandbytes": "gemv_4bit int8_scaled_mm",
+    "bitsandbytes": "gemm_4bit gemv_4bit int8_scaled_mm int8_mixed_scaled_mm",
     "sft": "document_attention",
 }
 """Operators whose results are kept, by library: those that do more than read their inputs once."""

@@ -79,7 +79,7 @@ def _attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) 
 
     document_attention.register()
     name, reason = choose_attention(
-        keys.attn_implementation, config, model_class(config), precision.computes_in_half, device_facts()
+        keys.attn_implementation, config, model_class(config), precision.dtype != "float32", device_facts()
     )
     logger.info("Attention: %s%s", name, f" over padded rows: {reason}" if reason else "")
     return name

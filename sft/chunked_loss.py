@@ -15,10 +15,10 @@ from sft.sharded_head import local_gradient, local_part
 Gradients = list[torch.Tensor | None]
 
 _CPU_LOGITS = 2**26  # of a chunk: 128 MiB in bfloat16. Half takes 6 % longer at a vocabulary of 150k
-_CUDA_LOGITS = 2**28  # 1 GiB in float32, unless less is free
-# Logits that the softmax and all that follows it take at a time, for each core of a CPU: 4 MiB in float32. What passes
-# over them several times then finds them in the cache, and a chunk's are held in float32 nowhere.
-_CPU_BLOCK = 2**20
+_CUDA_LOGITS = 2**27  # 256 MiB in bfloat16, on a GPU of 64 GiB or more; on a smaller one its share
+# Logits that the softmax and all that follows it take at a time, so that a chunk's are held in float32 nowhere. On CPUs
+# 4 MiB for each core: what passes over them several times finds them in the cache. On a GPU 128 MiB, which fill it.
+_CPU_BLOCK, _CUDA_BLOCK = 2**20, 2**25
 # Numbers of a float32 gradient that a half-precision product is added to at a time: on a CPU so few that the product
 # is still in the cache, which makes it as fast as adding up in bfloat16; on a GPU many, to fill it.
 _CPU_SLICE, _CUDA_SLICE = 2**22, 2**26
@@ -35,14 +35,8 @@ def tokens_of_a_chunk(device: torch.device, vocab_size: int, tokens: int) -> int
 
 @cache
 def _logits_on_gpu(device: torch.device) -> int:
-    """Asked once a process: chunks that followed the allocator's state would round otherwise in each pass.
-
-    A chunk takes up to 16 bytes a logit, so a sixteenth of what the first pass leaves free; gradients and the
-    optimizer's states are still to come.
-    """
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_CUDA_LOGITS, (free + cached) // 256)
+    """By what the GPU has and not by what is free, which is less when a run resumes: it would round otherwise."""
+    return min(_CUDA_LOGITS, torch.cuda.get_device_properties(device).total_memory // 512)
 
 
 def score_in_place(
@@ -149,9 +143,8 @@ def score_rows(
 ) -> list[TokenScores]:
     """`score_in_place` of logits in any float dtype, a block of rows at a time; the gradient is rounded to it."""
     vocab_size = logits.shape[-1]
-    rows = len(logits)
-    if logits.device.type == "cpu":
-        rows = min(rows, max(_CPU_BLOCK * torch.get_num_threads() // vocab_size, 1))
+    numbers = _CPU_BLOCK * torch.get_num_threads() if logits.device.type == "cpu" else _CUDA_BLOCK
+    rows = min(len(logits), max(numbers // vocab_size, 1))
     is_float32 = logits.dtype == torch.float32
     buffer = logits if is_float32 else torch.empty_like(logits[:rows], dtype=torch.float32)
     is_capped = transform.cap is not None and with_gradient

@@ -152,6 +152,14 @@ def fits_varlen(
     return half and plain and width == value_width and width <= 256 and width % 8 == 0
 
 
+def varlen_takes(config: Any) -> bool:
+    """The same of a model that trains in 16 bits, told from its config."""
+    text = config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    softcap, dropout = getattr(text, "attn_logit_softcapping", None), getattr(text, "attention_dropout", 0.0)
+    return fits_varlen(torch.bfloat16, width, width, softcap, None, dropout)
+
+
 @lru_cache
 def _say_what_is_slow(
     fits: bool, dtype: str, width: int, value_width: int, softcap: float | None, has_sinks: bool, dropout: float

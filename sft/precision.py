@@ -55,11 +55,6 @@ class Precision:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    @property
-    def computes_in_half(self) -> bool:
-        """Whether matrix products run in 16 bits, which is what flash attention needs."""
-        return self.bf16 or self.fp16 or self.dtype != "float32"
-
 
 def device_facts(measured: bool = False) -> DeviceFacts:
     """The machine this process runs on.
@@ -195,14 +190,18 @@ def _half_weights(trains_everything: bool, why: str) -> Precision:
 
 
 def choose_attention(
-    key: str, config: Any, model_class: Any, computes_in_half: bool, device: DeviceFacts
+    key: str, config: Any, model_class: Any, half_weights: bool, device: DeviceFacts
 ) -> tuple[str, str | None]:
-    """The `attn_implementation` for `auto`: flash attention where it is installed and can run, else ours, else SDPA.
+    """The `attn_implementation` for `auto`: ours, which on a GPU is torch's flash attention; else SDPA.
+
+    The package flash-attn is taken where it is installed and torch's kernel does not take the model's heads, a soft
+    cap's for one: transformers' way to it waits for the device in each pass.
 
     Args:
         config: the model's.
         model_class: the class of the model, or None where only transformers can tell (remote code).
-        computes_in_half: whether matrix products run in 16 bits, which is what flash attention needs.
+        half_weights: whether they are held in 16 bits; the package takes no others, and under autocast some calls of
+            a model stand outside of it.
 
     Returns:
         The implementation, and why it is one that needs padding and masks; None where it needs neither.
@@ -214,8 +213,9 @@ def choose_attention(
     from sft import document_attention
 
     reason = document_attention.supports_documents(config, model_class)
-    can_flash = device.kind == "cuda" and computes_in_half and is_flash_attn_2_available()
-    if can_flash and reason is None and getattr(model_class, "_supports_flash_attn", False):
+    can_flash = device.kind == "cuda" and device.bf16 and half_weights and is_flash_attn_2_available()
+    takes_flash = can_flash and reason is None and getattr(model_class, "_supports_flash_attn", False)
+    if takes_flash and not document_attention.varlen_takes(config):
         return "flash_attention_2", None
     if reason is None:
         return document_attention.NAME, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model_manager import load_model, load_tokenizer, plan_precision
 from sft import activation_memory, document_attention
 from sft.activation_memory import HostMemory, checkpoint_activations, costly_operators
 from sft.errors import UserError
+from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
 from tests.builders import tiny_llama
 
 TOKENS = 96
@@ -57,6 +60,18 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += func in costly_operators()
+        return func(*args, **(kwargs or {}))
+
+
+class Named(TorchDispatchMode):
+    """Counts the calls of one operator."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.calls = name, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += str(func) == self.name
         return func(*args, **(kwargs or {}))
 
 
@@ -125,6 +140,23 @@ def test_selective_computes_no_costly_operator_again(mode: Any, repeated: int) -
             loss.backward()
         counts.append(backward.calls)
     assert counts[1] - counts[0] == repeated
+
+
+@pytest.mark.parametrize(("mode", "repeated"), [("selective", 0), ("full", 14)])
+def test_products_with_4_bit_weights_are_kept_too(model_dir: Path, mode: Any, repeated: int) -> None:
+    """Two layers of seven linear maps, each a product that unpacks its weights first."""
+    calls = []
+    for each in ("none", mode):
+        keys, lora = ModelKeys(model_name_or_path=str(model_dir)), LoraKeys(r=2)
+        quantization = QuantizationKeys(load_in_4bit=True)
+        tokenizer, precision = load_tokenizer(keys), plan_precision(keys, lora, quantization)
+        model = load_model(keys, tokenizer, precision=precision, lora=lora, quantization=quantization).train()
+        checkpoint_activations(model, each)
+        loss = forward(model)
+        with Named("bitsandbytes.gemm_4bit.default") as backward:
+            loss.backward()
+        calls.append(backward.calls)
+    assert calls[1] - calls[0] == repeated
 
 
 def test_what_attention_over_documents_calls_on_a_gpu_is_kept() -> None:

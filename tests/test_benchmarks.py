@@ -23,6 +23,7 @@ from benchmarks._training_inputs import write_pairs
 from benchmarks._training_report import figures, plot_sweeps
 from benchmarks._training_report import targets as training_targets
 from benchmarks.data import targets
+from benchmarks.gpu import added, earlier
 from benchmarks.profile_step import imports
 from sft.flops import peak_operations
 from tests.builders import tiny_llama
@@ -224,7 +225,7 @@ def test_the_sweeps_are_drawn_the_same_each_time(tmp_path):
 
 
 def gpu_results(name, **changed):
-    one = {"size": "8B", "length": 4096, "operations_a_token": 40_000_000_000}
+    one = {"size": "8B", "length": 4096, "pass_tokens": 8192, "operations_a_token": 40_000_000_000}
 
     def of(method, who, speed, peak_gb):
         run = {**run_of(speed), "device_peak_mib": peak_gb * 1e9 / 2**20}
@@ -232,7 +233,6 @@ def gpu_results(name, **changed):
 
     return {
         "device": {"name": name, "memory_gib": 79.2, "peak": peak_operations(name)},
-        "options": {"pass_tokens": "8192"},
         "train": [
             of("lora", "ours", 12_000, 30),
             of("lora", "TRL", 6_000, 30),
@@ -266,6 +266,26 @@ def test_absolute_targets_are_those_of_an_h100():
         ("head and loss: ms", 80.0, "<=", 90),
         ("head and loss: peak GB", pytest.approx(2.9), "<=", 3.0),
     ]
+
+
+def test_the_gpu_benchmark_goes_on_with_the_figures_of_an_earlier_piece(tmp_path):
+    one = {"size": "8B", "method": "lora", "length": 4096, "pass_tokens": 8192, "name": "ours"}
+    first = [{**one, "runs": [1]}, {**one, "length": 8192, "runs": [2]}]
+    assert added(first, [{**one, "runs": [3]}]) == [first[1], {**one, "runs": [3]}]
+    file = tmp_path / "all.json"
+    assert earlier(file, "card") == {}
+    file.write_text(json.dumps({"device": {"name": "card"}, "train": first}))
+    assert earlier(file, "card")["train"] == first
+    with pytest.raises(SystemExit, match="holds figures of card, and this is another"):
+        earlier(file, "another")
+
+
+def test_a_target_that_ours_had_no_memory_for_is_missed_and_not_left_out():
+    full = {"size": "8B", "method": "full 8-bit", "length": 4096, "pass_tokens": 8192, "operations_a_token": 1}
+    ours = {**full, "name": "ours", "runs": [{"failed": "out of memory"}]}
+    results = gpu_results("NVIDIA H100 80GB HBM3", train=[ours])
+    assert gpu_targets(results) == [("8B full 8-bit 4,096: tokens/s", "out of memory", ">=", 8_500)]
+    assert gpu_figures(results)[0].rows == [("8B full 8-bit 4,096: tokens/s", "out of memory", ">= 8,500", "no")]
 
 
 def test_the_longest_imports_come_first():

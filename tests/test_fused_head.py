@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -482,17 +483,16 @@ def test_chunks_are_of_equal_size_and_hold_no_more_than_the_machine_should(token
     assert chunks * size - tokens < max(chunks, 1)
 
 
-def test_a_gpus_chunks_keep_their_size_whatever_the_allocator_holds_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 GiB of which the first pass leaves 6 free, and 1 more in blocks that nothing is in: a sixteenth of those 7."""
-    device, gib = torch.device("cuda", 0), 2**30
+@pytest.mark.parametrize(("gib", "logits"), [(80, 2**27), (24, 24 * 2**21)])
+def test_a_gpus_chunks_follow_its_size_and_not_what_is_free(
+    gib: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed has its optimizer from the first pass on, and must round as the one that was not."""
+    device = torch.device("cuda", 0)
     chunked_loss._logits_on_gpu.cache_clear()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * gib, 8 * gib))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * gib)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: gib)
-    most = 7 * gib // 256 // 32_000
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    most = logits // 32_000
     assert [tokens_of_a_chunk(device, 32_000, tokens) for tokens in (most, most + 1)] == [most, -(-(most + 1) // 2)]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gib, 8 * gib))
-    assert tokens_of_a_chunk(device, 32_000, most) == most
     chunked_loss._logits_on_gpu.cache_clear()
 
 

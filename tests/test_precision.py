@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sft.errors import UserError
 from sft.precision import DeviceFacts, choose_attention, choose_precision, device_facts
@@ -107,12 +107,17 @@ def test_float16_weights_are_not_trained(device: DeviceFacts, fp16: bool | None,
     assert choose_precision("float16", False, None, fp16, device).dtype == "float16", "a frozen base may be"
 
 
-def test_attention_is_flash_where_it_runs_then_ours_then_what_takes_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = LlamaConfig()
-    for installed, expected in ((False, "sft_documents"), (True, "flash_attention_2")):
+def test_attention_is_ours_then_flash_attn_where_torch_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, capped = LlamaConfig(), Gemma2Config()
+    for installed, of_capped in ((False, "sft_documents"), (True, "flash_attention_2")):
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda installed=installed: installed)
-        assert choose_attention("auto", plain, LlamaForCausalLM, True, GPU) == (expected, None)
-    assert choose_attention("auto", plain, LlamaForCausalLM, False, GPU) == ("sft_documents", None)
+        assert choose_attention("auto", plain, LlamaForCausalLM, True, GPU) == ("sft_documents", None)
+        assert choose_attention("auto", capped, Gemma2ForCausalLM, True, GPU) == (of_capped, None)
+    assert (
+        choose_attention("auto", LlamaConfig(attention_dropout=0.1), LlamaForCausalLM, True, GPU)[0] != "sft_documents"
+    )
+    assert choose_attention("auto", capped, Gemma2ForCausalLM, False, GPU) == ("sft_documents", None), "float32"
+    assert choose_attention("auto", capped, Gemma2ForCausalLM, True, OLD_GPU) == ("sft_documents", None), "no Ampere"
     assert choose_attention("auto", plain, LlamaForCausalLM, True, CPU) == ("sft_documents", None)
     assert choose_attention("flex_attention", plain, LlamaForCausalLM, True, CPU) == ("flex_attention", None)
     name, reason = choose_attention("auto", MambaConfig(), MambaForCausalLM, True, GPU)
