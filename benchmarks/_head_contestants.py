@@ -107,7 +107,6 @@ def trl() -> Loss:
 
     def loss(hidden: Any, weight: Any, targets: Any) -> Any:
         model.lm_head.weight = weight
-        weight.grad_dtype = torch.float32  # as in full training, where master values take the gradient
         return model(hidden[None], shift_labels=targets[None], fused_lm_head=True).loss
 
     return loss
