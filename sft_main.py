@@ -346,7 +346,10 @@ def _load(config_file: str | None, overrides: list[str]) -> Config:
         raise UserError(
             Problem("no config file", "give one: --config_file sample_config.yaml", "--config_file", "command line")
         )
-    return config_manager.load_config(config_file, overrides)
+    config = config_manager.load_config(config_file, overrides)
+    if config.hub_token:  # the libraries ask the environment each time they need one
+        os.environ["HF_TOKEN"] = config.hub_token
+    return config
 
 
 def _take_machine(config: Config) -> None:

@@ -194,7 +194,9 @@ class TrainingKeys(TrainingArgumentsKeys):
         arguments = {
             name: value
             for name, value in self
-            if name in _TRAINING_DEFAULTS and (self.is_set(name) or value != _TRAINING_DEFAULTS[name])
+            if name in _TRAINING_DEFAULTS
+            and name not in SECRET_KEYS  # each checkpoint holds these arguments, pickled
+            and (self.is_set(name) or value != _TRAINING_DEFAULTS[name])
         }
         if arguments.get("per_device_train_batch_size") == "auto":
             del arguments["per_device_train_batch_size"]  # comes with the run's plan

@@ -71,7 +71,7 @@ _TRAINING = {
     "save_total_limit": "Checkpoints to keep, the oldest going first; null keeps all.",
     "enable_jit_checkpoint": "Refused for now: write a checkpoint when SIGTERM announces the end.",
     "push_to_hub": "Upload the model to the Hugging Face hub.",
-    "hub_token": "Token for the hub. Never written or logged; the HF_TOKEN variable is a better place for it.",
+    "hub_token": "Token for the hub, in none of a run's files; the HF_TOKEN variable is a better place for it.",
     "hub_private_repo": "Whether a new hub repository is private; null is the account's default.",
     "hub_model_id": "The hub repository to upload to.",
     "hub_strategy": "What is uploaded, and when.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 from filelock import FileLock
 from safetensors import safe_open
@@ -85,6 +86,33 @@ def test_a_run_leaves_exactly_these_files(config_file: Path, tmp_path: Path) -> 
         "datasets",
     }
     assert "loss" in (out / "logs" / "training_log.txt").read_text()
+
+
+def test_the_token_for_the_hub_serves_every_library_and_stands_in_no_file(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
+    with config_file.open("a") as file:
+        file.write("hub_token: hf_of_this_run\n")
+    options = ["max_steps=2", "save_steps=1", "report_to=tensorboard"]
+    with caplog.at_level("DEBUG"):
+        assert sft_main.main(["--config_file", str(config_file), *options]) == 0
+    assert huggingface_hub.get_token() == "hf_of_this_run"
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    arguments = [path for path in files if path.name == "training_args.bin"]
+    assert {path.parent.name for path in arguments} == {"checkpoint-1", "checkpoint-2"}
+    assert {path.name for path in files} >= {"config.yaml", "training_log.txt", "metrics.jsonl"}
+    for path in files:
+        assert b"hf_of_" not in path.read_bytes(), path
+    assert "hf_of_" not in caplog.text
+
+
+def test_without_one_in_the_config_the_environments_token_stays(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
+    assert sft_main.main(["preview", "--config_file", str(config_file), "--json"]) == 0
+    assert huggingface_hub.get_token() == "hf_of_the_environment"
 
 
 def test_the_written_config_runs_again_to_the_same_losses(config_file: Path, tmp_path: Path) -> None:
