@@ -14,6 +14,7 @@ _HAS_A_HEAD = (
     "the head of the model is fused to the loss here already, and Liger's kernels would be put in its place",
     "Remove it; loss_chunk_size says how many tokens' logits are held at a time.",
 )
+_UPLOAD = "hf upload USER/NAME OUTPUT_DIR . --exclude 'checkpoint-*' --exclude 'earlier-checkpoints-*' --exclude .lock"
 REFUSED: dict[str, tuple[str, str]] = {
     "fsdp": _NOT_SHARDED,
     "fsdp_config": _NOT_SHARDED,
@@ -30,6 +31,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "enable_jit_checkpoint": (
         "a run that SIGTERM ends would look like one that is done",
         "Remove it; save_steps says how much an interrupted run may lose.",
+    ),
+    "push_to_hub": (
+        "uploads checkpoints, or nothing, instead of the model that the run ends with",
+        f"Remove it, and upload when the run is done: {_UPLOAD}",
     ),
 }
 """Keys of upstream's Trainer that this one does not honour: better an error than a run that ignores them."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.cli.hf import app as hf
+from huggingface_hub.utils import filter_repo_objects
 
 import config_manager
 from sft.errors import Problem, UserError
@@ -59,6 +64,26 @@ def test_the_hints_name_the_keys_that_do_it_here(tmp_path: Path) -> None:
     assert "per_device_train_batch_size: auto" in batch.hint
     (head,) = refused(tmp_path, use_liger_kernel=True)
     assert "loss_chunk_size" in head.hint
+
+
+def test_the_command_for_the_hub_uploads_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `hf` itself reads it."""
+    (problem,) = refused(tmp_path, push_to_hub=True, hub_strategy="end")
+    words = shlex.split(problem.hint.partition(": ")[2])
+    words[words.index("OUTPUT_DIR")] = str(tmp_path)
+    model = {"README.md", "config.json", "logs/metrics.jsonl", "model.safetensors", "tokenizer.json"}
+    rest = {"checkpoint-20/optimizer.pt", "earlier-checkpoints-1/checkpoint-5/model.safetensors", ".lock"}
+    uploaded: dict[str, Any] = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="USER/NAME"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: uploaded.update(options))
+    assert words[0] == "hf"
+    hf(words[1:], standalone_mode=False)
+    assert (uploaded["repo_id"], uploaded["path_in_repo"]) == ("USER/NAME", ".")
+    assert Path(uploaded["folder_path"]) == tmp_path
+    taken = filter_repo_objects(
+        [*model, *rest], allow_patterns=uploaded["allow_patterns"], ignore_patterns=uploaded["ignore_patterns"]
+    )
+    assert set(taken) == model
 
 
 @pytest.mark.parametrize("optim", facts()["TrainingArguments"]["optim"]["choices"])
