@@ -80,7 +80,9 @@ def train(argv: list[str]) -> int:
     import stages
     from sft import artifacts, system_prompt
     from sft.resume import find_checkpoint, set_aside
+    from sft.schedules import require_schedule
 
+    require_schedule(config.section(TrainingKeys))
     output_dir = Path(config.output_dir)
     if distributed.is_main_process():
         artifacts.claim(output_dir)
@@ -144,11 +146,13 @@ def _check_stages(config: Config, report: Report) -> None:
     from sft.batch_plan import plan_batches
     from sft.hardware import require_gpus
     from sft.resume import find_checkpoint
+    from sft.schedules import require_schedule
     from sft.schema import DataKeys, ModelKeys, TrainingKeys
     from sft.trackers import require_trackers
 
     report.attempt(lambda: config_manager.require_trainable(config))
     report.attempt(lambda: require_trackers(config.section(TrainingKeys)))
+    report.attempt(lambda: require_schedule(config.section(TrainingKeys)))
     report.attempt(lambda: require_gpus(config.num_gpus or 0))
     report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))

@@ -174,9 +174,7 @@ def _needs_of_training(config: Config) -> Iterator[Problem]:
     if config.load_best_model_at_end:
         yield from _best_model(config)
     yield from metric_problems(config)
-    if config.lr_scheduler_type in WATCHING and config.eval_strategy == "no":
-        hint = "Write eval_strategy: steps or epoch."
-        yield config.problem("lr_scheduler_type", f"{config.lr_scheduler_type} needs evaluation", hint)
+    yield from _schedule(config)
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
         before, now = getattr(config, old), getattr(config, new)
@@ -189,6 +187,23 @@ def _needs_of_training(config: Config) -> Iterator[Problem]:
     if config.dataloader_prefetch_factor is not None and config.dataloader_num_workers == 0:
         hint = "Write dataloader_num_workers: 1 or more."
         yield config.problem("dataloader_prefetch_factor", "needs worker processes that fetch ahead", hint)
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    """What upstream leaves out without a word where the schedule has no use for it."""
+    schedule = config.lr_scheduler_type
+    if schedule in WATCHING and config.eval_strategy == "no":
+        yield config.problem(
+            "lr_scheduler_type", f"{schedule} needs evaluation", "Write eval_strategy: steps or epoch."
+        )
+    if schedule in ("constant", *WATCHING):
+        hint = "Remove it, or write lr_scheduler_type: constant_with_warmup."
+        for key in ("warmup_ratio", "warmup_steps"):
+            if is_given(config, key):
+                yield config.problem(key, f"lr_scheduler_type: {schedule} has no warmup", hint)
+    if schedule in ("constant", "constant_with_warmup") and is_given(config, "lr_scheduler_kwargs"):
+        message = f"lr_scheduler_type: {schedule} has no further settings"
+        yield config.problem("lr_scheduler_kwargs", message, "Remove it, or write another schedule.")
 
 
 def _best_model(config: Config) -> Iterator[Problem]:

@@ -1,0 +1,81 @@
+"""Whether the schedule of the learning rate that was asked for can be made, found out before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from typing import Any
+
+from sft.best_model import WATCHING
+from sft.errors import Problem, UserError
+from sft.schema import TrainingKeys
+
+_STEPS = 1000  # of the trial, where max_steps is not given: no schedule's settings are right or wrong by their number
+_OF_THE_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+
+
+def require_schedule(keys: TrainingKeys) -> None:
+    """Makes the schedule for an optimizer of one number, and asks it for rates from the warmup to the end.
+
+    Raises:
+        UserError: a setting is missing, unknown, or not of the kind that the schedule computes with.
+    """
+    name = str(keys.lr_scheduler_type)
+    if name == "linear" and not keys.lr_scheduler_kwargs:
+        return  # upstream's default needs no trial, which imports torch
+    try:
+        _try(name, keys)
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise UserError(_refusal(name, keys, error)) from error
+
+
+def _try(name: str, keys: TrainingKeys) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    total = keys.max_steps if keys.max_steps > 0 else _STEPS
+    share = keys.warmup_ratio if keys.warmup_ratio is not None else keys.warmup_steps
+    warmup = math.ceil(share * total) if share < 1 else int(share)
+    settings = _settings(keys)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=keys.learning_rate)
+    schedule: Any = get_scheduler(name, optimizer, warmup, total, settings)
+    for rate in getattr(schedule, "lr_lambdas", ()):
+        for step in (0, warmup // 2, warmup, (warmup + total) // 2, total):
+            float(rate(step))
+    if name in WATCHING:  # these compute at each evaluation: a first one, and one that is not as good or better
+        for metric in (1.0, 2.0):
+            schedule.step(metric)
+
+
+def _settings(keys: TrainingKeys) -> dict[str, Any]:
+    """`lr_scheduler_kwargs` as upstream reads them, JSON text with its numbers and truth values in quotes or not."""
+    given = keys.lr_scheduler_kwargs
+    if not isinstance(given, str):
+        return dict(given or {})
+    settings = json.loads(given)
+    if not isinstance(settings, dict):
+        raise ValueError("expected a mapping of settings")
+    from transformers.training_args import _convert_str_dict
+
+    return _convert_str_dict(settings)
+
+
+def _refusal(name: str, keys: TrainingKeys, error: Exception) -> Problem:
+    key = "lr_scheduler_kwargs" if keys.lr_scheduler_kwargs else "lr_scheduler_type"
+    reason = re.sub(r"^[\w.]+\(\) ", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
+    return keys.problem(
+        key, f"{name}: {reason}", f"Its settings, in lr_scheduler_kwargs, are {', '.join(_names(name))}."
+    )
+
+
+def _names(name: str) -> list[str]:
+    """What a schedule can be told in `lr_scheduler_kwargs`."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+    from transformers.trainer_utils import SchedulerType
+
+    behind = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}  # their functions hand on what they get
+    made_by: Any = behind.get(name) or TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    return [parameter for parameter in inspect.signature(made_by).parameters if parameter not in _OF_THE_RUN]
