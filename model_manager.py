@@ -26,7 +26,7 @@ from sft.keys import placed
 from sft.merging import merge
 from sft.model_files import require_weights, resolve_reference
 from sft.precision import Precision, choose_attention, choose_precision, device_facts
-from sft.quantization import import_bitsandbytes, settle
+from sft.quantization import import_bitsandbytes, require_trained_weights, require_trainer_takes, settle
 from sft.tokenizers import dress_tokenizer, load_tokenizer, read_tokenizer
 from sft.trained_models import load_trained, save_companions, save_final_model
 
@@ -104,11 +104,12 @@ def _check_combination(
         )
 
 
-def check_model(keys: ModelKeys) -> None:
+def check_model(keys: ModelKeys, lora: LoraKeys | None = None) -> None:
     """What can be told of the model without reading its weights.
 
     Raises:
-        UserError: there is no model of that name, it is no causal language model, or it has no weights.
+        UserError: there is no model of that name, it is no causal language model, it has no weights, or quantized ones
+            and no adapter to train.
     """
     with placed(keys):
         _check_combination(keys, None, None, for_training=False)
@@ -116,7 +117,7 @@ def check_model(keys: ModelKeys) -> None:
             check_settings(keys.from_scratch)
             return
         reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-        read_config(reference, keys)
+        require_trained_weights(read_config(reference, keys), lora)
         require_weights(reference, "model_name_or_path")
 
 
@@ -266,4 +267,6 @@ def load_model(
         logger.info("Parameters: %s", counts)
         if for_training and not counts.trainable:
             raise UserError(Problem("no weight of the model is trained", key="lora_config"))
+        if for_training:
+            require_trainer_takes(adapted)
     return adapted

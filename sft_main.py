@@ -89,7 +89,7 @@ def train(argv: list[str]) -> int:
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
     if checkpoint:
         logger.info("Going on from %s", checkpoint)
-    model_manager.check_model(config.section(ModelKeys))
+    model_manager.check_model(config.section(ModelKeys), config.lora_config)
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     data = stages.prepare(config, tokenizer)
     stages.require_served(config, tokenizer)
@@ -144,7 +144,7 @@ def _check_stages(config: Config, report: Report) -> None:
     import stages
     from sft import artifacts
     from sft.batch_plan import plan_batches
-    from sft.hardware import require_gpus
+    from sft.hardware import require_gpus, require_tf32
     from sft.resume import find_checkpoint
     from sft.schedules import require_schedule
     from sft.schema import DataKeys, ModelKeys, TrainingKeys
@@ -154,6 +154,8 @@ def _check_stages(config: Config, report: Report) -> None:
     report.attempt(lambda: require_trackers(config.section(TrainingKeys)))
     report.attempt(lambda: require_schedule(config.section(TrainingKeys)))
     report.attempt(lambda: require_gpus(config.num_gpus or 0))
+    on_cpu = config.use_cpu or config.num_gpus == 0
+    report.attempt(lambda: require_tf32(config.section(TrainingKeys), on_cpu=on_cpu))
     report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
     if config.torch_compile:
@@ -161,7 +163,7 @@ def _check_stages(config: Config, report: Report) -> None:
 
         settings = config.torch_compile, config.torch_compile_backend, config.torch_compile_mode
         report.attempt(lambda: compile_settings(*settings))
-    report.attempt(lambda: model_manager.check_model(config.section(ModelKeys)))
+    report.attempt(lambda: model_manager.check_model(config.section(ModelKeys), config.lora_config))
     tokenizer = report.attempt(lambda: model_manager.load_tokenizer(config.section(ModelKeys)))
     if tokenizer is None:
         return
@@ -220,7 +222,7 @@ def estimate(argv: list[str]) -> int:
     from sft.console import show_estimate
     from sft.schema import ModelKeys
 
-    model_manager.check_model(config.section(ModelKeys))
+    model_manager.check_model(config.section(ModelKeys), config.lora_config)
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     told = stages.estimate_run(config, tokenizer, stages.read_data(config, tokenizer))
     if options.json:
@@ -360,9 +362,12 @@ def _take_machine(config: Config) -> None:
     """This process's device and voice, before anything asks CUDA for its devices."""
     import distributed_utils as distributed
     from sft.console import quiet_libraries, speak
+    from sft.hardware import require_tf32
+    from sft.schema import TrainingKeys
 
     speak(distributed.is_main_process())
     distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)
+    require_tf32(config.section(TrainingKeys))
     quiet_libraries()
 
 

@@ -11,6 +11,8 @@ from sft.errors import Problem, UserError
 if TYPE_CHECKING:
     import torch
 
+    from sft.schema import TrainingKeys
+
 DEVICES = Path("/dev")
 # The kernel drivers' nodes: NVIDIA's, AMD's, and those of Windows' Linux subsystem.
 NODES = ("nvidia[0-9]*", "kfd", "dxg")
@@ -58,6 +60,28 @@ def require_gpus(wanted: int, key: str = "num_gpus", file: str | None = None, li
     seen = {0: "no GPU is", 1: "1 GPU is"}.get(found, f"{found} GPUs are")
     message = f"{wanted} GPU{'s' * (wanted != 1)} asked for, and {seen} visible here"
     raise UserError(Problem(message, hint, key, file, line))
+
+
+def require_tf32(keys: TrainingKeys, *, on_cpu: bool = False) -> None:
+    """Checks that `tf32: true` finds a GPU with such units.
+
+    Args:
+        on_cpu: whether the run keeps off the GPUs that may be there.
+
+    Raises:
+        UserError: there is no GPU, or an older one than NVIDIA's Ampere.
+    """
+    if not keys.tf32:
+        return
+    if not on_cpu and visible_gpus():
+        from transformers.utils import is_torch_tf32_available
+
+        if is_torch_tf32_available():
+            return
+    hint = "Remove it: it changes nothing elsewhere."
+    raise UserError(
+        keys.problem("tf32", "needs a GPU of NVIDIA's Ampere or a later kind, and there is none here", hint)
+    )
 
 
 def _torch_build() -> str:

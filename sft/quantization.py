@@ -28,10 +28,10 @@ from sft.errors import Problem, UserError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
     from sft.precision import Precision
-    from sft.schema import QuantizationKeys
+    from sft.schema import LoraKeys, QuantizationKeys
 
 _CPU_LOGGER = "bitsandbytes.backends.cpu.ops"
 _CAST_LOGGER = "bitsandbytes.autograd._functions"
@@ -128,6 +128,41 @@ def bits_and_bytes_config(keys: QuantizationKeys, precision: Precision) -> BitsA
         half = "bfloat16" if precision.bf16 else "float16" if precision.fp16 else precision.dtype
         kwargs["bnb_4bit_compute_dtype"] = half
     return BitsAndBytesConfig(**kwargs)
+
+
+def require_trained_weights(config: PreTrainedConfig, lora: LoraKeys | None) -> None:
+    """Checks that a model whose files hold weights of bitsandbytes is to get an adapter.
+
+    Raises:
+        UserError: it is not.
+    """
+    held: Any = getattr(config, "quantization_config", None) or {}
+    facts = held if isinstance(held, dict) else held.to_dict()
+    if lora is None and str(getattr(facts.get("quant_method"), "value", facts.get("quant_method"))) == "bitsandbytes":
+        bits = 8 if facts.get("load_in_8bit") else 4
+        message = f"its weights are quantized to {bits} bits, and cannot be trained without an adapter"
+        hint = "Add a lora_config section (`lora_config: {}` takes every default), or name the model it was made of."
+        raise UserError(Problem(message, hint, key="model_name_or_path"))
+
+
+def require_trainer_takes(model: nn.Module) -> None:
+    """Checks what upstream's Trainer does of a loaded model, whatever quantized it.
+
+    Some kinds of quantization are undone by the load where the machine has no kernels for them, so that their name in
+    the model's config does not say it yet.
+
+    Raises:
+        UserError: the model is quantized and has no adapter, or in a way that no adapter can be trained on.
+    """
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    try:
+        validate_quantization_for_training(model)
+    except ValueError as error:
+        method = getattr(model.config.quantization_config, "quant_method", "unknown")  # type: ignore[union-attr]
+        message = f"its weights are quantized ({getattr(method, 'value', method)}), and cannot be trained so"
+        hint = "Name the model it was made of; what bitsandbytes quantized is trained with a lora_config section."
+        raise UserError(Problem(message, hint, key="model_name_or_path")) from error
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

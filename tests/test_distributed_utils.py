@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import distributed_utils as du
 from sft import hardware
 from sft.errors import UserError
+from sft.schema import TrainingKeys
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -106,6 +108,18 @@ def test_a_torch_without_gpu_support_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match="is a build without GPU support"):
         hardware.require_gpus(1)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_tf32_needs_a_gpu_that_has_it_and_is_used(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: 1)
+    monkeypatch.setattr("transformers.utils.is_torch_tf32_available", lambda: has_units)
+    wanted, unwanted = (TrainingKeys.model_validate({"tf32": value}) for value in (True, False))
+    with nullcontext() if has_units else pytest.raises(UserError, match="tf32: needs a GPU"):
+        hardware.require_tf32(wanted)
+    with pytest.raises(UserError, match="tf32: needs a GPU"):
+        hardware.require_tf32(wanted, on_cpu=True)
+    hardware.require_tf32(unwanted, on_cpu=True)
 
 
 def test_one_process_keeps_the_first_of_several_gpus(

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BitsAndBytesConfig, T5Config
 
 import model_manager
+import sft_main
 from sft.errors import UserError
 from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
 from tests.builders import byte_level_tokenizer, tiny_llama
+from tests.runs import arithmetic, write_config, write_rows
 
 
 def load(
@@ -328,6 +330,46 @@ def test_an_adapter_is_no_base(named: ModelKeys, tmp_path: Path) -> None:
     assert "holds an adapter" in problem.message
     parent = problem_of(ModelKeys(model_name_or_path=str(tmp_path), tokenizer_name_or_path=named.model_name_or_path))
     assert "These folders in it hold one: adapter" in parent.hint
+
+
+@pytest.fixture
+def quantized_files(model_dir: Path, tmp_path: Path) -> ModelKeys:
+    """A base whose own files hold 4-bit weights."""
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=four_bits, dtype=torch.float32)
+    shutil.copytree(model_dir, tmp_path / "quantized", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(tmp_path / "quantized")
+    return ModelKeys(model_name_or_path=str(tmp_path / "quantized"), dtype="float32")
+
+
+def test_a_base_that_is_quantized_already_needs_an_adapter(quantized_files: ModelKeys) -> None:
+    with pytest.raises(UserError, match="quantized to 4 bits, and cannot be trained without an adapter") as caught:
+        model_manager.check_model(quantized_files)
+    assert caught.value.problems[0].key == "model_name_or_path"
+    assert "lora_config" in caught.value.problems[0].hint
+    problem = problem_of(quantized_files)  # of a model whose config did not say it
+    assert (problem.key, problem.message) == (
+        "model_name_or_path",
+        "its weights are quantized (bitsandbytes), and cannot be trained so",
+    )
+    model_manager.check_model(quantized_files, LoraKeys())
+    _, model = load(quantized_files, LoraKeys(r=2))
+    assert all("lora_" in name for name in trainable(model))
+    backward(model.train())
+
+
+def test_check_tells_it_too(quantized_files: ModelKeys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config_file = write_config(
+        tmp_path / "run.yaml",
+        model_name_or_path=quantized_files.model_name_or_path,
+        train_file=str(write_rows(tmp_path / "train.jsonl", arithmetic(12))),
+        output_dir=str(tmp_path / "out"),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert sft_main.main(["check", "--config_file", str(config_file), "--json"]) == 2
+    (told,) = json.loads(capsys.readouterr().out)["errors"]
+    assert (told["key"], told["line"]) == ("model_name_or_path", 1)
+    assert sft_main.main(["check", "--config_file", str(config_file), "--json", "lora_config.r=2"]) == 0
 
 
 def test_check_model_reads_no_weights(named: ModelKeys) -> None:

@@ -290,6 +290,17 @@ def test_check_names_every_mistake_at_once(
     assert not report["ok"]
 
 
+@pytest.mark.parametrize("verb", ["check", "train", "estimate", "evaluate"])
+def test_tf32_without_such_units_is_a_mistake(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    arguments = [verb, "--config_file", str(config_file), "tf32=true", "num_gpus=0"]
+    assert sft_main.main(arguments) == 2
+    told = capsys.readouterr()
+    assert "tf32: needs a GPU of NVIDIA's Ampere or a later kind" in " ".join((told.out + told.err).split())
+
+
 def test_evaluate_gives_the_run_its_own_numbers_again(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
