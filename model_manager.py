@@ -26,7 +26,13 @@ from sft.keys import placed
 from sft.merging import merge
 from sft.model_files import require_weights, resolve_reference
 from sft.precision import Precision, choose_attention, choose_precision, device_facts
-from sft.quantization import import_bitsandbytes, require_trained_weights, require_trainer_takes, settle
+from sft.quantization import (
+    import_bitsandbytes,
+    quantized_layers,
+    require_trained_weights,
+    require_trainer_takes,
+    settle,
+)
 from sft.tokenizers import dress_tokenizer, load_tokenizer, read_tokenizer
 from sft.trained_models import load_trained, save_companions, save_final_model
 
@@ -200,6 +206,8 @@ def _base(
         bits = 4 if quantization.load_in_4bit else 8
         layers = _as_if_quantized(model, quantization, bits) if outline else settle(model)
         logger.info("Quantized to %d bits: %d linear layers", bits, layers)
+    elif quantized_layers(model):
+        logger.info("Quantized in its files: %d linear layers", settle(model))
     model.config.use_cache = False
     return model, rows_before
 
@@ -265,8 +273,8 @@ def load_model(
                 adapted = _attach(model, lora, _untrained_tokens(keys, tokenizer, rows_before))
         counts = count_parameters(adapted)
         logger.info("Parameters: %s", counts)
-        if for_training and not counts.trainable:
-            raise UserError(Problem("no weight of the model is trained", key="lora_config"))
         if for_training:
             require_trainer_takes(adapted)
+            if not counts.trainable:
+                raise UserError(Problem("no weight of the model is trained", key="lora_config"))
     return adapted

@@ -358,6 +358,21 @@ def test_a_base_that_is_quantized_already_needs_an_adapter(quantized_files: Mode
     backward(model.train())
 
 
+def test_its_adapter_learns_after_an_evaluation_as_before_it(quantized_files: ModelKeys) -> None:
+    """Where bitsandbytes would repack the weights in evaluation, they would hand no gradient to the layers below."""
+    _, model = load(quantized_files, LoraKeys(r=2))
+    first = model.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"].weight
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        backward(model.train())
+        gradients.append(first.grad.clone())
+        with torch.no_grad():
+            model.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+    assert gradients[0].abs().sum() > 0
+    assert gradients[1].equal(gradients[0])
+
+
 def test_check_tells_it_too(quantized_files: ModelKeys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_file = write_config(
         tmp_path / "run.yaml",
