@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import config_manager
 from tests.builders import save_model_dir
 from tests.slurm_cluster import Cluster, logs, one_node_cluster, why_not
 
@@ -137,8 +138,10 @@ def test_a_section_of_the_configs_own_is_left_alone(cluster: Cluster, work: Path
 def test_a_job_that_is_started_again_goes_on(cluster: Cluster, work: Path) -> None:
     resuming = yaml.safe_load((work / "my.yaml").read_text()) | {"resume_from_checkpoint": False}
     (work / "resuming.yaml").write_text(yaml.safe_dump(resuming))
+    config_manager.write_config(config_manager.load_config(work / "my.yaml"), work / "config.yaml")
+    assert "\nresume_from_checkpoint: null\n" in (work / "config.yaml").read_text()
     commands: dict[str, list[str]] = {}
-    for words in ("my.yaml", "my.yaml --resume_from_checkpoint auto", "resuming.yaml"):
+    for words in ("my.yaml", "config.yaml", "my.yaml --resume_from_checkpoint auto", "resuming.yaml"):
         number = cluster.submit(SCRIPT, *words.split(), "--dry-run", cwd=work, extra=EXPORTED)
         cluster.wait(number, 60)
         cluster.command("scontrol", "requeue", number)
@@ -149,9 +152,41 @@ def test_a_job_that_is_started_again_goes_on(cluster: Cluster, work: Path) -> No
         commands[words] = [line.partition("--config_file ")[2] for line in lines if "--config_file" in line]
     assert commands == {
         "my.yaml": ["my.yaml", "my.yaml resume_from_checkpoint=auto"],
+        "config.yaml": ["config.yaml", "config.yaml resume_from_checkpoint=auto"],
         "my.yaml --resume_from_checkpoint auto": ["my.yaml --resume_from_checkpoint auto"] * 2,
         "resuming.yaml": ["resuming.yaml"] * 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "goes_on"),
+    [
+        ("", True),
+        ("resume_from_checkpoint: null", True),
+        ("resume_from_checkpoint: null\r", True),
+        ("resume_from_checkpoint: ~   # from the start", True),
+        ("resume_from_checkpoint:", True),
+        ("resume_from_checkpoint: # none", True),
+        ("# resume_from_checkpoint: out/checkpoint-2", True),
+        ("resume_from_checkpoint: auto", False),
+        ("resume_from_checkpoint: false  # null", False),
+        ("resume_from_checkpoint: null/checkpoint-2", False),
+        ("resume-from-checkpoint: out/checkpoint-2", False),
+    ],
+)
+def test_what_counts_as_a_setting_of_the_configs_own(tmp_path: Path, line: str, goes_on: bool) -> None:
+    """The script alone, in a job that was started again; `srun` only shows what it is to start."""
+    for name, does in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "my.yaml").write_text(f"max_steps: 2\n{line}\noutput_dir: out\n", newline="")
+    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SFT_HOME": str(ROOT)}
+    env = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", SCRIPT, "my.yaml", "seed=1"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    started = done.stdout.splitlines()
+    assert started[-1 - goes_on :] == ["seed=1", "resume_from_checkpoint=auto"][: 1 + goes_on]
 
 
 @pytest.mark.parametrize("script", [SCRIPT, PEFT_SCRIPT])
