@@ -115,7 +115,13 @@ def is_part_of(given: Any, carried: Any) -> bool:
 
 
 def test_the_facts_are_those_of_the_installed_libraries():
-    assert json.loads(FACTS_FILE.read_text()) == json.loads(json.dumps(installed_facts()))
+    """But for the order of `list[str] | str`, which is that of the first such type that any library has made."""
+    written, installed = json.loads(FACTS_FILE.read_text()), json.loads(json.dumps(installed_facts()))
+    for found in (written, installed):
+        for described in found["classes"].values():
+            for fact in described.values():
+                fact["kinds"].sort()
+    assert written == installed
 
 
 def test_every_upstream_key_is_in_the_schema():
