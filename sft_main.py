@@ -79,11 +79,13 @@ def train(argv: list[str]) -> int:
     import model_manager
     import stages
     from sft import artifacts, system_prompt
-    from sft.resume import find_checkpoint, set_aside
+    from sft.earlier_runs import set_aside
+    from sft.resume import find_checkpoint
     from sft.schedules import require_schedule
 
     require_schedule(config.section(TrainingKeys))
     output_dir = Path(config.output_dir)
+    _require_apart(config)
     if distributed.is_main_process():
         artifacts.claim(output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -99,9 +101,9 @@ def train(argv: list[str]) -> int:
     trainer = stages.build_trainer(config, tokenizer, data, checkpoint)
     # From here on the run is on: what an earlier one left makes room.
     if distributed.is_main_process():
-        config_manager.write_config(config, output_dir / "config.yaml")
         if checkpoint is None:
             set_aside(output_dir)
+        config_manager.write_config(config, output_dir / "config.yaml")
 
     questions = stages.questions(config, data)
     results = stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_before")
@@ -157,6 +159,7 @@ def _check_stages(config: Config, report: Report) -> None:
     on_cpu = config.use_cpu or config.num_gpus == 0
     report.attempt(lambda: require_tf32(config.section(TrainingKeys), on_cpu=on_cpu))
     report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
+    report.attempt(lambda: _require_apart(config))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
     if config.torch_compile:
         from sft.compilation import compile_settings
@@ -356,6 +359,14 @@ def _load(config_file: str | None, overrides: list[str]) -> Config:
     if config.hub_token:  # the libraries ask the environment each time they need one
         os.environ["HF_TOKEN"] = config.hub_token
     return config
+
+
+def _require_apart(config: Config) -> None:
+    """What the run starts from must lie apart from what it writes."""
+    from sft.earlier_runs import require_apart
+
+    keys = ("model_name_or_path", "tokenizer_name_or_path", "from_scratch", "chat_template")
+    require_apart(Path(config.output_dir), {key: getattr(config, key) for key in keys})
 
 
 def _take_machine(config: Config) -> None:

@@ -65,27 +65,16 @@ def require_best(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def set_aside(output_dir: Path) -> None:
-    """Moves an earlier run's checkpoints out of a fresh run's way.
-
-    Left there, they would count for `save_total_limit`, and a later `auto` would go on from them.
-    """
-    old = checkpoints(output_dir)
-    if not old:
-        return
-    number = 1
-    while (folder := output_dir / f"earlier-checkpoints-{number}").exists():
-        number += 1
-    folder.mkdir()
-    for path in old:
-        path.rename(folder / path.name)
-    logger.warning("%d checkpoints of an earlier run are now in %s", len(old), folder)
-
-
 def checkpoints(output_dir: Path) -> list[Path]:
     """The `checkpoint-N` folders in `output_dir`, by N."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    found = [p for p in output_dir.glob("checkpoint-*") if step_of(p) is not None and p.is_dir()]
+    return sorted(found, key=lambda p: step_of(p) or 0)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The N of a folder named `checkpoint-N`; None where it is named otherwise."""
+    named = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(named[1]) if named else None
 
 
 def find_damage(checkpoint: Path) -> str | None:

@@ -82,7 +82,7 @@ def load(folder: Path, shape: RunShape) -> tuple[TokenCounts, int]:
         if saved["shape"].get(name) != value
     ]
     if differing:
-        hint = "resume with the same settings, or start fresh from its weights: model_name_or_path"
+        hint = "resume with the same settings; or start from its weights: model_name_or_path, and another output_dir"
         summary = "the checkpoint is of another run"
         raise UserError(Problem(summary, hint, "resume_from_checkpoint"), *differing)
     return TokenCounts(**saved["counts"]), int(saved.get("skipped", 0))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sft.errors import UserError
-from sft.resume import checkpoints, find_checkpoint, find_damage, require_best, set_aside
+from sft.resume import checkpoints, find_checkpoint, find_damage, require_best
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:
@@ -117,13 +117,3 @@ def test_a_best_checkpoint_that_is_gone_or_not_whole_is_an_error(tmp_path: Path)
     shutil.rmtree(best)
     with pytest.raises(UserError, match=r"load_best_model_at_end: .* it does not exist any more"):
         require_best(best)
-
-
-def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, 8)
-    set_aside(tmp_path)
-    make_checkpoint(tmp_path, 4)
-    set_aside(tmp_path)
-    assert checkpoints(tmp_path) == []
-    assert (tmp_path / "earlier-checkpoints-1" / "checkpoint-8").is_dir()
-    assert (tmp_path / "earlier-checkpoints-2" / "checkpoint-4").is_dir()

@@ -21,6 +21,7 @@ import trainer_utils
 from sft import replies
 from sft.replies import encode_prompt
 from sft.sampling import EpochSampler
+from sft.trained_models import load_trained
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.by_hand import rows_of
 from tests.runs import ROOT, arithmetic, log_history, losses, run, write_config, write_rows
@@ -249,10 +250,19 @@ def test_two_runs_in_one_folder_are_refused(
     assert "another run" in capsys.readouterr().err
 
 
-def test_a_run_without_an_adapter_trains_every_weight(config_file: Path, tmp_path: Path) -> None:
+def test_a_run_without_an_adapter_trains_every_weight_and_leaves_a_whole_model_where_an_adapter_was(
+    config_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert sft_main.main(["--config_file", str(config_file), "max_steps=1"]) == 0
     assert sft_main.main(["--config_file", str(config_file), "lora_config=null"]) == 0
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert (out / "model.safetensors").is_file()
+    assert not (out / "adapter_config.json").exists()
+    whole, earlier = (load_trained(folder)[0] for folder in (out, out / "earlier-run-1"))
+    assert not hasattr(whole, "peft_config")
+    assert hasattr(earlier, "peft_config")
+    assert sft_main.main(["--config_file", str(config_file), f"model_name_or_path={out}"]) == 2
+    assert (out / "model.safetensors").is_file()
 
 
 def test_preview_prints_one_json_document(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,100 @@
+"""What an earlier run left in the output folder makes room for the next one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.earlier_runs import require_apart, set_aside
+from sft.errors import UserError
+from sft.model_files import is_adapter, is_model
+from sft.resume import checkpoints
+
+ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json"]
+MODEL = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+BOTH = ["chat_template.jinja", "config.yaml", "generation_config.json", "tokenizer.json", "trainer_state.json"]
+NOT_OF_A_MODEL = [".lock", "my_notes.txt", "train.jsonl"]
+
+
+def leave(output_dir: Path, names: list[str], steps: tuple[int, ...] = ()) -> None:
+    for name in names:
+        (output_dir / name).write_text(f"{name} of {names[0]}")
+    for step in steps:
+        (output_dir / f"checkpoint-{step}").mkdir()
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> None:
+    leave(tmp_path, [], steps=(8,))
+    set_aside(tmp_path)
+    leave(tmp_path, [], steps=(4,))
+    set_aside(tmp_path)
+    assert checkpoints(tmp_path) == []
+    assert (tmp_path / "earlier-run-1" / "checkpoint-8").is_dir()
+    assert (tmp_path / "earlier-run-2" / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("model", [ADAPTER + BOTH, MODEL + BOTH], ids=["adapter", "whole model"])
+def test_a_fresh_run_moves_an_earlier_model_aside_with_its_checkpoints_and_says_so(
+    tmp_path: Path, model: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    leave(tmp_path, model, steps=(8, 12))
+    leave(tmp_path, NOT_OF_A_MODEL)
+    (tmp_path / "logs").mkdir()
+    with caplog.at_level(logging.WARNING, "sft"):
+        set_aside(tmp_path)
+    assert names_in(tmp_path) == sorted([*NOT_OF_A_MODEL, "logs", "earlier-run-1"])
+    earlier = tmp_path / "earlier-run-1"
+    assert names_in(earlier) == sorted([*model, "checkpoint-8", "checkpoint-12"])
+    assert all((earlier / name).read_text() == f"{name} of {model[0]}" for name in model), "moved as it was"
+    assert is_adapter(earlier) == (model[0] == ADAPTER[0])
+    assert is_model(earlier) == (model[0] == MODEL[0])
+    assert caplog.messages == [f"the model, checkpoint-8, checkpoint-12 of an earlier run: now in {earlier}"]
+
+
+def test_a_folder_that_no_run_was_in_stays_as_it_is(tmp_path: Path) -> None:
+    leave(tmp_path, [*NOT_OF_A_MODEL, "README.md", "config.yaml"])
+    before = names_in(tmp_path)
+    set_aside(tmp_path)
+    assert names_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("inside", "refused"),
+    [
+        ("", "is model_name_or_path too"),
+        ("checkpoint-8", "holds model_name_or_path, checkpoint-8"),
+        ("config.json", "holds model_name_or_path, config.json"),
+        ("earlier-run-1", None),
+        ("earlier-run-1/checkpoint-8", None),
+        ("../other", None),
+    ],
+)
+def test_what_a_run_starts_from_is_neither_moved_nor_written_over(
+    tmp_path: Path, inside: str, refused: str | None
+) -> None:
+    output_dir, link = tmp_path / "out", tmp_path / "link"
+    output_dir.mkdir()
+    link.symlink_to(output_dir)
+    for folder in (output_dir, link):
+        named: dict[str, Any] = {
+            "model_name_or_path": str(folder / inside),
+            "tokenizer_name_or_path": None,
+            "from_scratch": {},
+        }
+        if refused is None:
+            require_apart(output_dir, named)
+        else:
+            with pytest.raises(UserError, match=f"output_dir: {refused}"):
+                require_apart(output_dir, named)
+
+
+def test_a_hub_name_and_a_template_written_in_the_config_are_no_paths(tmp_path: Path) -> None:
+    template = "{% for m in messages %}" + "{{ m.content }}\n" * 400 + "{% endfor %}"
+    require_apart(tmp_path, {"model_name_or_path": "owner/name", "chat_template": template})
