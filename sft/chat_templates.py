@@ -39,7 +39,7 @@ def resolve(value: str) -> tuple[str, str]:
         return shipped(value), f"the shipped `{value}` template"
     if "{{" in value or "{%" in value:
         return value, "the template written in the config"
-    path = Path(value).expanduser()
+    path = Path(value)
     hint = f"Give a file, a Jinja template written inline, or one of {', '.join(shipped_names())}."
     if not path.is_file():
         raise UserError(Problem(f"no such template file: {value!r}", hint, key="chat_template"))

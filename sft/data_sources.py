@@ -141,7 +141,7 @@ def _from_hub(keys: DataKeys, split: str) -> DataSource:
 
 def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
     """A saved data set, or a folder whose files are named for their splits (a folder of other names is training)."""
-    path = Path(str(keys.dataset_path)).expanduser()
+    path = Path(str(keys.dataset_path))
     common = (split, "dataset_path", keys.format, keys.columns, keys.train_on)
     if (path / "dataset_dict.json").is_file():
         names = [n for n in _SPLIT_NAMES[split] if (path / n).is_dir()]
@@ -183,7 +183,7 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
             raise UserError(
                 Problem(f"two data sets are called {name!r}", "give each a `name` of its own", f"{key}.{number}.name")
             )
-        path = Path(entry.path).expanduser()
+        path = Path(entry.path)
         is_local = path.exists() or any(c in entry.path for c in "*?[") or entry.path.startswith((".", "/", "~"))
         is_file = (is_local or data_extension(path) in EXTENSIONS) and not _is_saved(path)
         sources.append(

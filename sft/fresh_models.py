@@ -26,7 +26,7 @@ def read_config(value: Mapping[str, Any] | str) -> dict[str, Any]:
         UserError: the file is missing, unreadable, or holds no mapping with a `model_type`.
     """
     if isinstance(value, str):
-        path = Path(value).expanduser()
+        path = Path(value)
         try:
             text = path.read_text(encoding="utf-8")
             loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

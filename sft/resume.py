@@ -30,7 +30,7 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
     if not wanted:
         return None
     if wanted is not True and wanted != "auto":
-        path = Path(wanted).expanduser()
+        path = Path(wanted)
         if not path.is_dir():
             there = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
             hint = f"checkpoints in {output_dir}: {there}; `auto` takes the newest whole one"

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from sft.keys import Keys
 from sft.upstream_schema import defaults, module_of, upstream_keys
-from sft.values import Bool, Int, Number
+from sft.values import Bool, Int, Number, PathText
 
 if TYPE_CHECKING:
 
@@ -46,9 +46,9 @@ Packing = Literal["auto", "bfd", "wrapped", False]
 class ModelKeys(Keys):
     """Which model and tokenizer, and how the weights are held."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: PathText | None = None
     """The model to fine-tune: a folder in Hugging Face layout, or a name on the hub."""
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: PathText | None = None
     """The tokenizer, where it is not the model's own: a folder or a name on the hub."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model; null is its main branch."""
@@ -58,9 +58,9 @@ class ModelKeys(Keys):
     """The number format that the weights are held in; `auto` chooses for the machine and says what it chose."""
     attn_implementation: str = "auto"
     """The attention kernel, e.g. `sdpa`, `eager`, `flash_attention_2`; `auto` chooses for the machine."""
-    from_scratch: dict[str, Any] | str | None = None
+    from_scratch: dict[str, Any] | PathText | None = None
     """Start from random weights: a model config with `model_type`, or the path of a JSON or YAML file with one."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """Chat template to use instead of the tokenizer's: a file, Jinja text, or the name `plain` or `chatml`."""
     special_tokens: list[str] | dict[str, str | list[str]] | None = None
     """Tokens to add: a list of texts, or a mapping of roles such as `pad_token` to texts."""
@@ -69,7 +69,7 @@ class ModelKeys(Keys):
 class DatasetKeys(Keys):
     """One data set among several."""
 
-    path: str
+    path: PathText
     """A file, folder, glob, saved data set, or name on the hub."""
     name: str | None = None
     """What reports and metrics call this data set; null takes it from the path."""
@@ -98,11 +98,11 @@ class DataKeys(Keys):
     """A data set on the hub."""
     dataset_config_name: str | None = None
     """The configuration of `dataset_name`, e.g. `main`."""
-    dataset_path: str | None = None
+    dataset_path: PathText | None = None
     """A folder: saved by `datasets` (`save_to_disk`), or with files named for their splits (train*, validation*)."""
-    train_file: str | list[str] | None = None
+    train_file: PathText | list[PathText] | None = None
     """Training rows: a file, glob or folder, or a list of them (json, jsonl, csv, tsv, txt, parquet, arrow)."""
-    validation_file: str | list[str] | None = None
+    validation_file: PathText | list[PathText] | None = None
     """Validation rows, in the same ways as `train_file`."""
     validation_split: Share = 0.0
     """Share of the training rows to hold out for validation, drawn with `shuffle_seed`."""
@@ -144,7 +144,7 @@ class DataKeys(Keys):
     """Leave out training rows whose text occurred before."""
     max_lost_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.05
     """Share of the rows that may be lost to mistakes in the data; above it the run stops before training."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder for prepared data; null is $SFT_CACHE, or sft_pipeline in the user's cache folder."""
 
 
@@ -160,7 +160,7 @@ class ActivationKeys(Keys):
 class TrainingKeys(TrainingArgumentsKeys):
     """Every key of `transformers.TrainingArguments`, and ours beside them."""
 
-    output_dir: str = "outputs"
+    output_dir: PathText = "outputs"
     """Folder for checkpoints, the final model, logs and reports."""
     per_device_train_batch_size: Positive | Literal["auto"] = 8
     """Rows of one pass on one device; `auto` tries the longest ones out and takes what is fastest and fits."""
@@ -176,7 +176,7 @@ class TrainingKeys(TrainingArgumentsKeys):
     """Stays false: the data handler makes exactly the columns that the trainer uses."""
     logging_nan_inf_filter: Literal[False] = False
     """Stays false: upstream's filter would show the running mean in place of a loss that is not finite."""
-    resume_from_checkpoint: str | Bool | None = None
+    resume_from_checkpoint: PathText | Bool | None = None
     """A checkpoint folder to go on from; `auto` (or true) takes the newest whole one in `output_dir`."""
     warmup_ratio: Share | None = None
     """Share of the optimizer steps in which the learning rate rises; excludes `warmup_steps`."""
@@ -299,7 +299,7 @@ class WatchKeys(Keys):
 
     wandb_project: str | None = None
     """Weights & Biases project; null leaves it to WANDB_PROJECT or the tracker's default."""
-    logging_dir: str | None = None
+    logging_dir: PathText | None = None
     """Folder of the TensorBoard files; null is a folder in `output_dir`."""
     exact_match_samples: Count = 0
     """Validation rows answered greedily before and after training and compared with the right answer."""

@@ -6,16 +6,20 @@ YAML decides a scalar's type by its look, a config key by its meaning. `fit` set
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, Strict
+from pydantic import AfterValidator, BaseModel, Strict
 
 Bool = Annotated[bool, Strict()]
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 """Any real number: an integer is fine, a boolean or quoted digits are not."""
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""What is or may be a path on this machine: `~` is the user's home, expanded once and here for all who read the key."""
 
 WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 """Spellings of a boolean; YAML 1.2 knows only the last of each, people use all."""

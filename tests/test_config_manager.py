@@ -44,6 +44,41 @@ def hints(path: Path, *overrides: str) -> dict[str | None, str]:
     return {p.key: p.hint for p in caught.value.problems}
 
 
+# Paths
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model_name_or_path",
+        "tokenizer_name_or_path",
+        "chat_template",
+        "dataset_path",
+        "train_file",
+        "validation_file",
+        "cache_dir",
+        "output_dir",
+        "logging_dir",
+        "resume_from_checkpoint",
+    ],
+)
+def test_a_tilde_is_the_users_home_in_every_key_that_names_a_path(config_file, monkeypatch, key):
+    """A library that expands it by itself, as transformers does with `output_dir`, then means the same folder."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert getattr(load_config(config_file(f"{key}: ~/x")), key) == "/home/someone/x"
+    assert getattr(load_config(config_file("seed: 1"), [f"--{key}=~/x"]), key) == "/home/someone/x"
+    assert getattr(load_config(config_file(f"{key}: ./x~")), key) == "./x~"
+
+
+def test_a_tilde_in_a_list_of_paths_is_the_users_home_too(config_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config(config_file("train_file: [~/a.jsonl, b.jsonl]\neval_datasets:\n  - path: ~/c.jsonl\n"))
+    assert config.train_file == ["/home/someone/a.jsonl", "b.jsonl"]
+    assert [entry.path for entry in config.eval_datasets or []] == ["/home/someone/c.jsonl"]
+    scratch = "tokenizer_name_or_path: t\nfrom_scratch: ~/m.json\n"
+    assert load_config(config_file(scratch)).from_scratch == "/home/someone/m.json"
+
+
 # Values
 
 
