@@ -99,10 +99,11 @@ def train(argv: list[str]) -> int:
     stages.join(config)
     distributed.require_agreement({"checkpoint": str(checkpoint), **data.identity()})
     trainer = stages.build_trainer(config, tokenizer, data, checkpoint)
+    if checkpoint:
+        trainer.go_on_from(checkpoint)
     # From here on the run is on: what an earlier one left makes room.
     if distributed.is_main_process():
-        if checkpoint is None:
-            set_aside(output_dir)
+        set_aside(output_dir, checkpoint)
         config_manager.write_config(config, output_dir / "config.yaml")
 
     questions = stages.questions(config, data)

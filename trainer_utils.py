@@ -139,12 +139,19 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         """The sums of one batch on the device (see `sft.token_forward`)."""
         return self._forward(model, inputs, gradient_scale)
 
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Takes over what a checkpoint holds of ours, before `fit` takes over the rest.
+
+        Raises:
+            UserError: it is of another run, or its state of a stream is damaged.
+        """
+        self._restore_counts(checkpoint)
+        if self.progress:
+            self.progress.load(checkpoint)
+
     def fit(self, checkpoint: Path | None) -> None:
         """Trains, from `checkpoint` or from the start, and takes the progress bars down whatever happens."""
         if checkpoint:
-            self._restore_counts(checkpoint)
-            if self.progress:
-                self.progress.load(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if state.global_step >= self._total_steps:
                 logger.info("%s is at step %d: nothing is left to train", checkpoint, state.global_step)

@@ -77,9 +77,20 @@ def require_apart(output_dir: Path, named: Mapping[str, Any]) -> None:
         raise UserError(*problems)
 
 
-def set_aside(output_dir: Path) -> None:
-    """Moves what an earlier run left at the top of `output_dir` into a folder of its own, `earlier-run-N`."""
+def set_aside(output_dir: Path, checkpoint: Path | None) -> None:
+    """Moves what an earlier run left at the top of `output_dir` into a folder of its own, `earlier-run-N`.
+
+    Args:
+        checkpoint: the one that the run goes on from; None for a fresh start. Where it is one of this folder's, the
+            older ones are the run's own past and stay. Newer ones are of a branch that it leaves, from which a later
+            `auto` would go on: they make room with the model that the branch may have ended in.
+    """
     old = checkpoints(output_dir)
+    own = [path for path in old if checkpoint is not None and checkpoint.samefile(path)]
+    if own:
+        old = old[old.index(own[0]) + 1 :]
+        if not old:
+            return
     entries = sorted(output_dir.iterdir())
     model = [path for path in entries if _is_any(path.name, _WEIGHTS)]
     if not (old or model):
@@ -92,7 +103,7 @@ def set_aside(output_dir: Path) -> None:
     for path in (*model, *companions, *old):
         path.rename(folder / path.name)
     what = [*(["the model"] if model else []), *(path.name for path in old)]
-    logger.warning("%s of an earlier run: now in %s", ", ".join(what), folder)
+    logger.warning("Left by an earlier run, and now in %s: %s", folder, ", ".join(what))
 
 
 def _is_any(name: str, patterns: tuple[str, ...]) -> bool:

@@ -46,7 +46,7 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
         damage = find_damage(path)
         if damage is None:
             return path
-        logger.warning("%s is not whole (%s) and is left alone", path, damage)
+        logger.warning("%s is not whole (%s) and is passed over", path, damage)
         damaged.append(path.name)
     if damaged:
         hint = "to start from step 0 all the same, remove resume_from_checkpoint"

@@ -32,9 +32,9 @@ def names_in(folder: Path) -> list[str]:
 
 def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> None:
     leave(tmp_path, [], steps=(8,))
-    set_aside(tmp_path)
+    set_aside(tmp_path, None)
     leave(tmp_path, [], steps=(4,))
-    set_aside(tmp_path)
+    set_aside(tmp_path, None)
     assert checkpoints(tmp_path) == []
     assert (tmp_path / "earlier-run-1" / "checkpoint-8").is_dir()
     assert (tmp_path / "earlier-run-2" / "checkpoint-4").is_dir()
@@ -48,21 +48,49 @@ def test_a_fresh_run_moves_an_earlier_model_aside_with_its_checkpoints_and_says_
     leave(tmp_path, NOT_OF_A_MODEL)
     (tmp_path / "logs").mkdir()
     with caplog.at_level(logging.WARNING, "sft"):
-        set_aside(tmp_path)
+        set_aside(tmp_path, None)
     assert names_in(tmp_path) == sorted([*NOT_OF_A_MODEL, "logs", "earlier-run-1"])
     earlier = tmp_path / "earlier-run-1"
     assert names_in(earlier) == sorted([*model, "checkpoint-8", "checkpoint-12"])
     assert all((earlier / name).read_text() == f"{name} of {model[0]}" for name in model), "moved as it was"
     assert is_adapter(earlier) == (model[0] == ADAPTER[0])
     assert is_model(earlier) == (model[0] == MODEL[0])
-    assert caplog.messages == [f"the model, checkpoint-8, checkpoint-12 of an earlier run: now in {earlier}"]
+    assert caplog.messages == [f"Left by an earlier run, and now in {earlier}: the model, checkpoint-8, checkpoint-12"]
 
 
 def test_a_folder_that_no_run_was_in_stays_as_it_is(tmp_path: Path) -> None:
     leave(tmp_path, [*NOT_OF_A_MODEL, "README.md", "config.yaml"])
     before = names_in(tmp_path)
-    set_aside(tmp_path)
+    set_aside(tmp_path, None)
     assert names_in(tmp_path) == before
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_with_their_model(tmp_path: Path) -> None:
+    """Else a later `auto` would go on from the newest of them: from the branch that was left."""
+    leave(tmp_path, ADAPTER, steps=(8, 12, 90, 100))
+    set_aside(tmp_path, tmp_path / "checkpoint-12")
+    assert names_in(tmp_path) == ["checkpoint-12", "checkpoint-8", "earlier-run-1"]
+    assert names_in(tmp_path / "earlier-run-1") == sorted([*ADAPTER, "checkpoint-90", "checkpoint-100"])
+
+
+def test_a_run_that_goes_on_from_the_newest_checkpoint_moves_nothing(tmp_path: Path) -> None:
+    leave(tmp_path, ADAPTER, steps=(8, 12))
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint-12")
+    before = names_in(tmp_path)
+    for newest in ("checkpoint-12", "link", "checkpoint-8/../checkpoint-12"):
+        set_aside(tmp_path, tmp_path / newest)
+        assert names_in(tmp_path) == before
+
+
+def test_a_run_that_goes_on_from_another_folders_checkpoint_is_no_run_of_this_one(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there, here):
+        folder.mkdir()
+        leave(folder, ADAPTER, steps=(4, 8))
+    set_aside(here, there / "checkpoint-8")
+    assert names_in(here) == ["earlier-run-1"]
+    set_aside(here, here / "earlier-run-1" / "checkpoint-8")
+    assert names_in(here / "earlier-run-1") == sorted([*ADAPTER, "checkpoint-4", "checkpoint-8"])
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,13 @@ def test_a_resume_that_does_not_fit_its_checkpoint_is_refused(
         capsys.readouterr()
         assert sft_main.main([*resume, override]) == 2
         assert name in capsys.readouterr().err
-    assert sft_main.main(resume) == 0
+    out = tmp_path / "out"
+    older = f"resume_from_checkpoint={out / 'checkpoint-2'}"
+    assert sft_main.main([*resume, older, "lora_config.r=8"]) == 2
+    assert not (out / "earlier-run-1").exists(), "a run that is refused moves nothing"
+    assert sft_main.main([*resume, older]) == 0
+    assert (out / "earlier-run-1" / "checkpoint-4").is_dir(), "of the branch that was left"
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 def test_resuming_a_finished_run_trains_no_further(config_file: Path, tmp_path: Path) -> None:
