@@ -20,7 +20,7 @@ from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
 from sft.nonfinite import require_finite
 from sft.row_order import RowOrder
-from sft.run_shape import RunShape, describe_adapter, digest_lengths
+from sft.run_shape import RunShape, adapter_facts, describe_adapter, digest_lengths
 from sft.step_watch import StepWatch
 from sft.trained_models import save_companions
 
@@ -150,6 +150,7 @@ class RunRecords(RowOrder):
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
             seed=self.order_seed,
             adapter=describe_adapter(self.model),
+            adapter_facts=adapter_facts(self.model),
             train_sampling_strategy=self.args.train_sampling_strategy,
             master_weights=self._settings.master_weights,
             **data,

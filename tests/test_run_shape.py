@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
 
 from sft import run_shape
 from sft.errors import UserError
 from sft.metrics import TokenCounts
-from sft.run_shape import RunShape, describe_adapter, digest_lengths
+from sft.run_shape import RunShape, adapter_facts, describe_adapter, digest_lengths
+from tests.builders import tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,7 @@ def test_an_adapter_is_described_however_its_modules_are_named(modules: Any, sho
 
 def test_a_whole_model_has_no_adapter() -> None:
     assert describe_adapter(object()) is None
+    assert adapter_facts(object()) is None
 
 
 def test_what_is_counted_comes_back(tmp_path: Path) -> None:
@@ -45,3 +50,92 @@ def test_what_is_counted_comes_back(tmp_path: Path) -> None:
 def test_lengths_are_told_apart_by_their_order_too() -> None:
     assert digest_lengths(np.array([3, 5])) == digest_lengths(np.array([3, 5], dtype=np.int32))
     assert digest_lengths(np.array([3, 5])) != digest_lengths(np.array([5, 3]))
+
+
+SHAPE = RunShape(1, 2, 3, 40, "3f", 0, "r=4", "random")
+
+
+def adapted(base: str = "/models/base", quantization: Any = None, commit: str | None = None, **settings: Any) -> Any:
+    """A model with an adapter, on a base that calls itself `base`."""
+    model = tiny_llama(64)
+    model.name_or_path = base
+    model.config._commit_hash = commit
+    if quantization is not None:
+        model.config.quantization_config = quantization
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **settings))
+
+
+def refused(folder: Path, before: Any, now: Any) -> list[tuple[str | None, str]]:
+    """The keys and messages with which a run with the model `now` is refused a checkpoint of one with `before`."""
+    run_shape.save(folder, replace(SHAPE, adapter_facts=adapter_facts(before)), TokenCounts.zero(), 0)
+    try:
+        run_shape.load(folder, replace(SHAPE, adapter_facts=adapter_facts(now)))
+    except UserError as error:
+        return [(p.key, p.message) for p in error.problems[1:]]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "now"),
+    [
+        ("use_rslora", False, True),
+        ("use_dora", False, True),
+        ("bias", "none", "all"),
+        ("alpha_pattern", {}, {"q_proj": 64}),
+        ("rank_pattern", {}, {"q_proj": 2}),
+        ("init_lora_weights", True, "olora"),
+        ("modules_to_save", None, ["lm_head"]),
+        ("layers_to_transform", None, [0]),
+        ("trainable_token_indices", None, [1, 2]),
+    ],
+)
+def test_each_setting_of_an_adapter_that_differs_is_named(tmp_path: Path, setting: str, before: Any, now: Any) -> None:
+    told = refused(tmp_path, adapted(), adapted(**{setting: now}))
+    assert told == [(f"lora_config.{setting}", f"was {before} in {tmp_path}, is {now} now")]
+    assert refused(tmp_path, adapted(**{setting: now}), adapted(**{setting: now})) == []
+
+
+def test_dropout_is_a_setting_of_training(tmp_path: Path) -> None:
+    assert refused(tmp_path, adapted(), adapted(lora_dropout=0.1)) == []
+
+
+def test_an_adapter_is_refused_on_another_base_but_not_on_one_that_moved(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    differs = [("model_name_or_path", f"was {here} in {tmp_path}, is {there} now")]
+    assert refused(tmp_path, adapted(str(here)), adapted(str(there))) == differs
+    here.rmdir()
+    assert refused(tmp_path, adapted(str(here)), adapted(str(there))) == []
+    assert [key for key, _ in refused(tmp_path, adapted("org/a"), adapted("org/b"))] == ["model_name_or_path"]
+
+
+def test_a_hub_base_is_known_by_its_commit_where_one_is_known(tmp_path: Path) -> None:
+    assert [key for key, _ in refused(tmp_path, adapted(commit="a1"), adapted(commit="b2"))] == ["model_revision"]
+    assert refused(tmp_path, adapted(commit="a1"), adapted(commit=None)) == []
+
+
+def test_a_base_held_in_other_bits_is_another_base_and_what_it_computes_in_does_not_matter(tmp_path: Path) -> None:
+    def bits(**settings: Any) -> Any:
+        return adapted(quantization=BitsAndBytesConfig(load_in_4bit=True, **settings))
+
+    assert refused(tmp_path, bits(), bits(bnb_4bit_compute_dtype="bfloat16")) == []
+    assert refused(tmp_path, bits(), bits(bnb_4bit_quant_type="nf4")) == [
+        ("quantization_config.bnb_4bit_quant_type", f"was fp4 in {tmp_path}, is nf4 now")
+    ]
+    told = [("quantization_config.load_in_4bit", f"was False in {tmp_path}, is True now")]
+    assert refused(tmp_path, adapted(), bits()) == told
+
+
+def test_what_an_older_checkpoint_does_not_tell_is_not_compared(tmp_path: Path) -> None:
+    content = {"world_size": 1, "seed": 0, "adapter": "r=4", "adapter_facts": {"lora_config.use_rslora": False}}
+    now = replace(SHAPE, adapter_facts=adapter_facts(adapted(use_dora=True)))
+    for facts in (content, {k: v for k, v in content.items() if k != "adapter_facts"}):
+        (tmp_path / run_shape.FILE).write_text(json.dumps({"shape": facts, "counts": asdict(TokenCounts.zero())}))
+        assert run_shape.load(tmp_path, now) == (TokenCounts.zero(), 0)
+        with pytest.raises(UserError, match="adapter: was r=4"):
+            run_shape.load(tmp_path, replace(now, adapter="r=8"))
+    whole = replace(SHAPE, adapter=None)
+    with pytest.raises(UserError) as caught:
+        run_shape.load(tmp_path, whole)
+    assert [problem.key for problem in caught.value.problems[1:]] == ["adapter"]

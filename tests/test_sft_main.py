@@ -172,16 +172,19 @@ def test_the_speed_behind_a_resume_is_that_of_the_tokens_since_then(
 
 
 def test_a_resume_that_does_not_fit_its_checkpoint_is_refused(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--config_file", str(config_file), "--save_steps=2"]
     sft_main.main(common)
     resume = [*common, "--max_steps=6", "--resume_from_checkpoint=auto"]
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
     other = write_rows(tmp_path / "other.jsonl", arithmetic(60, start=500))
     for override, name in [
         ("per_device_train_batch_size=2", "per_device_train_batch_size"),
         ("lora_config.r=8", "adapter"),
         (f"train_file={other}", "row_lengths"),
+        ("lora_config.modules_to_save=[lm_head]", "lora_config.modules_to_save"),
+        (f"model_name_or_path={copy}", "model_name_or_path"),
     ]:
         capsys.readouterr()
         assert sft_main.main([*resume, override]) == 2
