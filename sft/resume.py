@@ -98,9 +98,7 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{index.name} does not name the shards"
         if missing := sorted({n for n in content["weight_map"].values() if not (checkpoint / n).is_file()}):
             return f"{missing[0]} is missing"
-    if not list(checkpoint.glob("rng_state*.pth")):
-        return "rng_state.pth is missing"
-    if damage := _damage_of_records(checkpoint):
+    if damage := _damage_of_records(checkpoint) or _missing_random_state(checkpoint):
         return damage
     for file in weights:
         if not _safetensors_is_whole(file):
@@ -123,6 +121,17 @@ def _damage_of_records(checkpoint: Path) -> str | None:
     if not (checkpoint / STREAM_STATE).is_file():
         return f"{STREAM_STATE} is missing"
     return None if isinstance(_read_json(checkpoint / STREAM_STATE), dict) else f"{STREAM_STATE} is damaged"
+
+
+def _missing_random_state(checkpoint: Path) -> str | None:
+    """Which rank's random state is not there: each rank writes its own, and one that finds none goes on without."""
+    content = _read_json(checkpoint / RUN_SHAPE) if (checkpoint / RUN_SHAPE).is_file() else {"shape": {}}
+    world_size = content["shape"].get("world_size")
+    if world_size is None:  # another trainer's: how many ranks it had is not told
+        return None if any(checkpoint.glob("rng_state*.pth")) else "rng_state.pth is missing"
+    ranks = content.get("ranks", range(world_size))
+    names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    return next((f"{name} is missing" for name in names if not (checkpoint / name).is_file()), None)
 
 
 def _read_json(file: Path) -> Any:

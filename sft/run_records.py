@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,11 @@ class RunRecords(RowOrder):
         save_companions(model, tokenizer, folder, self._end_token_ids)
         if self._streamed:
             stream_state.save(folder, self._streamed)
-        run_shape.save(folder, self._shape(), self._counts, self._watch.skipped)
+        ranks = range(self.args.world_size)
+        if self.args.save_on_each_node:  # on its own disk, by its first rank, which this is
+            first = self.args.process_index
+            ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        run_shape.save(folder, self._shape(), self._counts, self._watch.skipped, ranks)
 
     def _leave_logs(self) -> None:
         """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,14 @@ def adapter_facts(model: Any) -> dict[str, Any] | None:
     return plain
 
 
-def save(folder: Path, shape: RunShape, counts: TokenCounts, skipped: int) -> None:
-    """Writes into a checkpoint the shape, the counts since the last log, and the steps left out since the start."""
+def save(folder: Path, shape: RunShape, counts: TokenCounts, skipped: int, ranks: Sequence[int] | None = None) -> None:
+    """Writes into a checkpoint the shape, the counts since the last log, and the steps left out since the start.
+
+    Args:
+        ranks: those that write their random state into `folder`, by which a missing one is found; None for all.
+    """
     content = {"shape": asdict(shape), "counts": asdict(counts), "skipped": skipped}
+    content["ranks"] = list(range(shape.world_size) if ranks is None else ranks)
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 

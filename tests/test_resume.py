@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sft import run_shape
 from sft.errors import UserError
+from sft.metrics import TokenCounts
 from sft.resume import checkpoints, find_checkpoint, find_damage, require_best
+from sft.run_shape import RunShape
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:
@@ -21,9 +26,13 @@ def make_checkpoint(output_dir: Path, step: int) -> Path:
     torch.save({"last_epoch": step}, folder / "scheduler.pt")
     torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
     (folder / "trainer_state.json").write_text('{"global_step": 1}')
-    (folder / "run_shape.json").write_text('{"shape": {"streamed_data": "3f"}, "counts": {}, "skipped": 0}')
+    write_shape(folder, world_size=1, streamed_data="3f")
     (folder / "stream_state.json").write_text('{"places": []}')
     return folder
+
+
+def write_shape(folder: Path, **shape: Any) -> None:
+    (folder / "run_shape.json").write_text(json.dumps({"shape": shape, "counts": {}, "skipped": 0}))
 
 
 def cut(file: Path) -> None:
@@ -81,12 +90,42 @@ def test_auto_steps_over_a_damaged_checkpoint_and_a_path_to_it_is_refused(tmp_pa
 
 def test_a_checkpoint_needs_the_state_of_a_stream_only_where_it_trained_one(tmp_path: Path) -> None:
     plain, foreign = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
-    (plain / "run_shape.json").write_text('{"shape": {"streamed_data": null}, "counts": {}, "skipped": 0}')
+    write_shape(plain, world_size=1, streamed_data=None)
     (plain / "stream_state.json").unlink()
     assert find_damage(plain) is None
     for name in ("run_shape.json", "stream_state.json"):
         (foreign / name).unlink()
     assert find_damage(foreign) is None, "another trainer's"
+
+
+def test_a_checkpoint_needs_the_random_state_of_every_rank_that_wrote_into_it(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 10)
+    state = checkpoint / "rng_state.pth"
+    write_shape(checkpoint, world_size=3)
+    assert find_damage(checkpoint) == "rng_state_0.pth is missing", "that of one process is none of three"
+    for rank in (0, 2):
+        shutil.copy(state, checkpoint / f"rng_state_{rank}.pth")
+    state.rename(tmp_path / "rng_state.pth")
+    assert find_damage(checkpoint) == "rng_state_1.pth is missing"
+    shutil.copy(tmp_path / "rng_state.pth", checkpoint / "rng_state_1.pth")
+    assert find_damage(checkpoint) is None
+    write_shape(checkpoint, world_size=1)
+    assert find_damage(checkpoint) == "rng_state.pth is missing"
+    (checkpoint / "run_shape.json").unlink()
+    assert find_damage(checkpoint) is None, "another trainer's does not tell its ranks"
+
+
+def test_nodes_without_a_common_disk_each_hold_the_random_states_of_their_own_ranks(tmp_path: Path) -> None:
+    """As with `save_on_each_node`: the second of two nodes with two ranks each."""
+    checkpoint = make_checkpoint(tmp_path, 10)
+    shape = RunShape(4, 2, 3, 40, "3f", 0, None, "random")
+    run_shape.save(checkpoint, shape, TokenCounts.zero(), 0, ranks=range(2, 4))
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_2.pth")
+    assert find_damage(checkpoint) == "rng_state_3.pth is missing"
+    shutil.copy(checkpoint / "rng_state_2.pth", checkpoint / "rng_state_3.pth")
+    assert find_damage(checkpoint) is None
+    run_shape.save(checkpoint, shape, TokenCounts.zero(), 0)
+    assert find_damage(checkpoint) == "rng_state_0.pth is missing"
 
 
 def test_a_path_to_nowhere_is_an_error_that_names_what_there_is(tmp_path: Path) -> None:

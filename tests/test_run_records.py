@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sft.resume import find_damage
 from tests.runs import ROOT, arithmetic, write_config, write_rows
 
 SLOW_DISK = """
@@ -55,3 +56,6 @@ def test_no_checkpoint_is_deleted_before_all_ranks_have_written_the_next(model_d
     both = "['rng_state_0.pth', 'rng_state_1.pth']"
     assert told == [f"ROTATES checkpoint-1 {both}", f"ROTATES checkpoint-2 {both}"]
     assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert find_damage(tmp_path / "out" / "checkpoint-2") is None
+    (tmp_path / "out" / "checkpoint-2" / "rng_state_1.pth").unlink()
+    assert find_damage(tmp_path / "out" / "checkpoint-2") == "rng_state_1.pth is missing"
