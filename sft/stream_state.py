@@ -108,7 +108,7 @@ class StreamProgress(TrainerCallback):
             self.rewind()
         except (OSError, ValueError, KeyError, TypeError) as error:
             message = f"cannot go on from {checkpoint}: where its stream stood is not known ({error})"
-            hint = "take another checkpoint, or start fresh from its weights: model_name_or_path"
+            hint = "take another checkpoint; or start from its weights: model_name_or_path, and another output_dir"
             raise UserError(Problem(message, hint, "resume_from_checkpoint", str(file))) from None
 
     def _take(self, saved: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ _HAS_A_HEAD = (
     "the head of the model is fused to the loss here already, and Liger's kernels would be put in its place",
     "Remove it; loss_chunk_size says how many tokens' logits are held at a time.",
 )
-_UPLOAD = "hf upload USER/NAME OUTPUT_DIR . --exclude 'checkpoint-*' --exclude 'earlier-checkpoints-*' --exclude .lock"
+_UPLOAD = "hf upload USER/NAME OUTPUT_DIR . --exclude 'checkpoint-*' --exclude 'earlier-run-*' --exclude .lock"
 REFUSED: dict[str, tuple[str, str]] = {
     "fsdp": _NOT_SHARDED,
     "fsdp_config": _NOT_SHARDED,

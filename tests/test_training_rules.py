@@ -72,7 +72,7 @@ def test_the_command_for_the_hub_uploads_the_model_alone(tmp_path: Path, monkeyp
     words = shlex.split(problem.hint.partition(": ")[2])
     words[words.index("OUTPUT_DIR")] = str(tmp_path)
     model = {"README.md", "config.json", "logs/metrics.jsonl", "model.safetensors", "tokenizer.json"}
-    rest = {"checkpoint-20/optimizer.pt", "earlier-checkpoints-1/checkpoint-5/model.safetensors", ".lock"}
+    rest = {"checkpoint-20/optimizer.pt", "earlier-run-1/checkpoint-5/model.safetensors", ".lock"}
     uploaded: dict[str, Any] = {}
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="USER/NAME"))
     monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: uploaded.update(options))
