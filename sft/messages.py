@@ -48,7 +48,8 @@ def _message(item: dict[str, Any], number: int) -> Message:
         content = item.get("value")
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, f"message {number}: {role}")}
-    extras = _extras(item, number) if len(item) > 2 else {}
+    # A role and a content leave nothing to look at; OpenAI leaves the content away beside calls, too.
+    extras = _extras(item, number) if len(item) > 2 or "tool_calls" in item else {}
     if content is None and "tool_calls" in extras:
         content = ""
     if isinstance(content, list):  # OpenAI's content parts

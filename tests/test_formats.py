@@ -307,6 +307,14 @@ def test_a_reply_that_is_a_call_alone_has_no_content():
     assert lost({"messages": [user("Hi"), {**item, "tool_calls": []}]})[0] == "empty_answer"
 
 
+def test_calls_need_no_content_beside_them():
+    calls = [{"id": "c1", "type": "function", "function": {"name": "count", "arguments": '{"of": 1}'}}]
+    bare, null = ({"role": "assistant", "tool_calls": calls, **more} for more in ({}, {"content": None}))
+    assert conversation({"messages": [user("Hi"), bare]}) == conversation({"messages": [user("Hi"), null]})
+    assert conversation({"messages": [user("Hi"), bare]}).messages[1]["content"] == ""
+    assert lost({"messages": [user("Hi"), {"role": "assistant", "tool_calls": []}]})[0] == "bad_schema"
+
+
 def test_a_flag_that_is_none_is_found_in_whosever_message_it_stands():
     found = lost({"messages": [{**user("Hi"), "weight": 2}, assistant("Yes")]})
     assert found == ("bad_schema", "message 0: expected weight 0 or 1 and train true or false")
