@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from sft.console import console, show_error, speak
 from sft.conversation import Conversation, RowLost, Text
 from sft.errors import Problem, UserError
-from sft.formats import normalize
+from sft.formats import EXCHANGE_KEYS, normalize
 from sft.sources import Row, find_files, read_files
+from sft.table_readers import as_given
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -178,13 +179,45 @@ def _write(rows: list[Kept], file: Path) -> None:
 
 
 def _array(name: str, values: list[Any]) -> pa.Array:
+    """The column; as JSON text, which training reads as well, where Arrow would change lists and objects in it."""
     import pyarrow as pa
 
+    problem: Exception | str = "objects without keys, or lists whose values it would change"
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        array = pa.array(values)
+        if _holds(array, name, values):
+            return array
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        problem = error
+    # A question or an answer as JSON text would be trained as that text.
+    if name in EXCHANGE_KEYS or not any(isinstance(value, dict | list) for value in values):
         hint = "leave --convert-only out, or make the column's values of one kind"
-        raise UserError(Problem(f"the column {name!r} has values of several kinds: {error}", hint)) from None
+        raise UserError(Problem(f"the column {name!r} has values that no column of Parquet holds: {problem}", hint))
+    logger.info("the column %r is written as JSON text, as a column of Parquet does not hold its values", name)
+    return pa.array([None if value is None else _as_json(value) for value in values])
+
+
+def _holds(array: pa.Array, name: str, values: list[Any]) -> bool:
+    """Whether Parquet can write the column, and lists in it come back as they are: none gets the keys of others."""
+    if "struct<>" in str(array.type):
+        return False
+    if not any(isinstance(value, list) for value in values):
+        return True
+    held = array.to_pylist()
+    if name in EXCHANGE_KEYS:  # it is not to be JSON text: what counts is how it will be read
+        held, values = as_given(held), list(map(_without_empty_keys, values))
+    return _as_json(held) == _as_json(values)
+
+
+def _without_empty_keys(messages: Any) -> Any:
+    """Messages without keys that hold nothing, e.g. the content beside a call; in a call they may be meant."""
+    if not isinstance(messages, list):
+        return messages
+    return [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages]
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _reasons(lost: Counter[str]) -> str:

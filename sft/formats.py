@@ -22,6 +22,8 @@ QUESTION_ANSWER_KEYS = (
     ("instruction", "response"),
     ("question", "answers"),
 )
+EXCHANGE_KEYS = frozenset({"output", "system", "context", "history", "text", *sum(QUESTION_ANSWER_KEYS, ())})
+"""Keys of all shapes but chat's. Its messages and tools may be JSON text; here that would be taken for the text."""
 _SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("chat", ("messages",)),
     ("chat", ("conversations",)),

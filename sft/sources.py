@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from sft.errors import Problem, UserError
 from sft.readers import EXTENSIONS, data_extension, read_file
 from sft.rows import Row, Wanted
+from sft.table_readers import as_given
 
 logger = logging.getLogger("sft")
 
@@ -129,7 +130,7 @@ def read_hub(
         dataset = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
         if not streaming:
             return _picked(dataset, wanted)
-        return ((index, row) for index, row in enumerate(dataset) if wanted is None or wanted(index))
+        return ((index, as_given(row)) for index, row in enumerate(dataset) if wanted is None or wanted(index))
 
     try:
         for index, row in dataset_rows():
@@ -162,7 +163,7 @@ def _picked(dataset: Any, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]
         if indices:
             columns = dataset[indices]
             rows = zip(*columns.values(), strict=True)
-            yield from zip(indices, (dict(zip(columns, row, strict=True)) for row in rows), strict=True)
+            yield from zip(indices, (as_given(dict(zip(columns, row, strict=True))) for row in rows), strict=True)
 
 
 def _known() -> str:

@@ -67,6 +67,20 @@ def _parquet_batches(table: Any, first: int, wanted: Wanted) -> Iterator[Batch]:
         first += count
 
 
+def as_given(value: Any, in_list: bool = False) -> Any:
+    """A value of a table as it was before it became one: objects in lists without the keys that they do not have.
+
+    Arrow gives every object of a column the keys of all of them, with null for those it lacks: each tool call would be
+    trained with the arguments of all others. A null that was meant, there, is gone as well: a table cannot tell. An
+    object that is in no list keeps its keys: it is part of no conversation, and `columns` may name each of them.
+    """
+    if isinstance(value, dict):
+        return {key: as_given(one, in_list) for key, one in value.items() if one is not None or not in_list}
+    if isinstance(value, list):
+        return [as_given(one, True) for one in value] if any(type(one) in (dict, list) for one in value) else value
+    return value
+
+
 def _rows(file: Path, batches: Iterator[Batch], first: int, wanted: Wanted) -> Rows:
     name, start = str(file), first
     for count, batch in batches:
@@ -82,14 +96,14 @@ def _rows(file: Path, batches: Iterator[Batch], first: int, wanted: Wanted) -> R
 
 def _parsed(batch: Any) -> list[Parsed]:
     try:
-        return [(data, None) for data in batch.to_pylist()]
+        return [(as_given(data), None) for data in batch.to_pylist()]
     except (ValueError, OverflowError):  # Arrow does not check its texts and times: find those rows, one by one
         return [_parsed_row(batch.slice(at, 1)) for at in range(batch.num_rows)]
 
 
 def _parsed_row(one: Any) -> Parsed:
     try:
-        return one.to_pylist()[0], None
+        return as_given(one.to_pylist()[0]), None
     except UnicodeDecodeError as error:
         return None, ("bad_encoding", f"not UTF-8: {error.reason}")
     except (ValueError, OverflowError) as error:

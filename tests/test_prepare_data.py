@@ -13,6 +13,7 @@ from data_handler import prepare_data as prepare_for_training
 from sft.schema import DataKeys
 from tests.builders import byte_level_tokenizer
 from tests.runs import write_rows
+from tests.test_rendering import WITH_TOOLS
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:
@@ -96,6 +97,42 @@ def test_chats_keep_their_tools_and_their_untrained_turns(tmp_path: Path) -> Non
 def test_plain_conversion_keeps_rows_and_columns(raw: Path) -> None:
     assert prepare_data.main([str(raw / "*.jsonl"), "-o", str(raw / "out"), "--convert-only"]) == 0
     assert pq.read_table(raw / "out" / "train.parquet").to_pylist() == pairs(50)
+
+
+def calling(tool: str, arguments: dict) -> dict:
+    """A conversation with a call, and the tool's schema, whose properties are the arguments."""
+    parameters = {"type": "object", "properties": {name: {"type": "string"} for name in arguments}}
+    call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
+    return {
+        "tools": [{"type": "function", "function": {"name": tool, "parameters": parameters}}],
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "Three"},
+        ],
+    }
+
+
+CALLS = [calling("weather", {"city": "Paris"}), calling("stock", {"ticker": "A", "on": None, "days": 2**70})]
+TOOL_KEYS = [
+    {"prompt": [{"role": "user", "content": "Hi"}], "completion": row["messages"][1:], "tools": row["tools"]}
+    for row in (calling("weather", {"city": "Paris"}), calling("stock", {"ticker": "A", "days": 2}))
+]
+
+
+@pytest.mark.parametrize("rows", [CALLS, TOOL_KEYS])
+def test_rows_with_other_tools_and_arguments_train_to_the_same_ids_once_they_are_converted(
+    tmp_path: Path, rows: list[dict]
+) -> None:
+    raw, out = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    assert prepare_data.main([str(raw), "-o", str(out), "--convert-only"]) == 0
+    files, tokenizer = (raw, out / "train.parquet"), byte_level_tokenizer(WITH_TOOLS)
+    keys = [DataKeys(train_file=str(f), cache_dir=str(tmp_path), max_seq_length=2048, packing=False) for f in files]
+    before, after = (prepare_for_training(one, tokenizer, seed=0).train for one in keys)
+    assert [row["input_ids"].tolist() for row in after] == [row["input_ids"].tolist() for row in before]
+    assert [row["labels"].tolist() for row in after] == [row["labels"].tolist() for row in before]
+    assert '<call>weather {"city": "Paris"}</call>' in tokenizer.decode(after[0]["input_ids"])
 
 
 @pytest.mark.parametrize(

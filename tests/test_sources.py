@@ -397,6 +397,38 @@ def test_a_text_in_a_table_that_is_not_utf8_is_one_lost_row(tmp_path):
     assert rows[1].line == 2
 
 
+NESTED = [
+    {"meta": {"a": None, "b": 1}, "messages": [{"calls": [{"name": "w", "arguments": {"city": "Paris"}}]}]},
+    {"meta": {"a": 2, "b": None}, "messages": [{"calls": [{"name": "s", "arguments": {"n": [None, 1]}}], "id": "7"}]},
+    {"meta": None, "messages": [{"id": "8"}, {"calls": []}]},
+]
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "a.arrow", "saved", "hub", "stream"])
+def test_objects_in_lists_of_a_table_have_their_own_keys_alone(tmp_path, monkeypatch, kind):
+    """Arrow gives each of them the keys of all, as null; keys of a column itself stay, for `columns` may name them."""
+    import datasets
+
+    table = pa.Table.from_pylist(NESTED)
+    assert table.to_pylist()[0]["messages"][0]["calls"][0]["arguments"] == {"city": "Paris", "n": None}
+    if kind == "saved":
+        datasets.Dataset.from_list(NESTED).save_to_disk(tmp_path / "one")
+        rows = list(read_saved(tmp_path / "one", "train", "k"))
+    elif kind in ("hub", "stream"):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        write(tmp_path / "data" / "train.parquet", parquet_bytes(table))
+        rows = list(read_hub(str(tmp_path / "data"), None, "train", "k", streaming=kind == "stream"))
+    else:
+        content = parquet_bytes(table) if kind == "a.parquet" else arrow_bytes(table, stream=True)
+        rows = read(tmp_path / kind, content)
+    assert [row.data for row in rows] == NESTED
+
+
+def test_a_null_in_json_lines_was_meant(tmp_path):
+    row = {"messages": [{"calls": [{"arguments": {"city": None}}]}]}
+    assert [found.data for found in read(tmp_path / "a.jsonl", json.dumps(row))] == [row]
+
+
 def test_a_file_that_may_not_be_opened_is_an_error(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", JSONL)
 
