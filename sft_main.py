@@ -106,7 +106,7 @@ def train(argv: list[str]) -> int:
         set_aside(output_dir, checkpoint)
         config_manager.write_config(config, output_dir / "config.yaml")
 
-    questions = stages.questions(config, data)
+    questions = stages.questions(config, tokenizer, data)
     results = stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_before")
     trainer.fit(checkpoint)
     if config.streaming:
@@ -277,7 +277,8 @@ def evaluate(argv: list[str]) -> int:
     callbacks = [ConsoleProgress(console, bars=not config.disable_tqdm)]
     trainer = trainer_utils.SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
     results = trainer.evaluate_all()
-    results |= stages.measure_exact_match(config, model, tokenizer, data, stages.questions(config, data), "")
+    rows = stages.questions(config, tokenizer, data)
+    results |= stages.measure_exact_match(config, model, tokenizer, data, rows, "")
     if options.json and distributed.is_main_process():
         print(json.dumps(results))
     distributed.destroy_process_group()

@@ -271,12 +271,12 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
     )
 
 
-def questions(config: Config, data: PreparedData) -> list[Conversation]:
+def questions(config: Config, tokenizer: Any, data: PreparedData) -> list[Conversation]:
     """The validation rows that `exact_match_samples` asks for; each ends with its right answer."""
     if not config.exact_match_samples or not data.evals:
         return []
     rows = data_handler.validation_conversations(
-        config.section(DataKeys), seed=config.seed, limit=config.exact_match_samples
+        config.section(DataKeys), tokenizer, seed=config.seed, limit=config.exact_match_samples
     )
     if not rows:
         logger.warning("exact_match_samples: no validation row is a conversation that ends with an answer")

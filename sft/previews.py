@@ -16,7 +16,7 @@ from sft.encoding import Encoded
 from sft.formats import normalize
 from sft.ledger import Ledger
 from sft.rendering import Rendered
-from sft.row_encoder import RowEncoder, Sample
+from sft.row_encoder import RowEncoder, Sample, Seen
 from sft.schema import DataKeys
 from sft.serving_contract import ServingContract, check_prompts, joined
 from sft.sources import Row
@@ -81,11 +81,15 @@ def serving_contract(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, limi
     return joined(contracts)
 
 
-def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[Conversation]:
-    """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets."""
-    seed = split_seed(keys, seed)
-    found: list[Conversation] = []
-    for split, source, row in _rows_with_split(keys, seed, training=bool(keys.validation_split)):
+def validation_conversations(
+    keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, seed: int, limit: int
+) -> list[Conversation]:
+    """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets.
+
+    A row that evaluation loses, e.g. because the chat template refuses it, makes room for the next one.
+    """
+    found: list[tuple[DataSource, Row, Conversation]] = []
+    for split, source, row in _rows_with_split(keys, split_seed(keys, seed), training=bool(keys.validation_split)):
         if split == "train" or row.data is None:
             continue
         try:
@@ -93,9 +97,21 @@ def validation_conversations(keys: DataKeys, *, seed: int, limit: int) -> list[C
         except RowLost:
             continue
         if isinstance(content, Conversation) and content.ends_with_answer:
-            found.append(content)
+            found.append((source, row, content))
     limit = min(limit, len(found))
-    return [found[number * len(found) // limit] for number in range(limit)]
+    encoder, at = RowEncoder(tokenizer, keys), 0
+    picked: list[Conversation] = []
+    for number in range(limit):
+        at = max(at, number * len(found) // limit)
+        while at < len(found) and not _is_kept(encoder, *found[at][:2]):
+            at += 1
+        picked += [content for _, _, content in found[at : at + 1]]
+        at += 1
+    return picked
+
+
+def _is_kept(encoder: RowEncoder, source: DataSource, row: Row) -> bool:
+    return any(len(documents) for documents in encoder.encode([row], source, Ledger(), Seen(set())))
 
 
 def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterator[tuple[str, DataSource, Row]]:

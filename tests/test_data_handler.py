@@ -27,7 +27,7 @@ from sft.ledger import Ledger
 from sft.row_encoder import RowEncoder, Seen
 from sft.schema import DataKeys, DatasetKeys
 from sft.sources import Row
-from tests.builders import byte_level_tokenizer
+from tests.builders import CHATML, byte_level_tokenizer
 from tests.test_formats import rows as any_rows
 
 TOKENIZER = byte_level_tokenizer()
@@ -517,11 +517,22 @@ def test_validation_conversations_are_held_out_rows_that_end_with_an_answer(tmp_
     ends_with_a_question = [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Yes?"}]
     validation = write(tmp_path / "v.jsonl", {"messages": ends_with_a_question}, *rows)
     # No training data is needed, and none is read.
-    found = validation_conversations(keys(validation_file=validation), seed=1, limit=2)
+    found = validation_conversations(keys(validation_file=validation), TOKENIZER, seed=1, limit=2)
     assert [c.messages[-2]["content"] for c in found] == ["Question 1?", "Question 2?"]
     config = keys(train_file=write(tmp_path / "a.jsonl", *map(qa, range(20))), validation_split=0.3)
-    found = validation_conversations(config, seed=5, limit=99)
+    found = validation_conversations(config, TOKENIZER, seed=5, limit=99)
     assert [c.messages[-2]["content"] for c in found] == questions(prepare(config, seed=5).evals["validation"])
+
+
+def test_a_row_that_evaluation_loses_is_not_asked_and_the_next_one_is(tmp_path, keys):
+    template = "{% if messages[0]['content'] == 'Question 0?' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    refused, pair, long = qa(0), qa(2, "half \ud83d of a pair"), qa(5, "x" * 500)
+    rows = [refused, qa(1), pair, qa(3), qa(4), long]
+    config = keys(validation_file=write(tmp_path / "v.jsonl", *rows), truncation="drop")
+    found = validation_conversations(config, byte_level_tokenizer(template), seed=1, limit=3)
+    assert [c.messages[0]["content"] for c in found] == ["Question 1?", "Question 3?", "Question 4?"]
+    found = validation_conversations(config, byte_level_tokenizer(template), seed=1, limit=99)
+    assert [c.messages[0]["content"] for c in found] == ["Question 1?", "Question 3?", "Question 4?"]
 
 
 # Mixtures
