@@ -87,9 +87,12 @@ def _run(options: argparse.Namespace) -> int:
         train, validation = split(kept, options.val_split, options.seed, options.stratify)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train), ("validation", validation)):
+        file = options.output_dir / f"{name}.parquet"
         if part:
-            _write(part, options.output_dir / f"{name}.parquet")
-            console.print(f"{options.output_dir / name}.parquet: {len(part):,} rows", markup=False)
+            _write(part, file)
+            console.print(f"{file}: {len(part):,} rows", markup=False)
+        elif file.exists():
+            _set_aside(file)
     report = {"rows_read": len(rows), "rows_written": len(kept), "rows_lost": dict(lost.most_common())}
     (options.output_dir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     console.print(f"{len(rows):,} rows read, {len(kept):,} written, {lost.total():,} left out: {_reasons(lost)}")
@@ -176,6 +179,13 @@ def _write(rows: list[Kept], file: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
     table = pa.table({name: _array(name, [row.columns.get(name) for row in rows]) for name in names})
     pq.write_table(table, file, compression="zstd")
+
+
+def _set_aside(file: Path) -> None:
+    """Takes an earlier file out of the way: the new train.parquet may well hold an older validation set's rows."""
+    earlier = file.with_name(f"{file.name}.earlier")  # which nothing takes for data
+    file.replace(earlier)
+    logger.warning("%s was there before, and is no part of this: it is %s now", file, earlier.name)
 
 
 def _array(name: str, values: list[Any]) -> pa.Array:

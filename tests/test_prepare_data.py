@@ -11,6 +11,7 @@ import pytest
 import prepare_data
 from data_handler import prepare_data as prepare_for_training
 from sft.schema import DataKeys
+from sft.sources import find_files
 from tests.builders import byte_level_tokenizer
 from tests.runs import write_rows
 from tests.test_rendering import WITH_TOOLS
@@ -45,6 +46,23 @@ def test_what_is_written_trains_with_no_further_setting(raw: Path) -> None:
     assert data.ledger["total"]["rows_lost"] == {}
     assert not set(questions(train)) & set(questions(validation))
     assert sorted(questions(train) + questions(validation)) == sorted(row["q"] for row in pairs(50))
+
+
+def test_an_earlier_validation_set_does_not_stand_beside_training_rows_that_it_holds(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_data.main(command(raw, "--val-split", "0.2"))
+    held, out = questions(raw / "out" / "validation.parquet"), raw / "out"
+    assert prepare_data.main(command(raw)) == 0
+    assert set(held) < set(questions(out / "train.parquet"))
+    assert [file.name for file in find_files(str(out / "*.parquet"), "train_file")] == ["train.parquet"]
+    assert questions(out / "validation.parquet.earlier") == held
+    said = (
+        f"{out / 'validation.parquet'} was there before, and is no part of this: it is validation.parquet.earlier now"
+    )
+    assert said in capsys.readouterr().err
+    keys = DataKeys(dataset_path=str(out), cache_dir=str(raw / "cache"))
+    assert prepare_for_training(keys, byte_level_tokenizer(), seed=0).evals == {}
 
 
 def test_the_same_seed_gives_the_same_files_and_another_others(raw: Path) -> None:
