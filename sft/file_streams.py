@@ -66,8 +66,13 @@ def not_utf8(file: Path) -> UserError:
     """The error of a file that is read as a whole and is not UTF-8: it names the first line that is not."""
     with open_stream(file) as stream:
         line, reason = _first_bad_line(stream)
-    hint = f"convert it: iconv -f latin1 -t utf-8 {file.name}"
-    return UserError(Problem(f"not UTF-8: {reason}", hint, file=str(file), line=line))
+    return UserError(Problem(f"not UTF-8: {reason}", conversion(file), file=str(file), line=line))
+
+
+def conversion(file: Path) -> str:
+    """What to do about a file that is not UTF-8. Most are Windows-1252, which Latin-1 reads without a word of warning
+    and with control characters in the place of its quotation marks, dashes and euro signs."""
+    return f"convert it, if it comes from Windows or is Latin-1: iconv -f windows-1252 -t utf-8 {file.name}"
 
 
 def _first_bad_line(stream: BinaryIO) -> tuple[int, str]:

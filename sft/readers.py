@@ -14,7 +14,7 @@ from typing import Any
 
 from sft.conversation import kind_of, shown
 from sft.errors import Problem, UserError
-from sft.file_streams import COMPRESSIONS, decoded, not_utf8, open_stream
+from sft.file_streams import COMPRESSIONS, conversion, decoded, not_utf8, open_stream
 from sft.json_array import array_values
 from sft.rows import Parsed, Row, Rows, Wanted, require_distinct
 from sft.strict_json import DuplicateKey, loads
@@ -55,7 +55,8 @@ def _read_lines(file: Path, first: int, wanted: Wanted, parse: Callable[[str], P
                     data, lost = parse(raw.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     data = None
-                    lost = ("bad_encoding", f"not UTF-8: {error.reason} at byte {error.start} of the line")
+                    where = f"{error.reason} at byte {error.start} of the line"
+                    lost = ("bad_encoding", f"not UTF-8: {where}; {conversion(file)}")
                 yield Row(name, index, number, data, lost)
             index += 1
     return index - first

@@ -232,8 +232,9 @@ def test_a_bad_line_is_one_lost_row_with_its_line(tmp_path, line, reason, messag
 
 def test_a_bad_byte_is_one_lost_row_with_its_line(tmp_path):
     rows = read(tmp_path / "a.jsonl", JSONL.encode() + b'{"a": "caf\xe9"}\n' + JSONL.encode())
+    hint = "convert it, if it comes from Windows or is Latin-1: iconv -f windows-1252 -t utf-8 a.jsonl"
     assert [(row.line, row.lost) for row in rows if row.lost] == [
-        (4, ("bad_encoding", "not UTF-8: invalid continuation byte at byte 10 of the line"))
+        (4, ("bad_encoding", f"not UTF-8: invalid continuation byte at byte 10 of the line; {hint}"))
     ]
     assert len(rows) == 7
     (_, lost) = read(tmp_path / "a.txt", b"good\ncaf\xe9\n")
@@ -288,6 +289,21 @@ def test_utf16_is_said_by_its_name(tmp_path, name, encoding):
     problem = error(tmp_path / name, ("\ufeff" + JSONL).encode(encoding))
     assert (problem.message, problem.line) == ("not UTF-8: it begins with the mark of UTF-16", 1)
     assert problem.hint == f"convert it: iconv -f utf-16 -t utf-8 {name}"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl", "a.txt"])
+def test_what_is_advised_for_a_file_from_windows_keeps_its_characters(tmp_path, name):
+    """Latin-1 has control characters where Windows-1252 has quotation marks and the euro sign, and never refuses."""
+    text = "“Yes” – 5 €"
+    content = CONTENTS.get(name, "Hi?\n")
+    path = write(tmp_path / name, content.replace("Hi?", text).encode("windows-1252", "xmlcharrefreplace"))
+    try:
+        said = next(row.lost[1] for row in read(path) if row.lost)
+    except UserError as caught:
+        said = caught.problems[0].hint
+    encoding = said.split("iconv -f ")[1].split()[0]
+    path.write_bytes(path.read_bytes().decode(encoding).encode())
+    assert text in str(read(path)[0].data)
 
 
 # CSV
