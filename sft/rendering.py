@@ -17,6 +17,7 @@ served with. What fits in neither way is a `template_mismatch`, never a guess.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,11 +157,25 @@ class ChatRenderer:
         return messages, tools
 
     def _require_rendered(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
-        """Many templates step over messages of a role that they do not know: what the answer rests on would be gone."""
-        for role in {m["role"] for m in messages[1:]} - {"user", "assistant"} | {messages[0]["role"]} & {"developer"}:
-            probed = [{**m, "content": _PROBE} if m["role"] == role else m for m in messages]
-            if self._apply(probed, tools) == self._apply(messages, tools):
-                raise RowLost("template_mismatch", f"the chat template leaves {role} messages out")
+        """Many templates step over messages of a role that they do not know: what the answer rests on would be gone.
+
+        Others write a system message at the beginning and none behind it, so that each message is looked for.
+        """
+        suspects = {
+            i: f"\x02message {i}\x03"
+            for i, m in enumerate(messages)
+            if m["role"] not in ("user", "assistant") and (i > 0 or m["role"] == "developer")
+        }
+        if not suspects:
+            return
+        probed = [{**m, "content": suspects[i]} if i in suspects else m for i, m in enumerate(messages)]
+        text = self._apply(probed, tools)
+        # A template may write a content as JSON, or in another way still.
+        unseen = [i for i, probe in suspects.items() if probe not in text and json.dumps(probe)[1:-1] not in text]
+        for i in unseen:
+            others = [m if j == i else one for j, (m, one) in enumerate(zip(messages, probed, strict=True))]
+            if self._apply(others, tools) == text:
+                raise RowLost("template_mismatch", f"the chat template leaves message {i} out ({messages[i]['role']})")
 
     def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
         try:
@@ -222,8 +237,6 @@ def _until(conversation: Conversation, turn: int) -> Conversation:
 
 
 def _call_as_text(message: Message) -> Message:
-    import json
-
     if "tool_calls" not in message:
         return message
     calls = [json.dumps(c.get("function", c), ensure_ascii=False, default=str) for c in message["tool_calls"]]
@@ -232,8 +245,6 @@ def _call_as_text(message: Message) -> Message:
 
 
 def _with_tools_in_system(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
-    import json
-
     listing = "Tools:\n" + "\n".join(json.dumps(t.get("function", t), ensure_ascii=False, default=str) for t in tools)
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{listing}"}, *messages[1:]]

@@ -30,8 +30,12 @@ def spoken(rendered: Rendered) -> list[str]:
 
 
 def lost(name: str, conversation: Conversation, train_on: str = "assistant") -> RowLost:
+    return lost_by(renderer_of(name), conversation, train_on)
+
+
+def lost_by(renderer: ChatRenderer, conversation: Conversation, train_on: str = "assistant") -> RowLost:
     with pytest.raises(RowLost) as caught:
-        renderer_of(name).render(conversation, train_on)
+        renderer.render(conversation, train_on)
     return caught.value
 
 
@@ -228,8 +232,25 @@ def test_a_system_message_in_mid_conversation_that_is_left_out_is_a_mismatch():
     one = ChatRenderer(byte_level_tokenizer(template))
     assert one.renders_system
     assert spoken(one.render(chat("s Be brief", "u Hi", "a Yes"))) == ["Yes<|im_end|>"]
-    with pytest.raises(RowLost, match="leaves system messages out"):
-        one.render(chat("u Hi", "s Be brief", "a Yes"))
+    for turns in (("u Hi", "s Be brief", "a Yes"), ("s Be brief", "u Hi", "a Yes", "u So", "s Be long", "a No")):
+        with pytest.raises(RowLost, match=r"template_mismatch: .* leaves message \d out \(system\)") as caught:
+            one.render(chat(*turns))
+        assert f"message {len(turns) - 2} out" in caught.value.message
+
+
+def test_of_messages_of_one_role_each_is_looked_for():
+    """The second of two results of tools in a row; and results that the template writes as JSON, which changes them."""
+    template = (
+        "{%% for m in messages %%}%s<|im_start|>{{ m['role'] }}\n{{ %s }}<|im_end|>%s{%% endfor %%}"
+        "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+    )
+    skips = "{% if m['role'] != 'tool' or loop.previtem['role'] != 'tool' %}", "m['content']", "{% endif %}"
+    writes_json = "", "m['content'] | tojson if m['role'] == 'tool' else m['content']", ""
+    turns = ("u Hi", "a Wait", "t 3", "t 4", "a Yes")
+    error = lost_by(ChatRenderer(byte_level_tokenizer(template % skips)), chat(*turns))
+    assert (error.reason, error.message) == ("template_mismatch", "the chat template leaves message 3 out (tool)")
+    rendered = ChatRenderer(byte_level_tokenizer(template % writes_json)).render(chat(*turns))
+    assert '<|im_start|>tool\n"4"<|im_end|>' in rendered.text
 
 
 # Tools
