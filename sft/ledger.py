@@ -42,6 +42,7 @@ class Ledger:
     passes: float | None = None
     packed_rows: int = 0
     packed_capacity: int = 0
+    packed_tokens: int = 0
 
     def lose(self, reason: str, message: str, file: str, line: int) -> None:
         """Counts one row as lost."""
@@ -70,9 +71,15 @@ class Ledger:
         self.rows_trained, self.tokens, self.tokens_trained = rows, int(lengths.sum()), tokens_trained
         self.lengths, self.passes = _counted(lengths), passes
 
-    def pack(self, rows: int, capacity: int) -> None:
-        """Notes that the samples were packed into `rows` rows of `capacity` tokens."""
-        self.packed_rows, self.packed_capacity = rows, rows * capacity
+    def pack(self, rows: int, capacity: int, tokens: int) -> None:
+        """Notes that samples were packed, of this data set and of those that share its rows.
+
+        Args:
+            rows: that they were packed into.
+            capacity: tokens that all these rows could hold.
+            tokens: that they do hold.
+        """
+        self.packed_rows, self.packed_capacity, self.packed_tokens = rows, capacity, tokens
 
     def as_json(self) -> dict[str, Any]:
         """SPEC's LEDGER entry L."""
@@ -101,7 +108,7 @@ class Ledger:
             "passes": self.passes,
             "packing": {
                 "rows": self.packed_rows,
-                "fill": round(self.tokens / self.packed_capacity, 6) if self.packed_capacity else None,
+                "fill": round(self.packed_tokens / self.packed_capacity, 6) if self.packed_capacity else None,
             },
         }
 

@@ -210,8 +210,9 @@ class Preparation:
         layout = lay_out(documents.lengths, packing, limit, order)
         write_rows(documents, layout, self.folder / file, packed=packing is not None)
         if packing and len(documents):
-            # The row count belongs to the set as a whole: it stands in the first ledger and so, once, in the total.
-            encoded.ledgers[0].pack(len(layout.counts), limit)
+            # The rows belong to the set as a whole: they stand in the first ledger and so, once, in the total.
+            rows = len(layout.counts)
+            encoded.ledgers[0].pack(rows, rows * limit, int(layout.row_lengths.sum()))
         if packing == "wrapped":
             _note_cuts(encoded, documents, limit)
         shutil.rmtree(self.folder / "documents", ignore_errors=True)

@@ -97,6 +97,8 @@ def prepare_window(
     if packing and reported and len(documents):
         # Rows of several data sets stand in the first one's ledger, and so, once, in the total. Where rows are read
         # again, the window counts with the share of its tokens that are new.
-        share = sum(ledger.tokens for ledger in reported.values()) / len(documents.input_ids)
-        next(iter(reported.values())).pack(round(len(window) * share), capacity)
+        tokens = sum(ledger.tokens for ledger in reported.values())
+        share = tokens / len(documents.input_ids)
+        held = round(len(window) * capacity * share)
+        next(iter(reported.values())).pack(round(len(window) * share), held, tokens)
     return window, reported

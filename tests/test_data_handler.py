@@ -342,6 +342,23 @@ def test_packed_rows_hold_the_same_documents(tmp_path, keys):
     assert_accounts(packed)
 
 
+@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
+def test_the_fill_is_that_of_the_packed_rows_whatever_sets_share_them_or_are_not_packed(tmp_path, keys, packing):
+    large = DatasetKeys(path=write(tmp_path / "large.jsonl", *map(qa, range(40))), weight=3)
+    small = DatasetKeys(path=write(tmp_path / "small.jsonl", *({"text": PARIS * n} for n in range(1, 4))), weight=1)
+    validation = write(tmp_path / "v.jsonl", *map(qa, range(50, 90)))
+    settings = {"datasets": [small, large], "validation_file": validation, "packing": packing, "max_seq_length": 100}
+    data = prepare(keys(**settings, eval_packing=False))
+    fill = round(sum(len(row["input_ids"]) for row in data.train) / (100 * len(data.train)), 6)
+    assert data.ledger["total"]["packing"] == {"rows": len(data.train), "fill": fill}
+    packings = {name: one["packing"] for name, one in data.ledger["datasets"].items()}
+    nothing = {"rows": 0, "fill": None}
+    assert packings == {"small": {"rows": len(data.train), "fill": fill}, "large": nothing, "validation": nothing}
+    both = prepare(keys(**settings, eval_packing="bfd"))
+    rows = [len(row["input_ids"]) for part in (both.train, both.evals["validation"]) for row in part]
+    assert both.ledger["total"]["packing"] == {"rows": len(rows), "fill": round(sum(rows) / (100 * len(rows)), 6)}
+
+
 def test_wrapped_texts_are_one_stream_and_no_row_is_too_long(tmp_path, keys):
     texts = [{"text": "Paris is the capital. " * n} for n in (20, 1, 30)]
     validation = write(tmp_path / "v.jsonl", {"text": "a" * 100})

@@ -50,7 +50,7 @@ def test_rows_tokens_and_losses_are_counted():
     ledger.lose("too_long", "8 tokens", "b.jsonl", 1)
     ledger.formats.update(["qa", "chat", "qa"])
     ledger.tokens_truncated = 3
-    ledger.pack(2, 16)
+    ledger.pack(2, 32, 20)
     found = json.loads(json.dumps(ledger.as_json()))
     assert (found["rows_read"], found["rows_trained"]) == (5, 2)
     assert list(found["rows_lost"].items()) == [("too_long", 2), ("bad_json", 1)]
@@ -105,7 +105,7 @@ def test_the_total_is_the_sum_of_the_data_sets():
     first, second = Ledger(rows_read=2, duplicates=1), Ledger(rows_read=1, seam_merges=2)
     first.keep(1, documents((10, 4)))
     first.lose("bad_json", "broken", "a.jsonl", 2)
-    first.pack(1, 32)
+    first.pack(1, 32, 16)
     second.keep(1, documents((6, 2)))
     document = as_document({"a": first, "b": second})
     assert document["datasets"] == {"a": first.as_json(), "b": second.as_json()}
@@ -124,6 +124,20 @@ def test_the_total_is_the_sum_of_the_data_sets():
     }
     assert first.rows_read == 2  # adding up leaves the parts alone
     assert total([]).as_json() == Ledger().as_json()
+
+
+def test_rows_that_are_not_packed_are_no_part_of_the_fill():
+    packed, beside, alone = (Ledger(rows_read=1) for _ in range(3))
+    for ledger, tokens in ((packed, 10), (beside, 14), (alone, 100)):
+        ledger.keep(1, documents((tokens, 1)))
+    packed.pack(2, 32, 24)  # which holds the tokens of both
+    found = as_document({"a": packed, "b": beside}, {"c": alone})
+    assert [one["packing"] for one in found["datasets"].values()] == [
+        {"rows": 2, "fill": 0.75},
+        {"rows": 0, "fill": None},
+        {"rows": 0, "fill": None},
+    ]
+    assert found["total"]["packing"] == {"rows": 2, "fill": 0.75}
 
 
 def test_the_histogram_has_few_bars_of_one_width_that_hold_every_document():

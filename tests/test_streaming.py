@@ -23,7 +23,7 @@ from sft.collation import Collator
 from sft.data_sources import training_sources
 from sft.documents import IGNORE_INDEX
 from sft.errors import UserError
-from sft.ledger import Ledger, as_state, from_state
+from sft.ledger import Ledger, as_document, as_state, from_state
 from sft.row_encoder import RowEncoder, Seen
 from sft.schema import DataKeys
 from sft.stream_loader import StreamLoader
@@ -146,7 +146,8 @@ def test_an_epoch_of_all_shards_together_is_every_row_once(
     assert streamed.rows_read == streamed.rows_trained + streamed.rows_lost.total() == 50
     assert streamed.packed_capacity == 128 * streamed.packed_rows
     assert (streamed.packed_rows > 0) == (packing is not None)
-    streamed.packed_rows = streamed.packed_capacity = 0
+    assert streamed.packed_tokens == (streamed.tokens if packing else 0)
+    streamed.packed_rows = streamed.packed_capacity = streamed.packed_tokens = 0
     streamed.lost_examples.sort(key=lambda e: e["line"])
     assert streamed == ledger
     assert streamed.rows_lost == {"empty_answer": 1, "bad_schema": 1}
@@ -156,6 +157,23 @@ def test_rows_that_are_read_again_are_not_counted_again(file: Path) -> None:
     _, account = one_epoch(stream_of(file), 0, epoch=2)
     assert account.ledgers["train"].rows_read == 50
     assert account.again == {"train": 100}
+
+
+def test_the_fill_of_a_stream_is_that_of_its_windows_whose_rows_two_sets_share(file: Path, small_file: Path) -> None:
+    rows, account = one_epoch(stream_of(file, small_file, packing="bfd", window=20), 0)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    packing = as_document(account.ledgers)["total"]["packing"]
+    assert packing == {"rows": len(rows), "fill": round(tokens / (128 * len(rows)), 6)}
+
+
+def test_rows_that_are_read_again_count_with_their_share_of_the_packed_rows(file: Path, small_file: Path) -> None:
+    rows, account = one_epoch(stream_of(file, small_file, packing="bfd", window=1000, weights=(1.0, 1.0)), 0)
+    fill = sum(len(row["input_ids"]) for row in rows) / (128 * len(rows))
+    new = sum(ledger.tokens for ledger in account.ledgers.values())
+    assert new < sum(len(row["input_ids"]) for row in rows)
+    packing = as_document(account.ledgers)["total"]["packing"]
+    assert packing["rows"] == round(new / fill / 128) < len(rows)
+    assert abs(packing["fill"] - fill) < 1e-3
 
 
 def test_a_wrapped_stream_is_cut_within_its_window_and_the_ledger_has_the_cut_tokens(file: Path) -> None:
