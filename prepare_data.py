@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.console import console, show_error, speak
-from sft.conversation import Conversation, RowLost, Text
+from sft.conversation import Conversation, RowLost, Text, require_characters
 from sft.errors import Problem, UserError
 from sft.formats import EXCHANGE_KEYS, normalize
 from sft.sources import Row, find_files, read_files
@@ -85,7 +85,10 @@ def _run(options: argparse.Namespace) -> int:
     validation: list[Kept] = []
     if not options.convert_only:
         train, validation = split(kept, options.val_split, options.seed, options.stratify)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(Problem(f"cannot be made: {error}", "give a folder to write to", "--output-dir")) from None
     for name, part in (("train", train), ("validation", validation)):
         file = options.output_dir / f"{name}.parquet"
         if part:
@@ -108,6 +111,7 @@ def _normalized(rows: list[Row], options: argparse.Namespace, lost: Counter[str]
             if row.data is None:
                 raise RowLost(*(row.lost or ("bad_schema", "no data")))
             written = _columns(normalize(row.data, options.format, columns))
+            require_characters(_as_json(written))
             _check_length(written, options.min_chars, options.max_chars)
             mark = hashlib.blake2b(json.dumps(written, sort_keys=True).encode(), digest_size=16).digest()
             if mark in seen and not options.keep_duplicates:
@@ -121,10 +125,14 @@ def _normalized(rows: list[Row], options: argparse.Namespace, lost: Counter[str]
 
 def _as_they_are(rows: list[Row], options: argparse.Namespace, lost: Counter[str]) -> Iterator[Kept]:  # noqa: ARG001
     for row in rows:
-        if row.data is None:
-            _lose(row, RowLost(*(row.lost or ("bad_schema", "no data"))), lost)
-        else:
-            yield Kept(row.file, row.data)
+        try:
+            if row.data is None:
+                raise RowLost(*(row.lost or ("bad_schema", "no data")))
+            require_characters(_as_json(row.data))
+        except RowLost as reason:
+            _lose(row, reason, lost)
+            continue
+        yield Kept(row.file, row.data)
 
 
 def _columns(content: Conversation | Text) -> dict[str, Any]:
@@ -200,7 +208,8 @@ def _array(name: str, values: list[Any]) -> pa.Array:
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         problem = error
     # A question or an answer as JSON text would be trained as that text.
-    if name in EXCHANGE_KEYS or not any(isinstance(value, dict | list) for value in values):
+    is_plain = not isinstance(problem, OverflowError) and not any(isinstance(value, dict | list) for value in values)
+    if name in EXCHANGE_KEYS or is_plain:
         hint = "leave --convert-only out, or make the column's values of one kind"
         raise UserError(Problem(f"the column {name!r} has values that no column of Parquet holds: {problem}", hint))
     logger.info("the column %r is written as JSON text, as a column of Parquet does not hold its values", name)

@@ -73,6 +73,14 @@ def parse_json(text: str, what: str) -> Any:
         raise RowLost("bad_schema", f"{what}: not JSON: {error}") from None
 
 
+def require_characters(text: str) -> None:
+    """Raises `RowLost` for half of a surrogate pair, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowLost("bad_encoding", f"{text[error.start]!r} is half of a surrogate pair, and no character") from None
+
+
 def kind_of(value: Any) -> str:
     """A value's type as a message names it."""
     return "null" if value is None else type(value).__name__

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from sft.conversation import Conversation, RowLost, Text
+from sft.conversation import Conversation, RowLost, Text, require_characters
 from sft.data_sources import DataSource
 from sft.documents import IGNORE_INDEX, Documents
 from sft.encoding import Batch, Encoded, Encoder
@@ -154,7 +154,7 @@ class RowEncoder:
                 self._renderer = ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
             parts = self._renderer.render_parts(content, train_on)
         for part in parts:
-            _require_characters(part.text)
+            require_characters(part.text)
         return parts
 
     def _finish(self, samples: list[Sample], batch: Batch, ledger: Ledger, seen: Seen, wrapped: bool) -> Documents:
@@ -279,11 +279,3 @@ def _holds_thoughts(content: Conversation | Text, parts: list[Rendered]) -> bool
     messages = content.messages if isinstance(content, Conversation) else []
     thoughts = [text for m in messages if len(m) > 2 for key in _THOUGHTS if isinstance(text := m.get(key), str)]
     return all(any(thought.strip() in part.text for part in parts) for thought in thoughts)
-
-
-def _require_characters(text: str) -> None:
-    """Raises `RowLost` for half of a surrogate pair, which JSON can write and no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowLost("bad_encoding", f"{text[error.start]!r} is half of a surrogate pair, and no character") from None

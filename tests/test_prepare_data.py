@@ -133,13 +133,13 @@ def calling(tool: str, arguments: dict) -> dict:
 
 
 CALLS = [calling("weather", {"city": "Paris"}), calling("stock", {"ticker": "A", "on": None, "days": 2**70})]
-TOOL_KEYS = [
+PROMPTS = [
     {"prompt": [{"role": "user", "content": "Hi"}], "completion": row["messages"][1:], "tools": row["tools"]}
     for row in (calling("weather", {"city": "Paris"}), calling("stock", {"ticker": "A", "days": 2}))
 ]
 
 
-@pytest.mark.parametrize("rows", [CALLS, TOOL_KEYS])
+@pytest.mark.parametrize("rows", [CALLS, PROMPTS])
 def test_rows_with_other_tools_and_arguments_train_to_the_same_ids_once_they_are_converted(
     tmp_path: Path, rows: list[dict]
 ) -> None:
@@ -153,9 +153,40 @@ def test_rows_with_other_tools_and_arguments_train_to_the_same_ids_once_they_are
     assert '<call>weather {"city": "Paris"}</call>' in tokenizer.decode(after[0]["input_ids"])
 
 
+@pytest.mark.parametrize("convert_only", [[], ["--convert-only"]])
+def test_half_a_surrogate_pair_loses_its_row_alone(tmp_path: Path, convert_only: list[str]) -> None:
+    rows = [{"question": f"{n}?", "answer": answer} for n, answer in enumerate(("Yes", "half \ud83d of a pair", "No"))]
+    out = tmp_path / "out"
+    assert prepare_data.main([str(write_rows(tmp_path / "a.jsonl", rows)), "-o", str(out), *convert_only]) == 0
+    report = json.loads((out / "data_report.json").read_text())
+    assert report == {"rows_read": 3, "rows_written": 2, "rows_lost": {"bad_encoding": 1}}
+
+
+@pytest.mark.parametrize("value", [{}, {"n": 2**63}, [{}], [1, "a"], [2**70], 2**70])
+def test_what_no_column_of_parquet_holds_is_converted_to_json_text(tmp_path: Path, value: object) -> None:
+    rows = [{**pair, "meta": meta} for pair, meta in zip(pairs(2), (value, None), strict=True)]
+    assert prepare_data.main([str(write_rows(tmp_path / "a.jsonl", rows)), "-o", str(tmp_path), "--convert-only"]) == 0
+    written, empty = pq.read_table(tmp_path / "train.parquet").to_pylist()
+    assert (json.loads(written["meta"]), empty["meta"]) == (value, None)
+    assert written["q"] == rows[0]["q"]
+
+
+@pytest.mark.parametrize("values", [(2**70, 1), ({"text": 1}, {"text": "a"}), ({}, {}), (1, "a")])
+def test_an_answer_that_no_column_of_parquet_holds_is_a_mistake_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: tuple[object, ...]
+) -> None:
+    """As JSON text it would be trained as that text."""
+    raw = write_rows(tmp_path / "a.jsonl", [{"question": "Hi?", "answer": value} for value in values])
+    assert prepare_data.main([str(raw), "-o", str(tmp_path / "out"), "--convert-only"]) == 2
+    assert "the column 'answer' has values that no column of Parquet holds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["{raw}/a.jsonl", "-o", "{raw}/b.jsonl", "--convert-only"], "--output-dir: cannot be made"),
+        (["{raw}/a.jsonl", "-o", "{raw}/b.jsonl/deeper", "--convert-only"], "--output-dir: cannot be made"),
+        (["{raw}/mixed.json", "-o", "out", "--convert-only"], "the column 'n' has values that no column"),
         (["nowhere/*.jsonl", "-o", "out"], "no such file"),
         (["{raw}/a.jsonl", "-o", "out", "--val-split", "1.5"], "--val-split"),
         (["{raw}/a.jsonl", "-o", "out", "--prompt-key", "q"], "go together"),
@@ -163,5 +194,6 @@ def test_rows_with_other_tools_and_arguments_train_to_the_same_ids_once_they_are
     ],
 )
 def test_a_mistake_is_said(raw: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    (raw / "mixed.json").write_text('[{"n": 1}, {"n": "a"}]')
     assert prepare_data.main([a.format(raw=raw) for a in arguments]) == 2
     assert message in capsys.readouterr().err
