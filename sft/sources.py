@@ -146,7 +146,8 @@ def read_saved(folder: Path, split: str, key: str, wanted: Wanted = None) -> Ite
 
     try:
         saved = datasets.load_from_disk(str(folder))
-        dataset = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        # It is saved with the format it was set to: arrays for lists, and some columns hidden.
+        dataset = (saved[split] if isinstance(saved, datasets.DatasetDict) else saved).with_format(None)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             Problem(f"cannot load the saved data set {str(folder)!r} ({split}): {error}", "", key)

@@ -636,6 +636,18 @@ def test_a_saved_data_set_and_one_split_of_several(tmp_path):
         list(read_saved(tmp_path / "three", "train", "dataset_path"))
 
 
+@pytest.mark.parametrize("format", [{"type": "numpy"}, {"type": "pandas"}, {"type": None, "columns": ["id"]}])
+def test_the_format_that_a_data_set_was_saved_in_changes_no_row(tmp_path, format):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"messages": [{"role": "user", "content": "Hi"}], "id": n, "pair": [n, n]} for n in range(3)]
+    data = Dataset.from_list(rows).with_format(**format)
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data).save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        assert [row.data for row in read_saved(tmp_path / name, "train", "k")] == rows
+
+
 @pytest.mark.parametrize("picked", [None, [0], [1, 1500], [2400], []])
 def test_the_wanted_rows_of_a_saved_data_set(tmp_path, picked):
     from datasets import Dataset
