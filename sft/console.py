@@ -119,6 +119,7 @@ _NOTES = {
     "answers_cut": "answers lost their end to truncation: they teach the model not to stop",
     "control_tokens": "rows have control tokens typed in a message, which are encoded as plain text",
     "thoughts_left_out": "conversations have reasoning that the chat template does not write: it is not trained",
+    "texts_left_out": "conversations have text beside a call that the chat template does not write: it is not trained",
     "unrolled": "conversations became a sample for each answer, for the template rewrites earlier turns",
     "duplicates": "rows repeat an earlier one (dedupe: true leaves them out of training)",
     "in_validation": "training rows stand in validation too, whose metrics flatter (dedupe: true leaves them out)",

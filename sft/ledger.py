@@ -36,6 +36,7 @@ class Ledger:
     control_tokens: int = 0
     unrolled: int = 0
     thoughts_left_out: int = 0
+    texts_left_out: int = 0
     duplicates: int = 0
     in_validation: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
@@ -101,6 +102,7 @@ class Ledger:
             "control_tokens": self.control_tokens,
             "unrolled": self.unrolled,
             "thoughts_left_out": self.thoughts_left_out,
+            "texts_left_out": self.texts_left_out,
             "duplicates": self.duplicates,
             "in_validation": self.in_validation,
             "length_percentiles": self._percentiles(),

@@ -8,6 +8,7 @@ many it is none. Either way gives the same ids.
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -133,7 +134,8 @@ class RowEncoder:
                 continue
             ledger.control_tokens += any(part.inert for part in parts)
             ledger.unrolled += len(parts) > 1
-            ledger.thoughts_left_out += not _holds_thoughts(content, parts)
+            ledger.thoughts_left_out += not _holds(parts, _thoughts(content))
+            ledger.texts_left_out += not _holds(parts, _texts_beside_calls(content))
             ledger.formats[content.format] += 1
             yield Sample(row, content, parts)
 
@@ -274,8 +276,19 @@ def _with(documents: Documents, is_kept: np.ndarray, replaced: dict[int, list[En
     return Documents.join(parts)
 
 
-def _holds_thoughts(content: Conversation | Text, parts: list[Rendered]) -> bool:
-    """Whether every reasoning of a conversation is in its text; many templates have no place for it."""
+def _thoughts(content: Conversation | Text) -> list[str]:
+    """The reasoning in a conversation; many templates have no place for it."""
     messages = content.messages if isinstance(content, Conversation) else []
-    thoughts = [text for m in messages if len(m) > 2 for key in _THOUGHTS if isinstance(text := m.get(key), str)]
-    return all(any(thought.strip() in part.text for part in parts) for thought in thoughts)
+    return [text for m in messages if len(m) > 2 for key in _THOUGHTS if isinstance(text := m.get(key), str)]
+
+
+def _texts_beside_calls(content: Conversation | Text) -> list[str]:
+    """What is said in messages that also call a tool; templates in the manner of Llama 3.1 write the call alone."""
+    messages = content.messages if isinstance(content, Conversation) else []
+    return [m["content"] for m in messages if len(m) > 2 and m.get("tool_calls")]
+
+
+def _holds(parts: list[Rendered], texts: list[str]) -> bool:
+    """Whether all of `texts` are written, whatever the blanks around them; as JSON, perhaps."""
+    forms = ((text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in map(str.strip, texts))
+    return all(any(form in part.text for part in parts for form in both) for both in forms)

@@ -28,6 +28,7 @@ from sft.row_encoder import RowEncoder, Seen
 from sft.schema import DataKeys, DatasetKeys
 from sft.sources import Row
 from tests.builders import CHATML, byte_level_tokenizer
+from tests.template_zoo import tokenizer_of
 from tests.test_formats import rows as any_rows
 
 TOKENIZER = byte_level_tokenizer()
@@ -580,6 +581,21 @@ def test_reasoning_that_the_template_has_no_place_for_is_counted(tmp_path, keys)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}]
     data = prepare(keys(train_file=write(tmp_path / "a.jsonl", {"messages": messages}, qa(1))))
     assert data.ledger["total"]["thoughts_left_out"] == 1
+
+
+@pytest.mark.parametrize(("family", "left_out"), [("llama31", 1), ("mistral_v3", 1), ("qwen25", 0), ("chatml", 0)])
+def test_a_text_beside_a_call_that_the_template_does_not_write_is_counted(tmp_path, keys, family, left_out):
+    def row(content: str | None) -> dict[str, Any]:
+        call = {"id": "123456789", "function": {"name": "count", "arguments": {"of": 1}}}
+        calling = {"role": "assistant", "content": content, "tool_calls": [call]}
+        answer = {"role": "tool", "content": "3", "tool_call_id": "123456789"}
+        return {
+            "messages": [{"role": "user", "content": "Hi"}, calling, answer, {"role": "assistant", "content": "3."}]
+        }
+
+    file = write(tmp_path / "a.jsonl", row("I look.\n"), row(None), row(" "), qa(1))
+    ledger = prepare(keys(train_file=file, max_seq_length=999), tokenizer_of(family)).ledger["total"]
+    assert (ledger["rows_trained"], ledger["texts_left_out"]) == (4, left_out)
 
 
 # Anything at all

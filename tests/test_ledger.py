@@ -32,6 +32,7 @@ def test_an_empty_ledger_has_every_field():
         "control_tokens": 0,
         "unrolled": 0,
         "thoughts_left_out": 0,
+        "texts_left_out": 0,
         "duplicates": 0,
         "in_validation": 0,
         "length_percentiles": {},
