@@ -19,6 +19,7 @@ from sft.sources import find_files, read_files, read_hub, read_saved
 logger = logging.getLogger("sft")
 
 _PIECE = 1 << 20  # bytes hashed at a time: they stay in the processor's cache
+_PATIENCE = 10  # seconds in which the hub is to say which commit a data set is at
 _SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
 
 
@@ -61,13 +62,29 @@ class DataSource:
             yield row
 
     def fingerprint(self) -> str:
-        """Changes when a byte of the data does; a hub data set is known by its name, configuration and split."""
-        digest = xxhash.xxh3_128(repr((self.name, self.hub, self.hub_config, self.split)).encode())
-        saved = sorted(Path(self.hub).glob("**/*.arrow")) if self.hub and Path(self.hub).is_dir() else []
+        """Changes when a byte of the data does; a hub data set is known by its commit, configuration and split."""
+        is_saved = self.hub is not None and Path(self.hub).is_dir()
+        commit = _commit_of(self.hub) if self.hub and not is_saved else None
+        digest = xxhash.xxh3_128(repr((self.name, self.hub, self.hub_config, self.split, commit)).encode())
+        saved = sorted(Path(str(self.hub)).glob("**/*.arrow")) if is_saved else []
         for file in [*self.files, *saved]:
             # The name too: the ledger that is kept with the prepared data shows it.
             digest.update(f"{file}\0{_hash_of(file)}\0".encode())
         return digest.hexdigest()
+
+
+def _commit_of(name: str) -> str:
+    """The commit of a data set on the hub; that of the copy here where the hub cannot be asked, or nothing."""
+    import huggingface_hub
+    from huggingface_hub import constants, file_download
+
+    try:
+        return str(huggingface_hub.dataset_info(name, timeout=_PATIENCE).sha)
+    except Exception as error:  # as many classes as for loading it, which says what is wrong
+        folder = file_download.repo_folder_name(repo_id=name, repo_type="dataset")
+        copy = Path(constants.HF_HUB_CACHE) / folder / "refs" / "main"
+        logger.debug("the commit of %s is that of its copy: %s", name, error)
+        return copy.read_text() if copy.is_file() else ""
 
 
 def _hash_of(file: Path) -> str:

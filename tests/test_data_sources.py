@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,3 +239,30 @@ def test_the_fingerprint_is_the_datas(tmp_path):
     assert fingerprint(dataset_path=str(tmp_path / "saved")) != saved
     assert fingerprint(dataset_name="a/b") != fingerprint(dataset_name="a/c")
     assert fingerprint(dataset_name="a/b") != fingerprint(dataset_name="a/b", dataset_config_name="main")
+
+
+def test_a_hub_data_set_is_known_by_its_commit_and_by_that_of_its_copy_where_the_hub_cannot_be_asked(
+    tmp_path, monkeypatch
+):
+    import huggingface_hub
+
+    def fingerprint() -> str:
+        (source,) = training_sources(DataKeys(dataset_name="a/b"))
+        return source.fingerprint()
+
+    def at(commit: str) -> None:
+        monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name, **_: SimpleNamespace(sha=f"{name}@{commit}"))
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    nowhere = fingerprint()  # tests are offline
+    at("1")
+    first = fingerprint()
+    at("2")
+    second = fingerprint()
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    copy = tmp_path / "datasets--a--b" / "refs" / "main"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("a/b@1")
+    assert fingerprint() == first
+    assert len({nowhere, first, second}) == 3
