@@ -94,9 +94,21 @@ def _rows(file: Path, batches: Iterator[Batch], first: int, wanted: Wanted) -> R
     return start - first
 
 
+def _has_nulls(array: Any, in_list: bool = False) -> bool:
+    """Whether an object in a list may lack a key, asked of columns; `as_given` takes as long as making rows."""
+    import pyarrow as pa
+
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        return _has_nulls(array.flatten(), True)
+    if pa.types.is_struct(array.type):
+        return any((in_list and child.null_count > 0) or _has_nulls(child, in_list) for child in array.flatten())
+    return bool(pa.types.is_nested(array.type))
+
+
 def _parsed(batch: Any) -> list[Parsed]:
     try:
-        return [(as_given(data), None) for data in batch.to_pylist()]
+        rows = batch.to_pylist()
+        return [(data, None) for data in (map(as_given, rows) if any(map(_has_nulls, batch.columns)) else rows)]
     except (ValueError, OverflowError):  # Arrow does not check its texts and times: find those rows, one by one
         return [_parsed_row(batch.slice(at, 1)) for at in range(batch.num_rows)]
 
