@@ -67,7 +67,7 @@ def plot_scaling(file: Path, speeds: dict[str, dict[int, float]]) -> bool:
         axes.set_xlabel("rows")
         axes.set_ylabel("million tokens/s")
         axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=len(speeds))
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
         pyplot.close(figure)

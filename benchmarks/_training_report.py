@@ -142,7 +142,8 @@ def plot_sweeps(file: Path, sweeps: Sweeps) -> bool:
                 if not column:
                     axes.set_ylabel(title)
             grid[-1][column].set_xlabel(axis)
-        grid[0][0].legend(fontsize=6)
+        lines, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside upper center", ncols=len(names))
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
         pyplot.close(figure)
