@@ -33,7 +33,6 @@ from sft.errors import Problem, UserError
 # config answer in a fraction of a second.
 if TYPE_CHECKING:
     from data_handler import PreparedData
-    from sft.checking import Report
     from sft.schema import Config
     from trainer_utils import SFTTrainer
 
@@ -78,6 +77,7 @@ def train(argv: list[str]) -> int:
     _take_machine(config)
     import model_manager
     import stages
+    from readiness import require_apart
     from sft import artifacts, system_prompt
     from sft.earlier_runs import set_aside
     from sft.resume import find_checkpoint
@@ -85,7 +85,7 @@ def train(argv: list[str]) -> int:
 
     require_schedule(config.section(TrainingKeys))
     output_dir = Path(config.output_dir)
-    _require_apart(config)
+    require_apart(config)
     if distributed.is_main_process():
         artifacts.claim(output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -132,61 +132,14 @@ def check(argv: list[str]) -> int:
     with Report() as report:
         config = report.attempt(lambda: _load(options.config_file, overrides))
         if config is not None:
-            _check_stages(config, report)
+            from readiness import check_run
+
+            check_run(config, report)
     if options.json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
     else:
         show_report(report)
     return UserError.exit_code if report.errors else 0
-
-
-def _check_stages(config: Config, report: Report) -> None:
-    import config_manager
-    import data_handler
-    import model_manager
-    import stages
-    from sft import artifacts
-    from sft.batch_plan import plan_batches
-    from sft.hardware import require_gpus, require_tf32
-    from sft.resume import find_checkpoint
-    from sft.schedules import require_schedule
-    from sft.schema import DataKeys, ModelKeys, TrainingKeys
-    from sft.trackers import require_trackers
-
-    report.attempt(lambda: config_manager.require_trainable(config))
-    report.attempt(lambda: require_trackers(config.section(TrainingKeys)))
-    report.attempt(lambda: require_schedule(config.section(TrainingKeys)))
-    report.attempt(lambda: require_gpus(config.num_gpus or 0))
-    on_cpu = config.use_cpu or config.num_gpus == 0
-    report.attempt(lambda: require_tf32(config.section(TrainingKeys), on_cpu=on_cpu))
-    report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
-    report.attempt(lambda: _require_apart(config))
-    report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
-    if config.torch_compile:
-        from sft.compilation import compile_settings
-
-        settings = config.torch_compile, config.torch_compile_backend, config.torch_compile_mode
-        report.attempt(lambda: compile_settings(*settings))
-    report.attempt(lambda: model_manager.check_model(config.section(ModelKeys), config.lora_config))
-    tokenizer = report.attempt(lambda: model_manager.load_tokenizer(config.section(ModelKeys)))
-    if tokenizer is None:
-        return
-    keys = config.section(DataKeys)
-    data = report.attempt(lambda: stages.read_data(config, tokenizer, whole_window=True))
-    if data is None:
-        return
-    report.data = data.ledger
-    report.serving = report.attempt(lambda: data_handler.serving_contract(keys, tokenizer))
-    if report.serving:
-        report.errors += report.serving.problems
-    report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
-    plan = report.attempt(
-        lambda: plan_batches(config.section(TrainingKeys), data.train_rows, data.train_tokens, stages.processes(config))
-    )
-    report.estimate = plan.as_json() if plan else None
-    if plan and not report.errors:
-        told = report.attempt(lambda: stages.estimate_run(config, tokenizer, data))
-        report.estimate = told.as_json() if told else report.estimate
 
 
 def preview(argv: list[str]) -> int:
@@ -255,7 +208,8 @@ def evaluate(argv: list[str]) -> int:
     from sft.document_attention import takes_documents
     from sft.embeddings import resize_embeddings
 
-    folder = options.model or config.output_dir
+    folder = Path(options.model or config.output_dir).expanduser()
+    _say_what_is_measured(folder, config, is_named=options.model is not None)
     model, tokenizer = model_manager.load_trained(
         folder,
         dtype=config.dtype,
@@ -283,6 +237,15 @@ def evaluate(argv: list[str]) -> int:
         print(json.dumps(results))
     distributed.destroy_process_group()
     return 0
+
+
+def _say_what_is_measured(folder: Path, config: Config, *, is_named: bool) -> None:
+    from sft.model_files import is_adapter
+
+    logger.info("Measuring %s in %s", "the adapter" if is_adapter(folder) else "the model", folder)
+    if not is_named and is_adapter(folder) != (config.lora_config is not None):
+        trains = "an adapter" if config.lora_config is not None else "a whole model"
+        logger.warning("The config trains %s, and output_dir holds something else: name it by --model", trains)
 
 
 def generate(argv: list[str]) -> int:
@@ -361,14 +324,6 @@ def _load(config_file: str | None, overrides: list[str]) -> Config:
     if config.hub_token:  # the libraries ask the environment each time they need one
         os.environ["HF_TOKEN"] = config.hub_token
     return config
-
-
-def _require_apart(config: Config) -> None:
-    """What the run starts from must lie apart from what it writes."""
-    from sft.earlier_runs import require_apart
-
-    keys = ("model_name_or_path", "tokenizer_name_or_path", "from_scratch", "chat_template")
-    require_apart(Path(config.output_dir), {key: getattr(config, key) for key in keys})
 
 
 def _take_machine(config: Config) -> None:

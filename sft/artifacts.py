@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ def require_writable(output_dir: Path) -> None:
     existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(Problem(f"{str(existing)!r} is a file", "name a folder", "output_dir"))
-    if not os.access(existing, os.W_OK):
-        raise UserError(Problem(f"cannot write to {str(existing)!r}", "name another folder", "output_dir"))
+    try:  # asking for the permission says yes to root, whatever the file system says
+        tempfile.TemporaryDirectory(prefix=".sft-", dir=existing).cleanup()
+    except OSError as error:
+        message = f"cannot write to {str(existing)!r}: {error.strerror}"
+        raise UserError(Problem(message, "name another folder", "output_dir")) from None
 
 
 def claim(output_dir: Path) -> None:
@@ -72,7 +75,8 @@ def claim(output_dir: Path) -> None:
         message = f"another run is writing to {str(output_dir)!r}"
         raise UserError(Problem(message, "wait for it, or name another folder", "output_dir")) from None
     except OSError as error:
-        raise UserError(Problem(f"cannot write to {str(output_dir)!r}: {error.strerror}", "", "output_dir")) from None
+        message = f"cannot write to {str(output_dir)!r}: {error.strerror}"
+        raise UserError(Problem(message, "name another folder", "output_dir")) from None
     _locks.append(lock)
     write_log_file(output_dir / LOG_FILE)
 

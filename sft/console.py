@@ -198,7 +198,7 @@ def show_estimate(told: RunEstimate) -> None:
     if told.assumes_batch_size:
         console.print("per_device_train_batch_size: auto is chosen when the run starts; these rows are assumed")
     if told.total_tokens is not None:
-        least = "" if told.seconds_at_least is None else f", in no less than {told.seconds_at_least:,.0f} s"
+        least = "" if told.seconds_at_least is None else f", in no less than {told.seconds_at_least:,.3g} s"
         console.print(f"the run trains on {told.total_tokens:,} tokens{least}")
 
 
@@ -210,7 +210,7 @@ def show_report(report: Report) -> None:
     if report.serving is not None:
         console.print(f"serving: {report.serving.message}", markup=False)
     if report.estimate is not None:
-        told = {name: value for name, value in report.estimate.items() if isinstance(value, int | float)}
+        told = {name: value for name, value in report.estimate.items() if type(value) is int and name != "device_limit"}
         console.print("  ".join(f"{name} {value:,}" for name, value in told.items()), style="dim", highlight=False)
         if "memory" in report.estimate:
             peak, limit = report.estimate["memory"]["peak"], report.estimate["device_limit"]

@@ -104,6 +104,12 @@ class RunRecords(RowOrder):
         if dist.is_initialized():
             dist.barrier()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Not of tied weights: they stand in the file once, under one of their names."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def stream_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
         """SPEC's LEDGER of the rows that were streamed to all ranks, which all must call it; and their end tokens."""
         assert self.progress is not None

@@ -6,10 +6,12 @@ import inspect
 import json
 import math
 import re
+from contextlib import suppress
 from typing import Any
 
 from sft.best_model import WATCHING
 from sft.errors import Problem, UserError
+from sft.quantization import import_bitsandbytes
 from sft.schema import TrainingKeys
 
 _STEPS = 1000  # of the trial, where max_steps is not given: no schedule's settings are right or wrong by their number
@@ -33,6 +35,9 @@ def require_schedule(keys: TrainingKeys) -> None:
 
 def _try(name: str, keys: TrainingKeys) -> None:
     import torch
+
+    with suppress(UserError):  # it is imported on the way, and says what concerns nobody here
+        import_bitsandbytes()
     from transformers import get_scheduler
 
     total = keys.max_steps if keys.max_steps > 0 else _STEPS

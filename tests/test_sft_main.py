@@ -333,6 +333,32 @@ def test_evaluate_gives_the_run_its_own_numbers_again(
     assert results["datasets"]["validation"]["eval_tokens"] == saved["eval_tokens"]
 
 
+def test_what_is_evaluated_is_said_and_that_it_is_not_what_the_config_trains(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft_main.main(["--config_file", str(config_file), "max_steps=1"])
+    capsys.readouterr()
+    assert sft_main.main(["evaluate", "--config_file", str(config_file)]) == 0
+    said = capsys.readouterr().err
+    assert f"Measuring the adapter in {tmp_path / 'out'}" in " ".join(said.split())
+    assert "something else" not in said
+    assert sft_main.main(["evaluate", "--config_file", str(config_file), "lora_config=null"]) == 0
+    assert "The config trains a whole model, and output_dir holds something else" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_folder_that_takes_no_files_is_told_before_anything_is_read(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of /proc, where even root, who may do everything, can make nothing."""
+    for verb in (["check"], []):
+        assert sft_main.main([*verb, "--config_file", str(config_file), "output_dir=/proc/none/here"]) == 2
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert "cannot write to '/proc'" in said
+        assert "name another folder" in said
+
+
 def test_a_base_is_evaluated_behind_the_prompts_that_training_on_it_makes(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,69 @@
+"""Whether a run can start: everything that can be told of a config, its files and its data without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import config_manager
+import data_handler
+import model_manager
+import stages
+from config_manager import Config
+from sft import artifacts, earlier_runs
+from sft.batch_plan import plan_batches
+from sft.checking import Report
+from sft.console import quiet_libraries
+from sft.hardware import require_gpus, require_tf32
+from sft.resume import find_checkpoint
+from sft.schedules import require_schedule
+from sft.schema import DataKeys, ModelKeys, TrainingKeys
+from sft.trackers import require_trackers
+
+
+def check_run(config: Config, report: Report) -> None:
+    """Notes in the report whatever would stop the run of `config`, and what the run would take."""
+    report.attempt(lambda: config_manager.require_trainable(config))
+    report.attempt(lambda: require_trackers(config.section(TrainingKeys)))
+    report.attempt(lambda: require_schedule(config.section(TrainingKeys)))
+    report.attempt(lambda: require_gpus(config.num_gpus or 0))
+    on_cpu = config.use_cpu or config.num_gpus == 0
+    report.attempt(lambda: require_tf32(config.section(TrainingKeys), on_cpu=on_cpu))
+    report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
+    report.attempt(lambda: require_apart(config))
+    report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
+    if config.torch_compile:
+        from sft.compilation import compile_settings
+
+        settings = config.torch_compile, config.torch_compile_backend, config.torch_compile_mode
+        report.attempt(lambda: compile_settings(*settings))
+    report.attempt(lambda: model_manager.check_model(config.section(ModelKeys), config.lora_config))
+    tokenizer = report.attempt(lambda: model_manager.load_tokenizer(config.section(ModelKeys)))
+    if tokenizer is None:
+        return
+    keys = config.section(DataKeys)
+    data = report.attempt(lambda: stages.read_data(config, tokenizer, whole_window=True))
+    if data is None:
+        return
+    report.data = data.ledger
+    report.serving = report.attempt(lambda: data_handler.serving_contract(keys, tokenizer))
+    if report.serving:
+        report.errors += report.serving.problems
+    report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
+    plan = report.attempt(
+        lambda: plan_batches(config.section(TrainingKeys), data.train_rows, data.train_tokens, stages.processes(config))
+    )
+    report.estimate = plan.as_json() if plan else None
+    if plan and not report.errors:
+        quiet_libraries()  # tracing the model imports them
+        told = report.attempt(lambda: stages.estimate_run(config, tokenizer, data))
+        report.estimate = told.as_json() if told else report.estimate
+
+
+def require_apart(config: Config) -> None:
+    """What the run starts from must lie apart from what it writes.
+
+    Raises:
+        UserError: it does not.
+    """
+    keys = ("model_name_or_path", "tokenizer_name_or_path", "from_scratch", "chat_template")
+    earlier_runs.require_apart(Path(config.output_dir), {key: getattr(config, key) for key in keys})
