@@ -193,6 +193,8 @@ def show_estimate(told: RunEstimate) -> None:
             table.add_row(name, f"{size / 2**30:.2f}", end_section=name == "process")
     table.add_row("there is", f"{told.limit / 2**30:.2f}")
     console.print(table)
+    freed = ", and blocks that were freed stay with the process" if told.device == "cpu" else ""
+    console.print(f"the peak is not the sum: not all is held at once{freed}", style="dim")
     console.print(f"longest pass: {told.rows:,} rows, {told.tokens:,} tokens, {told.trained_tokens:,} of them trained")
     console.print(f"batches: {told.plan}", soft_wrap=True)
     if told.assumes_batch_size:

@@ -46,7 +46,8 @@ class MemoryEstimate:
         activations: held for the backward pass when the decoder's forward ends.
         head: what the head and the loss hold on top at the most.
         process: libraries and data, before the model is there; 0 on a CUDA device, where they take none.
-        peak: the most that is held at any moment: not the sum, for not all of it is held at once.
+        peak: the most that is held at any moment: not the sum, for not all of it is held at once, and on a CPU blocks
+            that were freed stay with the process.
     """
 
     weights: int

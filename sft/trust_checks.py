@@ -60,7 +60,7 @@ class FirstStep:
     def __str__(self) -> str:
         evaluated = "" if self.in_evaluation is None else f"; evaluation mode {self.in_evaluation:.4g}"
         if evaluated and self.in_training is not None and abs(self.in_training - self.loss) > 5e-4 * self.loss:
-            evaluated += f" where training mode gives {self.in_training:.4g}"  # of one pass on one rank among several
+            evaluated += f" where training mode gives {self.in_training:.4g} (of the step, this rank's first pass)"
         return (
             f"step {self.step}: loss {self.loss:.4g}, ln(vocab) {math.log(self.vocab_size):.4g}{evaluated}; "
             f"{self.tokens:,} of {self.input_tokens:,} tokens are trained; {self.gradients}"
