@@ -4,7 +4,7 @@
     python prepare_data.py logs.jsonl.gz -o data/raw --convert-only       # the rows as they are, as Parquet
 
 Rows of all formats are read as training reads them, and what is written trains with no further setting:
-`train_file: data/sft/train.parquet`. Every row that is not written is counted with its reason, file and line.
+`dataset_path: data/sft`. Every row that is not written is counted with its reason, file and line.
 """
 
 from __future__ import annotations

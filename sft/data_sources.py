@@ -14,13 +14,17 @@ from sft.errors import Problem, UserError
 from sft.readers import EXTENSIONS, data_extension
 from sft.rows import Row, Wanted
 from sft.schema import DataKeys, DatasetKeys
-from sft.sources import find_files, read_files, read_hub, read_saved
+from sft.sources import find_files, is_saved, read_files, read_hub, read_saved
 
 logger = logging.getLogger("sft")
 
 _PIECE = 1 << 20  # bytes hashed at a time: they stay in the processor's cache
 _PATIENCE = 10  # seconds in which the hub is to say which commit a data set is at
 _SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
+_SPLIT_OF_NAME = {
+    **{name: "train" if split == "train" else "validation" for split, names in _SPLIT_NAMES.items() for name in names},
+    "test": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,10 @@ class DataSource:
 
     def fingerprint(self) -> str:
         """Changes when a byte of the data does; a hub data set is known by its commit, configuration and split."""
-        is_saved = self.hub is not None and Path(self.hub).is_dir()
-        commit = _commit_of(self.hub) if self.hub and not is_saved else None
+        is_here = self.hub is not None and Path(self.hub).is_dir()
+        commit = _commit_of(self.hub) if self.hub and not is_here else None
         digest = xxhash.xxh3_128(repr((self.name, self.hub, self.hub_config, self.split, commit)).encode())
-        saved = sorted(Path(str(self.hub)).glob("**/*.arrow")) if is_saved else []
+        saved = sorted(Path(str(self.hub)).glob("**/*.arrow")) if is_here else []
         for file in [*self.files, *saved]:
             # The name too: the ledger that is kept with the prepared data shows it.
             digest.update(f"{file}\0{_hash_of(file)}\0".encode())
@@ -139,7 +143,46 @@ def split_seed(keys: DataKeys, seed: int) -> int:
 
 
 def _from_files(keys: DataKeys, name: str, key: str, spec: str | list[str]) -> DataSource:
-    return DataSource(name, key, keys.format, keys.columns, keys.train_on, files=find_files(spec, key))
+    files = _files_of_one_split(spec, key, name)
+    return DataSource(name, key, keys.format, keys.columns, keys.train_on, files=files)
+
+
+def _files_of_one_split(spec: str | list[str], key: str, split: str) -> list[Path]:
+    """The files that `spec` names for `split`, `train` or `validation`.
+
+    Raises:
+        UserError: a folder among them holds files of several splits, or a data set that `datasets` saved, whose folder
+            holds what was cached on the way, too.
+    """
+    files = find_files(spec, key)
+    for entry in [spec] if isinstance(spec, str) else spec:
+        folder = Path(entry).expanduser()
+        if folder.is_dir():
+            _require_one_split(folder, find_files(entry, key), key, split)
+    return files
+
+
+def _require_one_split(folder: Path, files: list[Path], key: str, split: str) -> None:
+    own = key.rpartition(".")[2]
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        saved = next((f for f in (folder, *file.parents) if f.is_relative_to(folder) and is_saved(f)), None)
+        if saved is not None:
+            wholes = {"path": "path: {}", "validation_file": "eval_datasets: [{{path: {}}}]"}
+            hint = f"write `{wholes.get(own, 'dataset_path: {}').format(saved)}`, which reads it as it was saved"
+            raise UserError(Problem(f"{str(saved)!r} is a data set that `datasets` saved", hint, key))
+        by_split.setdefault(_SPLIT_OF_NAME.get(_split_of(file.relative_to(folder)), split), []).append(file)
+    if len(by_split) > 1:
+        held = "; ".join(f"{name}: {_listed(some)}" for name, some in by_split.items())
+        mine = by_split.get(split, [])
+        named = f"`{own}: {mine[0]}`" if len(mine) == 1 else "the files, or a glob for them"
+        whole = f", or `dataset_path: {folder}`, which trains and evaluates by the names" if own != "path" else ""
+        message = f"the folder {str(folder)!r} holds files of several splits ({held})"
+        raise UserError(Problem(message, f"write {named}{whole}", key))
+
+
+def _listed(files: list[Path]) -> str:
+    return ", ".join(file.name for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def _from_hub(keys: DataKeys, split: str) -> DataSource:
@@ -163,7 +206,7 @@ def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
     if (path / "dataset_dict.json").is_file():
         names = [n for n in _SPLIT_NAMES[split] if (path / n).is_dir()]
         return DataSource(*common, hub=str(path), split=names[0]) if names else None
-    if (path / "state.json").is_file():
+    if is_saved(path):
         return DataSource(*common, hub=str(path)) if split == "train" else None
     files = find_files(str(path), "dataset_path")
     by_split: dict[str, list[Path]] = {}
@@ -187,12 +230,9 @@ def _split_of(file: Path) -> str:
     return next((match[1] for match in found if match), "")
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
 def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[DataSource]:
     sources: list[DataSource] = []
+    default = "train" if key == "datasets" else "validation"
     for number, entry in enumerate(entries):
         entry_key = f"{key}.{number}.path"
         name = entry.called(f"{key}_{number}")
@@ -202,7 +242,7 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
             )
         path = Path(entry.path)
         is_local = path.exists() or any(c in entry.path for c in "*?[") or entry.path.startswith((".", "/", "~"))
-        is_file = (is_local or data_extension(path) in EXTENSIONS) and not _is_saved(path)
+        is_file = (is_local or data_extension(path) in EXTENSIONS) and not is_saved(path)
         sources.append(
             DataSource(
                 name,
@@ -212,9 +252,9 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
                 entry.train_on or keys.train_on,
                 entry.max_samples,
                 entry.weight,
-                files=find_files(entry.path, entry_key) if is_file else [],
+                files=_files_of_one_split(entry.path, entry_key, default) if is_file else [],
                 hub=None if is_file else str(path),
-                split=entry.split or ("train" if key == "datasets" else "validation"),
+                split=entry.split or default,
                 streaming=keys.streaming,
             )
         )

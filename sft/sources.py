@@ -21,12 +21,15 @@ from sft.table_readers import as_given
 logger = logging.getLogger("sft")
 
 _BATCH_ROWS = 1000  # rows of a data set of `datasets` that are decoded at a time
+_NO_DATA = ("data_report.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+"""What prepare_data.py and `datasets` write about a folder's rows, besides a `state.json` beside an info."""
 
 
 def find_files(spec: str | list[str], key: str) -> list[Path]:
     """The data files that `spec` names, each once, in the order given (a folder's or glob's files by name).
 
-    A folder's hidden files (`.ipynb_checkpoints/`, `._rows.json`) are copies that other programs left, and no data.
+    A folder's hidden files (`.ipynb_checkpoints/`, `._rows.json`) are copies that other programs left, and no data. Nor
+    are the accounts of the rows that stand beside them (`data_report.json`), unless they are named themselves.
 
     Raises:
         UserError: a path, glob or folder that yields no data file; the nearest existing name is offered.
@@ -70,6 +73,12 @@ def _files_of(entry: str, key: str) -> list[Path]:
     return files
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote the folder with `save_to_disk`: one data set, or one for each split."""
+    is_one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return is_one or (folder / "dataset_dict.json").is_file()
+
+
 def _data_files(root: Path) -> Iterator[Path]:
     """The data files in a folder and its subfolders, linked ones too; a link back to a folder above is no new folder.
 
@@ -88,8 +97,11 @@ def _data_files(root: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        is_described = "dataset_info.json" in names
         for name in names:
             file = Path(folder, name)
+            if name in _NO_DATA or (is_described and name == "state.json"):
+                continue
             if not name.startswith(".") and data_extension(file) in EXTENSIONS and file.is_file():
                 yield file
 

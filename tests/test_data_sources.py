@@ -204,6 +204,75 @@ def test_saved_data_sets(tmp_path, monkeypatch):
     assert evaluated.split == "validation"
 
 
+def problem_of(**keys: Any) -> Any:
+    """What is wrong with the files of the first key, which is said before any row is read."""
+    with pytest.raises(UserError) as caught:
+        (validation_sources if "validation_file" in keys else training_sources)(DataKeys(**keys))
+    (problem,) = caught.value.problems
+    return problem
+
+
+def test_a_folder_of_several_splits_is_not_trained_as_one(tmp_path):
+    for name in ("train.jsonl", "validation.jsonl", "data_report.json"):
+        write(tmp_path / name)
+    whole = f"`dataset_path: {tmp_path}`, which trains and evaluates by the names"
+    problem = problem_of(train_file=str(tmp_path))
+    assert problem.key == "train_file"
+    held = "train: train.jsonl; validation: validation.jsonl"
+    assert problem.message == f"the folder '{tmp_path}' holds files of several splits ({held})"
+    assert problem.hint == f"write `train_file: {tmp_path / 'train.jsonl'}`, or {whole}"
+    assert names(tmp_path, "train") == ["train.jsonl"]
+    problem = problem_of(validation_file=[str(tmp_path)])
+    assert problem.hint == f"write `validation_file: {tmp_path / 'validation.jsonl'}`, or {whole}"
+    problem = problem_of(datasets=[DatasetKeys(path=str(tmp_path))])
+    assert (problem.key, problem.hint) == ("datasets.0.path", f"write `path: {tmp_path / 'train.jsonl'}`")
+    # Whoever names the files means them.
+    (source,) = training_sources(DataKeys(train_file=f"{tmp_path}/*.jsonl"))
+    assert [file.name for file in source.files] == ["train.jsonl", "validation.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("files", "held"),
+    [
+        (["train/0.jsonl", "test/0.jsonl"], "test: 0.jsonl; train: 0.jsonl"),
+        (["val.jsonl", "test.jsonl"], "test: test.jsonl; validation: val.jsonl"),
+        (
+            ["a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl", "my_dev.jsonl"],
+            "train: a.jsonl, b.jsonl, c.jsonl and 1 more; validation: my_dev.jsonl",
+        ),
+        (["train.jsonl", "training_2.jsonl", "more.jsonl"], None),
+        (["a.jsonl", "b.jsonl"], None),
+        (["test_1.jsonl", "test_2.jsonl"], None),
+    ],
+)
+def test_which_folders_hold_several_splits(tmp_path, files, held):
+    for file in files:
+        write(tmp_path / file)
+    if held is None:
+        (source,) = training_sources(DataKeys(train_file=str(tmp_path)))
+        assert sorted(str(file.relative_to(tmp_path)) for file in source.files) == sorted(files)
+    else:
+        assert problem_of(train_file=str(tmp_path)).message.endswith(f"holds files of several splits ({held})")
+
+
+def test_a_saved_data_set_is_not_taken_for_a_folder_of_files(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list([{"question": "Hi", "answer": "Yes"}])
+    DatasetDict(train=data, test=data).save_to_disk(tmp_path / "two")
+    for keys, instead in (
+        ({"train_file": str(tmp_path / "two")}, f"dataset_path: {tmp_path / 'two'}"),
+        ({"train_file": str(tmp_path)}, f"dataset_path: {tmp_path / 'two' / 'test'}"),
+        ({"validation_file": str(tmp_path / "two/test")}, f"eval_datasets: [{{path: {tmp_path / 'two' / 'test'}}}]"),
+        ({"datasets": [DatasetKeys(path=str(tmp_path))]}, f"path: {tmp_path / 'two' / 'test'}"),
+    ):
+        assert problem_of(**keys).hint == f"write `{instead}`, which reads it as it was saved"
+    # A file that is called as one of theirs is a file of rows where none of theirs stands beside it.
+    write(tmp_path / "rows" / "state.json")
+    (source,) = training_sources(DataKeys(train_file=str(tmp_path / "rows")))
+    assert source.files == [tmp_path / "rows" / "state.json"]
+
+
 def test_the_fingerprint_is_the_datas(tmp_path):
     from datasets import Dataset
 

@@ -40,7 +40,7 @@ def questions(file: Path) -> list[str]:
 def test_what_is_written_trains_with_no_further_setting(raw: Path) -> None:
     assert prepare_data.main(command(raw, "--val-split", "0.2")) == 0
     train, validation = raw / "out" / "train.parquet", raw / "out" / "validation.parquet"
-    keys = DataKeys(train_file=str(train), validation_file=str(validation), cache_dir=str(raw / "cache"))
+    keys = DataKeys(dataset_path=str(raw / "out"), cache_dir=str(raw / "cache"))
     data = prepare_for_training(keys, byte_level_tokenizer(), seed=0)
     assert (len(data.train), len(data.evals["validation"])) == (40, 10)
     assert data.ledger["total"]["rows_lost"] == {}

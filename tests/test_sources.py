@@ -511,6 +511,14 @@ def test_copies_that_editors_leave_in_a_folder_are_not_read(tmp_path):
     assert find_files(str(kept.parent), "train_file") == [kept]
 
 
+def test_what_is_written_about_a_folders_rows_is_no_row(tmp_path):
+    kept = write(tmp_path / "a.jsonl", JSONL)
+    for name in ("data_report.json", "dataset_dict.json", "sub/dataset_info.json", "sub/state.json"):
+        write(tmp_path / name, "{}")
+    assert find_files(str(tmp_path), "train_file") == [kept]
+    assert find_files(str(tmp_path / "data_report.json"), "train_file") == [tmp_path / "data_report.json"]
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
     path = write(tmp_path / "a[1].jsonl", JSONL)
     assert find_files(str(path), "train_file") == [path]
