@@ -21,7 +21,7 @@ from sft.dataset_cache import cache_root, make_once, read_rows
 from sft.ledger import Ledger, as_document, from_state
 from sft.lost_rows import require_enough_rows
 from sft.preparation import Preparation, packing_mode
-from sft.previews import preview, serving_contract, validation_conversations
+from sft.previews import first_sample, preview, serving_contract, validation_conversations
 from sft.schema import DataKeys
 
 # torch and datasets take 230 MiB and 1.6 s, and nothing here needs them while rows are prepared: checking data, looking
@@ -193,5 +193,5 @@ def stream_data(
         train_tokens=None,
         ledger=as_document(account.ledgers, prepared.eval_ledgers),
         end_token_ids=tuple(dict.fromkeys([*account.end_token_ids, *prepared.end_token_ids])),
-        sample=next(preview(keys, tokenizer, 1, seed=seed), None),
+        sample=first_sample(keys, tokenizer, seed=seed),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sft.errors import Problem, UserError
@@ -9,6 +10,17 @@ from sft.schema import DataKeys
 
 _ASKED_FOR = ("duplicate", "in_validation", "not_drawn")  # rows that the config leaves out
 _EXAMPLES = 5  # lost rows that are named
+_REMEDIES = {
+    "bad_schema": "tell with `columns:` what your columns are called, where they are not called as in the README",
+    "bad_json": "write one JSON object a line, or one array of objects in a .json file",
+    "bad_encoding": "convert the files to UTF-8",
+    "too_long": "raise `max_seq_length`, or let `truncation` cut or split what is longer",
+    "empty_answer": "give each row an answer; if it stands in another column, name that with `columns: {answer: ...}`",
+    "no_trained_token": "give each row an answer that is trained: see `train_on`, and `weight` and `train` of messages",
+    "template_mismatch": "set a `chat_template` that renders such conversations",
+    "in_validation": "give other rows to train or to evaluate on: they are the same",
+}
+"""What to do where no row is left: rather than each row, the way in which all of them are read may be wrong."""
 
 
 def require_enough_rows(keys: DataKeys, document: dict[str, Any]) -> None:
@@ -29,13 +41,25 @@ def require_enough_rows(keys: DataKeys, document: dict[str, Any]) -> None:
         fraction = lost / ledger["rows_read"]
         if ledger["rows_trained"] and fraction <= keys.max_lost_fraction:
             continue
-        reasons = ", ".join(f"{n} {reason}" for reason, n in ledger["rows_lost"].items())
-        summary = f"{lost} of {ledger['rows_read']} rows of {name!r} are lost ({reasons})"
+        summary = f"{lost} of {ledger['rows_read']} rows of {name!r} are lost ({as_counts(ledger['rows_lost'])})"
         if ledger["rows_trained"]:
             summary += f": {fraction:.1%}, max_lost_fraction is {keys.max_lost_fraction:.1%}"
         examples = [
             Problem(f"{e['reason']}: {e['message']}", file=e["file"], line=e["line"])
             for e in ledger["lost_examples"][:_EXAMPLES]
         ]
+        if not ledger["rows_trained"]:
+            raise UserError(Problem(summary, remedy(ledger["rows_lost"])), *examples)
         hint = "mend the rows below; or raise max_lost_fraction if you can do without them"
         raise UserError(Problem(summary, hint, "max_lost_fraction"), *examples)
+
+
+def as_counts(rows_lost: Mapping[str, int]) -> str:
+    """`20 bad_json, 3 bad_schema`, in the order given."""
+    return ", ".join(f"{count} {reason}" for reason, count in rows_lost.items())
+
+
+def remedy(rows_lost: Mapping[str, int]) -> str:
+    """What to do where no row is left: about the reason that cost the most."""
+    most = max(rows_lost, key=lambda reason: rows_lost[reason], default="")
+    return _REMEDIES.get(most, "")

@@ -21,7 +21,7 @@ from sft.documents import IGNORE_INDEX, Documents, DocumentStore
 from sft.ledger import Ledger, as_document, as_state, total
 from sft.mixing import draw
 from sft.packing import lay_out
-from sft.previews import preview
+from sft.previews import first_sample
 from sft.row_encoder import RowEncoder, Seen
 from sft.schema import DataKeys
 from sft.sources import Wanted
@@ -149,7 +149,7 @@ class Preparation:
             "train_tokens": sum(ledger.tokens for ledger in encoded.ledgers),
             # Kept here, so that a second start shows it without reading the sources again.
             "packing": choice,
-            "sample": next(preview(self.keys, self.tokenizer, 1, seed=self.seed), None) if self.training else None,
+            "sample": first_sample(self.keys, self.tokenizer, seed=self.seed) if self.training else None,
         }
         (folder / "facts.json").write_text(json.dumps(facts))
 

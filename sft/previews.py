@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -13,8 +14,10 @@ from sft.conversation import Conversation, RowLost, Text
 from sft.data_sources import DataSource, split_seed, training_sources, validation_sources
 from sft.documents import IGNORE_INDEX
 from sft.encoding import Encoded
+from sft.errors import Problem, UserError
 from sft.formats import normalize
 from sft.ledger import Ledger
+from sft.lost_rows import as_counts, remedy
 from sft.rendering import Rendered
 from sft.row_encoder import RowEncoder, Sample, Seen
 from sft.schema import DataKeys
@@ -31,21 +34,52 @@ def preview(
     """SPEC's preview: the first rows in source order (training sources first), before fitting and packing.
 
     A row whose answers are trained one by one (its template rewrites earlier turns) is several samples. Rows that are
-    lost are said aloud and stepped over.
+    lost are said aloud, the first ones of each reason with their places, and stepped over.
+
+    Raises:
+        UserError: samples are asked for, and no row gives one.
     """
+    ledger, said, is_shown = Ledger(), 0, False
+    for sample in _samples(keys, tokenizer, num_samples, seed, ledger):
+        said, is_shown = _say_lost(ledger, said), True
+        yield sample
+    _say_lost(ledger, said)
+    named = Counter(lost["reason"] for lost in ledger.lost_examples)
+    besides = ledger.rows_lost - named
+    if besides:
+        logger.warning("rows lost besides these: %s", as_counts(besides))
+    if num_samples and not is_shown:
+        summary = (
+            f"none of {ledger.rows_read:,} rows can be trained ({as_counts(dict(ledger.rows_lost.most_common()))})"
+        )
+        raise UserError(Problem(summary, remedy(ledger.rows_lost)))
+
+
+def first_sample(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> dict[str, Any] | None:
+    """The first that `preview` shows, or None; what is lost on the way stands in the ledger of the data."""
+    return next(_samples(keys, tokenizer, 1, seed, Ledger()), None)
+
+
+def _samples(
+    keys: DataKeys, tokenizer: PreTrainedTokenizerBase, most: int, seed: int, ledger: Ledger
+) -> Iterator[dict[str, Any]]:
     seed = split_seed(keys, seed)
     encoder = RowEncoder(tokenizer, keys)
     shown = 0
     for split, source, row in _rows_with_split(keys, seed):
-        if shown == num_samples:
+        if shown >= most:
             return
-        ledger = Ledger()
         for sample in encoder.render([row], source, ledger):
             shown += 1
             for part, encoded in zip(sample.parts, encoder.encode_parts(sample), strict=True):
                 yield _as_preview(split, sample, part, encoded, tokenizer)
-        for lost in ledger.lost_examples:
-            logger.warning("%s:%s: lost: %s: %s", lost["file"], lost["line"], lost["reason"], lost["message"])
+
+
+def _say_lost(ledger: Ledger, said: int) -> int:
+    """Says which rows the ledger names beyond the first `said`. Returns how many that makes."""
+    for lost in ledger.lost_examples[said:]:
+        logger.warning("%s:%s: lost: %s: %s", lost["file"], lost["line"], lost["reason"], lost["message"])
+    return len(ledger.lost_examples)
 
 
 def _as_preview(

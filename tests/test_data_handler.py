@@ -256,8 +256,11 @@ def test_too_many_lost_rows_are_an_error_with_the_rows(tmp_path, keys):
 def test_no_row_left_is_an_error_whatever_may_be_lost(tmp_path, keys):
     train = write(tmp_path / "a.jsonl", {"a": 1})
     data = prepare(keys(train_file=train, max_lost_fraction=0.99))
-    with pytest.raises(UserError, match=r"1 of 1 rows of 'train' are lost \(1 bad_schema\)\n"):
+    with pytest.raises(UserError, match=r"1 of 1 rows of 'train' are lost \(1 bad_schema\)\n") as caught:
         require_enough_rows(keys(max_lost_fraction=0.99), data.ledger)
+    # No share that may be lost would help.
+    assert (caught.value.problems[0].key, "max_lost_fraction" in str(caught.value)) == (None, False)
+    assert caught.value.problems[0].hint.startswith("tell with `columns:` what your columns are called")
 
 
 def test_a_row_alone_cannot_be_split(tmp_path, keys):
@@ -510,6 +513,33 @@ def test_the_preview_is_the_first_rows_in_source_order(tmp_path, keys, caplog):
     assert json.loads(json.dumps(samples)) == samples
     assert list(preview(config, TOKENIZER, 2, seed=1)) == samples[:2]
     assert list(preview(config, TOKENIZER, 0, seed=1)) == []
+
+
+def test_the_preview_names_the_first_twenty_lost_rows_of_each_reason_and_counts_the_rest(tmp_path, keys, caplog):
+    train = write(tmp_path / "a.jsonl", *["{broken"] * 25, *[{"a": 1}] * 22, *["{broken"] * 2, {"question": 1}, qa(1))
+    with caplog.at_level(logging.WARNING, logger="sft"):
+        (sample,) = preview(keys(train_file=train), TOKENIZER, 2, seed=1)
+    assert sample["row"] == 50
+    *named, rest = caplog.messages
+    assert rest == "rows lost besides these: 7 bad_json, 3 bad_schema"
+    lines = [(int(text.split(":")[1]), text.split(": ")[2]) for text in named]
+    assert lines == [(n, "bad_json") for n in range(1, 21)] + [(n, "bad_schema") for n in range(26, 46)]
+    # The run's own look at the first sample leaves it to the ledger to name them.
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="sft"):
+        assert prepare(keys(train_file=train)).sample == sample
+    assert caplog.messages == []
+
+
+def test_a_preview_of_nothing_is_an_error(tmp_path, keys):
+    train = write(tmp_path / "a.jsonl", "{broken", *[{"a": 1}] * 2)
+    with pytest.raises(UserError) as caught:
+        list(preview(keys(train_file=train), TOKENIZER, 5, seed=1))
+    (problem,) = caught.value.problems
+    assert problem.message == "none of 3 rows can be trained (2 bad_schema, 1 bad_json)"
+    assert problem.hint.startswith("tell with `columns:` what your columns are called")
+    # A preparation goes on, whose ledger says more.
+    assert prepare(keys(train_file=train)).sample is None
 
 
 def test_the_preview_shows_what_the_preparation_makes(tmp_path, keys):
