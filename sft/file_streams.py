@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def _skip_mark(stream: io.BufferedReader, file: Path) -> None:
     """Passes over a byte order mark, which no table begins with. Raises `UserError` for that of UTF-16."""
     start = stream.peek(3)
     if start.startswith(_UTF16_MARKS):
-        hint = f"convert it: iconv -f utf-16 -t utf-8 {file.name}"
+        hint = f"convert it: {_iconv(file, 'utf-16')}"
         raise UserError(Problem("not UTF-8: it begins with the mark of UTF-16", hint, file=str(file), line=1))
     if start.startswith(_UTF8_MARK):
         stream.read(3)
@@ -72,7 +73,17 @@ def not_utf8(file: Path) -> UserError:
 def conversion(file: Path) -> str:
     """What to do about a file that is not UTF-8. Most are Windows-1252, which Latin-1 reads without a word of warning
     and with control characters in the place of its quotation marks, dashes and euro signs."""
-    return f"convert it, if it comes from Windows or is Latin-1: iconv -f windows-1252 -t utf-8 {file.name}"
+    return f"convert it, if it comes from Windows or is Latin-1: {_iconv(file, 'windows-1252')}"
+
+
+def _iconv(file: Path, encoding: str) -> str:
+    """The command that writes `file` anew, which a shell takes as it is; what is compressed is not itself the text."""
+    suffix = file.suffix.lower()
+    path, new = shlex.quote(str(file)), f"NEW{Path(file.stem if suffix in COMPRESSIONS else file.name).suffix}"
+    convert = f"iconv -f {encoding} -t utf-8"
+    if suffix not in COMPRESSIONS:
+        return f"{convert} {path} > {new}"
+    return f"{'gzip' if suffix == '.gz' else 'zstd'} -dc {path} | {convert} > {new}"
 
 
 def _first_bad_line(stream: BinaryIO) -> tuple[int, str]:

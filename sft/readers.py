@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ from sft.rows import Parsed, Row, Rows, Wanted, require_distinct
 from sft.strict_json import DuplicateKey, loads
 from sft.table_readers import read_arrow, read_parquet
 
+logger = logging.getLogger("sft")
+
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 _CSV_FIELD_LIMIT = 1 << 30  # bytes; Python's default of 128 KiB cuts long documents short with an error
+_OTHER_DELIMITERS = (";", "\t", "|")
 _HEAD = 1 << 20  # bytes of a .json file that show which kind it is
 
 
@@ -156,10 +161,34 @@ def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         raise not_utf8(file) from None
 
 
-def _read_separated(file: Path, first: int, wanted: Wanted, delimiter: str) -> Rows:
+def _delimiter(file: Path, usual: str) -> str:
+    """`usual`, unless the header is one field by it and several by another: Excel separates as its language does."""
+    found = {delimiter: _fields_of_header(file, delimiter) for delimiter in dict.fromkeys((usual, *_OTHER_DELIMITERS))}
+    best = max(found, key=lambda delimiter: found[delimiter])  # the first of equals, which is the usual one
+    if found[usual] > 1 or found[best] < 2:
+        return usual
+    _say_delimiter(file, best)
+    return best
+
+
+def _fields_of_header(file: Path, delimiter: str) -> int:
+    try:
+        return len(next(_records(file, delimiter), (1, []))[1])
+    except UserError:  # quoted fields that end in front of something else; who reads the file says what is wrong
+        return 0
+
+
+@lru_cache(maxsize=64)  # once for each file, which is read several times
+def _say_delimiter(file: Path, delimiter: str) -> None:
+    logger.warning("%s: its columns are separated by %r, and are read so", file, delimiter)
+
+
+def _read_separated(file: Path, first: int, wanted: Wanted, usual: str) -> Rows:
     """Rows under a header."""
-    records = _records(file, delimiter)
+    records = _records(file, _delimiter(file, usual))
     start, header = next(records, (1, []))
+    if header == ["sep=", ""]:  # a line in front of the header that tells Excel the delimiter
+        start, header = next(records, (1, []))
     require_distinct(header, file, start)
     name, index = str(file), first
     for start, fields in records:

@@ -284,7 +284,7 @@ CASES: dict[str, Bad] = {
     "two columns of one name": Bad("a.csv", "answer,answer\na,b\n", error="two columns are called 'answer'", line=1),
     "empty fields": Bad("a.csv", "question,answer\na,b\nc,\n", [("empty_answer", 3, "answer is empty")], 1),
     "CSV without a header": Bad("a.csv", "Hi?,Yes\nHo?,No\n", [("bad_schema", 2, "its keys are Hi?, Yes")]),
-    "semicolons": Bad("a.csv", "question;answer\na;b\n", [("bad_schema", 2, "its keys are question;answer")]),
+    "semicolons": Bad("a.csv", "question;answer\na;b\n", trained=1),
     # tables
     "broken Parquet": Bad("a.parquet", parquet(ONE)[:-20], error="not Parquet: "),
     "Parquet that is none": Bad("a.parquet", GOOD * 9, error="not Parquet: "),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import logging
 import os
+import shutil
+import subprocess
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ import pytest
 import zstandard
 
 from sft.errors import UserError
+from sft.file_streams import conversion
 from sft.readers import data_extension
 from sft.rows import Row
 from sft.sources import find_files, read_files, read_hub, read_saved
@@ -232,7 +237,8 @@ def test_a_bad_line_is_one_lost_row_with_its_line(tmp_path, line, reason, messag
 
 def test_a_bad_byte_is_one_lost_row_with_its_line(tmp_path):
     rows = read(tmp_path / "a.jsonl", JSONL.encode() + b'{"a": "caf\xe9"}\n' + JSONL.encode())
-    hint = "convert it, if it comes from Windows or is Latin-1: iconv -f windows-1252 -t utf-8 a.jsonl"
+    command = f"iconv -f windows-1252 -t utf-8 {tmp_path / 'a.jsonl'} > NEW.jsonl"
+    hint = f"convert it, if it comes from Windows or is Latin-1: {command}"
     assert [(row.line, row.lost) for row in rows if row.lost] == [
         (4, ("bad_encoding", f"not UTF-8: invalid continuation byte at byte 10 of the line; {hint}"))
     ]
@@ -288,7 +294,7 @@ def test_json_lines_under_a_json_name_whose_first_row_is_longer_than_what_shows_
 def test_utf16_is_said_by_its_name(tmp_path, name, encoding):
     problem = error(tmp_path / name, ("\ufeff" + JSONL).encode(encoding))
     assert (problem.message, problem.line) == ("not UTF-8: it begins with the mark of UTF-16", 1)
-    assert problem.hint == f"convert it: iconv -f utf-16 -t utf-8 {name}"
+    assert problem.hint == f"convert it: iconv -f utf-16 -t utf-8 {tmp_path / name} > NEW{Path(name).suffix}"
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl", "a.txt"])
@@ -306,7 +312,59 @@ def test_what_is_advised_for_a_file_from_windows_keeps_its_characters(tmp_path, 
     assert text in str(read(path)[0].data)
 
 
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("my rows.csv", "iconv -f windows-1252 -t utf-8 '{path}' > NEW.csv"),
+        ("a.csv.gz", "gzip -dc {path} | iconv -f windows-1252 -t utf-8 > NEW.csv"),
+        ("a.jsonl.zst", "zstd -dc {path} | iconv -f windows-1252 -t utf-8 > NEW.jsonl"),
+    ],
+)
+def test_the_command_that_is_advised_names_the_whole_path_and_converts_no_compressed_bytes(tmp_path, name, command):
+    assert conversion(tmp_path / name).endswith(": " + command.format(path=tmp_path / name))
+
+
+@pytest.mark.skipif(not (shutil.which("iconv") and shutil.which("gzip")), reason="needs iconv and gzip")
+def test_the_command_that_is_advised_does_it(tmp_path):
+    path = write(tmp_path / "my rows.csv.gz", gzip.compress("question,answer\nHi?,“Yes” – 5 €\n".encode("cp1252")))
+    command = error(path, path.read_bytes()).hint.partition(": ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert [row.data for row in read(tmp_path / "NEW.csv")] == [{"question": "Hi?", "answer": "“Yes” – 5 €"}]
+
+
 # CSV
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_columns_separated_as_excel_does_in_other_languages(tmp_path, caplog, name, delimiter, quoting, ends):
+    texts = [["question", "answer"], ['a, b; c\t"d" | e', "two\nlines"], ["", "x"], ["f", "g"]]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter=delimiter, quoting=quoting, lineterminator=ends).writerows(texts)
+    with caplog.at_level(logging.WARNING, logger="sft"):
+        rows = read(tmp_path / name, stream.getvalue().encode())
+        read(tmp_path / name)
+    assert [row.data for row in rows] == [dict(zip(texts[0], text, strict=True)) for text in texts[1:]]
+    assert [row.line for row in rows] == [2, 4, 5]
+    said = f"{tmp_path / name}: its columns are separated by {delimiter!r}, and are read so"
+    assert caplog.messages == ([] if name == "a.tsv" and delimiter == "\t" else [said])
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ("text\na; b\n", [{"text": "a; b"}]),
+        ("a;b,c\n1;2,3\n", [{"a;b": "1;2", "c": "3"}]),
+        ("sep=;\nquestion;answer\na;b\n", [{"question": "a", "answer": "b"}]),
+        ("sep=,\nquestion,answer\na,b\n", [{"question": "a", "answer": "b"}]),
+        ('"question, in short";"answer"\na;b\n', [{"question, in short": "a", "answer": "b"}]),
+        ("a;b|c\n1;2|3\n", [{"a": "1", "b|c": "2|3"}]),
+    ],
+)
+def test_the_header_alone_tells_what_separates_columns(tmp_path, content, rows):
+    assert [row.data for row in read(tmp_path / "a.csv", content)] == rows
 
 
 def test_quoted_fields_hold_separators_quotes_and_line_feeds_and_rows_know_their_first_line(tmp_path):
