@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from sft.column_advice import advice
 from sft.conversation import Conversation, Message, RowLost, Text, as_text, keys_of, kind_of, parse_json, shown
 from sft.messages import read_messages, read_tools
 
@@ -136,8 +137,9 @@ def detect(row: Mapping[str, Any], format: str = "auto", mapped: Collection[str]
     """
     fitting = _fitting(tuple(row), format)
     if not fitting:
-        what = "fits no known format" if format == "auto" else f"is not of the format {format}"
-        raise RowLost("bad_schema", f"{what}: {keys_of(row)}")
+        if format == "auto":
+            raise RowLost("bad_schema", f"fits no known format: {keys_of(row)}; {advice(row)}")
+        raise RowLost("bad_schema", f"is not of the format {format}: {keys_of(row)}")
     if len(fitting) == 1:
         return fitting[0]
     return max(fitting, key=lambda fit: (sum(key in mapped for key in fit[1]), _fullness(row, fit)))

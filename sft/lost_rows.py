@@ -11,7 +11,7 @@ from sft.schema import DataKeys
 _ASKED_FOR = ("duplicate", "in_validation", "not_drawn")  # rows that the config leaves out
 _EXAMPLES = 5  # lost rows that are named
 _REMEDIES = {
-    "bad_schema": "tell with `columns:` what your columns are called, where they are not called as in the README",
+    "bad_schema": "where your columns are called otherwise than the README's, name them with `columns:`",
     "bad_json": "write one JSON object a line, or one array of objects in a .json file",
     "bad_encoding": "convert the files to UTF-8",
     "too_long": "raise `max_seq_length`, or let `truncation` cut or split what is longer",

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sft.column_advice import is_messages
 from sft.conversation import kind_of, shown
 from sft.errors import Problem, UserError
 from sft.file_streams import COMPRESSIONS, conversion, decoded, not_utf8, open_stream
@@ -84,6 +85,8 @@ def _parse_json(line: str) -> Parsed:
 def _as_row(value: Any) -> Parsed:
     if isinstance(value, dict):
         return value, None
+    if isinstance(value, list) and value and is_messages(value):
+        return {"messages": value}, None
     return None, ("bad_schema", f"expected an object with keys, found {kind_of(value)}: {shown(value)}")
 
 

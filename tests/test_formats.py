@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -449,10 +450,47 @@ def test_a_row_without_its_answer_is_not_taken_for_the_text_beside_it():
 
 
 def test_a_row_that_fits_no_format_is_lost_with_its_keys():
-    assert lost({"a": 1, "b": 2}) == ("bad_schema", "fits no known format: its keys are a, b")
-    assert lost({}) == ("bad_schema", "fits no known format: its keys are none")
-    assert lost({"output": "x"}) == ("bad_schema", "fits no known format: its keys are output")
-    assert lost({f"k{i}": 1 for i in range(500)})[1].endswith("k18, k19 and 480 more")
+    advice = "name your columns with `columns: {question: ..., answer: ...}`"
+    assert lost({"a": 1, "b": 2}) == ("bad_schema", f"fits no known format: its keys are a, b; {advice}")
+    assert lost({}) == ("bad_schema", f"fits no known format: its keys are none; {advice}")
+    assert lost({"output": 1}) == ("bad_schema", f"fits no known format: its keys are output; {advice}")
+    assert lost({f"k{i}": 1 for i in range(500)})[1].endswith(f"k18, k19 and 480 more; {advice}")
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, {"question": "prompt", "answer": "chosen"}),
+        ({"rejected": MESSAGES, "chosen": MESSAGES, "prompt": "Hi"}, {"messages": "chosen"}),
+        ({"prompt": MESSAGES[:1], "chosen": MESSAGES[1:]}, {"question": "prompt", "answer": "chosen"}),
+        ({"id": "7", "dialog": MESSAGES}, {"messages": "dialog"}),
+        (
+            {"question_id": "7", "Question": "Hi", "Best Answer": "Yes"},
+            {"question": "Question", "answer": "Best Answer"},
+        ),
+        ({"target_text": "Yes", "input_text": "Hi", "n": 1}, {"question": "input_text", "answer": "target_text"}),
+        ({"reply": "Yes", "they": "Hi"}, {"question": "they", "answer": "reply"}),
+        ({"en": "Hi", "de": "Ja"}, {"question": "en", "answer": "de"}),
+        ({"en: x": "Hi", "{é}": "Ja"}, {"question": "en: x", "answer": "{é}"}),
+        ({"id": 1, "title": "a", "body": "b", "url": "c"}, {"text": "body"}),
+        ({"line": "a", "number": 1}, {"text": "line"}),
+    ],
+)
+def test_what_is_advised_for_a_row_that_fits_no_format_reads_it(row, columns):
+    written = lost(row)[1].partition("; name your columns with `columns: ")[2].removesuffix("`")
+    assert yaml.safe_load(written) == columns
+    normalize(row, columns=columns)
+
+
+def test_advice_where_columns_would_not_help():
+    nested = "the rows lie under 'data': write each of them on a line of its own"
+    assert lost({"data": [{"question": "Hi", "answer": "Yes"}]})[1].endswith(f"its keys are data; {nested}")
+    message = 'it is one message: a row is a whole conversation, {"messages": [...]}'
+    assert lost({"role": "user", "content": "Hi"})[1].endswith(message)
+    assert lost({"prompt": "Hi", "c": 1, "id": "7"})[1].endswith("`columns: {question: prompt, answer: ...}`")
 
 
 @pytest.mark.parametrize("format", ["alpaca", "chat", "qa", "text"])

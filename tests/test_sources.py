@@ -205,6 +205,17 @@ def test_a_single_conversation_is_a_row_and_not_a_list_of_rows(tmp_path, row):
     assert [r.data for r in read(tmp_path / "a.json", json.dumps(row))] == [row]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_list_of_messages_is_a_conversation(tmp_path, name):
+    first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    second = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "No"}]
+    lines = [json.dumps(first), json.dumps(second), "[]", json.dumps([*first, "Hi"])]
+    content = "\n".join(lines) if name == "a.jsonl" else f"[{', '.join(lines)}]"
+    rows = read(tmp_path / name, content)
+    assert [row.data for row in rows] == [{"messages": first}, {"messages": second}, None, None]
+    assert [row.lost[1].split(":")[0] for row in rows if row.lost] == ["expected an object with keys, found list"] * 2
+
+
 def test_a_value_that_is_no_object_is_one_lost_row(tmp_path):
     rows = read(tmp_path / "a.json", json.dumps([ROWS[0], "text", 3, None, [ROWS[1]]]))
     assert [row.lost and row.lost[0] for row in rows] == [None, *["bad_schema"] * 4]
