@@ -44,7 +44,7 @@ def advice(row: Mapping[str, Any]) -> str:
 
 def is_messages(value: Iterable[Any]) -> bool:
     """Whether all are messages, by OpenAI's keys or ShareGPT's."""
-    keys = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    keys = ({"role", "content"}, {"role", "tool_calls"}, {"role", "function_call"}, {"from", "value"})
     return all(isinstance(item, dict) and any(both <= item.keys() for both in keys) for item in value)
 
 

@@ -78,7 +78,7 @@ def question(row: Mapping[str, Any]) -> Conversation:
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
     elif isinstance(row[keys[0]], list):
-        messages, tools = read_messages(row[keys[0]]).messages, read_tools(row.get("tools"))
+        messages, tools = read_messages(row[keys[0]]).messages, read_tools(row)
     else:
         messages = _before_answer(row, keys[0])
     if not messages or messages[-1]["role"] not in ("user", "tool") or not messages[-1]["content"].strip():
@@ -225,7 +225,7 @@ def _prompt_completion_messages(row: Mapping[str, Any], question_key: str, answe
         raise RowLost("bad_schema", f"{question_key} and {answer_key}: expected two texts or two lists of messages")
     before, after = read_messages(prompt), read_messages(completion)
     trainable = [False] * len(before.messages) + after.trainable
-    return Conversation("qa", before.messages + after.messages, trainable, read_tools(row.get("tools")))
+    return Conversation("qa", before.messages + after.messages, trainable, read_tools(row))
 
 
 def _chat(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
@@ -239,7 +239,7 @@ def _chat(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
     if _has(row, "system") and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(row, "system")})
         trainable.insert(0, False)
-    return Conversation("chat", messages, trainable, read_tools(row.get("tools")))
+    return Conversation("chat", messages, trainable, read_tools(row))
 
 
 def _answer(value: Any, key: str) -> str:

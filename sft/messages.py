@@ -1,7 +1,11 @@
-"""Messages of the chat habits in use: OpenAI's `role`/`content`/`tool_calls` and ShareGPT's `from`/`value`."""
+"""Messages of the chat habits in use: OpenAI's `role`/`content`/`tool_calls` and ShareGPT's `from`/`value`.
+
+OpenAI's older way of calling (`function_call`, the role `function`, `functions`) is read as the newer one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sft.conversation import Conversation, Message, RowLost, as_text, kind_of, parse_json, shown
@@ -20,7 +24,7 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {"function": "tool"}
 _EXTRAS = ("tool_call_id", "name", "reasoning_content", "thinking")
 
 
@@ -49,7 +53,7 @@ def _message(item: dict[str, Any], number: int) -> Message:
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, f"message {number}: {role}")}
     # A role and a content leave nothing to look at; OpenAI leaves the content away beside calls, too.
-    extras = _extras(item, number) if len(item) > 2 or "tool_calls" in item else {}
+    extras = _extras(item, number) if len(item) > 2 or content is None else {}
     if content is None and "tool_calls" in extras:
         content = ""
     if isinstance(content, list):  # OpenAI's content parts
@@ -78,6 +82,8 @@ def _extras(item: dict[str, Any], number: int) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     if item.get("tool_calls"):
         extras["tool_calls"] = _tool_calls(item["tool_calls"], f"message {number}: tool_calls")
+    elif item.get("function_call"):
+        extras["tool_calls"] = _tool_calls(item["function_call"], f"message {number}: function_call")
     for key in _EXTRAS:
         if item.get(key) not in (None, ""):
             extras[key] = as_text(item[key], f"message {number}: {key}")
@@ -121,12 +127,16 @@ def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
     return result
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tools given as a list or as its JSON text, as JSON schemas. Raises `RowLost`."""
+def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """A row's `tools`, or its `functions`, given as a list or as its JSON text, as JSON schemas. Raises `RowLost`."""
+    return _schemas(row.get("tools"), "tools") or _schemas(row.get("functions"), "functions")
+
+
+def _schemas(value: Any, key: str) -> list[dict[str, Any]] | None:
     if isinstance(value, str):
-        value = parse_json(value, "tools") if value.strip() else None
+        value = parse_json(value, key) if value.strip() else None
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowLost("bad_schema", f"tools: expected a list of objects, found {kind_of(value)}")
+        raise RowLost("bad_schema", f"{key}: expected a list of objects, found {kind_of(value)}")
     return [dict(t) if "function" in t else {"type": "function", "function": dict(t)} for t in value]

@@ -259,6 +259,45 @@ def test_openais_calls_have_their_arguments_as_an_object_as_templates_take_them(
         )
 
 
+@pytest.mark.parametrize("written", [list, json.dumps])
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_openais_older_calls_are_read_as_the_newer_ones(written, content):
+    schema = {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+    called = {"name": "look", "arguments": '{"at": "the sky"}'}
+    old = {
+        "messages": [
+            user("Is it blue?"),
+            {"role": "assistant", **content, "function_call": called},
+            {"role": "function", "name": "look", "content": "grey"},
+            # A table gives each message the keys of all.
+            {"role": "assistant", "content": "No", "function_call": None, "name": None},
+        ],
+        "functions": written([schema]),
+    }
+    new = {
+        "messages": [
+            user("Is it blue?"),
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": called}]},
+            {"role": "tool", "name": "look", "content": "grey"},
+            assistant("No"),
+        ],
+        "tools": written([{"type": "function", "function": schema}]),
+    }
+    assert conversation(old) == conversation(new)
+    found = conversation(old)
+    assert found.messages[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "the sky"}}
+    assert (found.trainable, found.tools) == ([False, True, False, True], [{"type": "function", "function": schema}])
+
+
+def test_older_calls_that_are_none():
+    reason, message = lost({"messages": [user("Hi"), {"role": "assistant", "content": None, "function_call": {}}]})
+    assert (reason, message) == ("bad_schema", "message 1 (assistant): content is null, expected text")
+    reason, message = lost({"messages": [user("Hi"), {"role": "assistant", "function_call": {"arguments": "{}"}}]})
+    assert (reason, message.partition(" name: ")[0]) == ("bad_schema", "message 1: function_call: a call without a")
+    reason, message = lost({"messages": [user("Hi"), assistant("Yes")], "functions": 3})
+    assert (reason, message) == ("bad_schema", "functions: expected a list of objects, found int")
+
+
 @pytest.mark.parametrize(
     ("flags", "trained"),
     [
