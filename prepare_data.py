@@ -85,21 +85,27 @@ def _run(options: argparse.Namespace) -> int:
     validation: list[Kept] = []
     if not options.convert_only:
         train, validation = split(kept, options.val_split, options.seed, options.stratify)
+    report = {"rows_read": len(rows), "rows_written": len(kept), "rows_lost": dict(lost.most_common())}
     try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
+        _write_all(train, validation, report, options.output_dir)
     except OSError as error:
-        raise UserError(Problem(f"cannot be made: {error}", "give a folder to write to", "--output-dir")) from None
+        hint = "give a folder to write to, on a disk with room"
+        raise UserError(Problem(f"cannot be written: {error}", hint, "--output-dir")) from None
+    console.print(f"{len(rows):,} rows read, {len(kept):,} written, {lost.total():,} left out: {_reasons(lost)}")
+    return 0
+
+
+def _write_all(train: list[Kept], validation: list[Kept], report: dict[str, Any], folder: Path) -> None:
+    """Raises `OSError` where the folder cannot be made or written to."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train), ("validation", validation)):
-        file = options.output_dir / f"{name}.parquet"
+        file = folder / f"{name}.parquet"
         if part:
             _write(part, file)
             console.print(f"{file}: {len(part):,} rows", markup=False)
         elif file.exists():
             _set_aside(file)
-    report = {"rows_read": len(rows), "rows_written": len(kept), "rows_lost": dict(lost.most_common())}
-    (options.output_dir / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"{len(rows):,} rows read, {len(kept):,} written, {lost.total():,} left out: {_reasons(lost)}")
-    return 0
+    (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _normalized(rows: list[Row], options: argparse.Namespace, lost: Counter[str]) -> Iterator[Kept]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -184,8 +185,8 @@ def test_an_answer_that_no_column_of_parquet_holds_is_a_mistake_that_is_said(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{raw}/a.jsonl", "-o", "{raw}/b.jsonl", "--convert-only"], "--output-dir: cannot be made"),
-        (["{raw}/a.jsonl", "-o", "{raw}/b.jsonl/deeper", "--convert-only"], "--output-dir: cannot be made"),
+        (["{raw}/a.jsonl", "-o", "{raw}/b.jsonl", "--convert-only"], "--output-dir: cannot be written: "),
+        (["{raw}/a.jsonl", "-o", "{raw}/b.jsonl/deeper", "--convert-only"], "--output-dir: cannot be written: "),
         (["{raw}/mixed.json", "-o", "out", "--convert-only"], "the column 'n' has values that no column"),
         (["nowhere/*.jsonl", "-o", "out"], "no such file"),
         (["{raw}/a.jsonl", "-o", "out", "--val-split", "1.5"], "--val-split"),
@@ -197,3 +198,23 @@ def test_a_mistake_is_said(raw: Path, capsys: pytest.CaptureFixture[str], argume
     (raw / "mixed.json").write_text('[{"n": 1}, {"n": "a"}]')
     assert prepare_data.main([a.format(raw=raw) for a in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "validation.parquet", "data_report.json"])
+def test_a_folder_that_cannot_be_written_to_is_a_mistake_that_is_said(
+    raw: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (raw / "out" / name / "in the way").mkdir(parents=True)  # which stops root, too
+    assert prepare_data.main(command(raw, "--val-split", "0.2")) == 2
+    said = capsys.readouterr().err
+    assert "--output-dir: cannot be written: " in said
+    assert "give a folder to write to" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_one_may_not_write_to_is_a_mistake_that_is_said(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "out").mkdir(mode=0o555)
+    assert prepare_data.main(command(raw)) == 2
+    assert "--output-dir: cannot be written: " in capsys.readouterr().err
