@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from sft.metrics import TokenSums
 from sft.optimizers import skipping, with_master_weights
 from sft.out_of_memory import ShrinkingPasses
 from sft.pass_halves import halves
+from sft.resumed_optimizer import PEAK, ConfiguredOptimizer
 from sft.split_masters import summed_in_a_pass
 from sft.step_watch import StepWatch
 from sft.stream_state import StreamProgress
@@ -123,10 +125,21 @@ class GuardedStep(Trainer):
         """The Trainer's optimizer, over float32 values of bfloat16 weights where the run keeps them."""
         if self.optimizer is None:
             super().create_optimizer(model)
+            assert self.optimizer is not None
             if self._settings.master_weights:
-                assert self.optimizer is not None
                 self.optimizer = self._masters = with_master_weights(self.optimizer, self._summed())
+            for group in self.optimizer.param_groups:
+                group.setdefault(PEAK, group["lr"])  # as most schedules do, so that each checkpoint tells it
         return self.optimizer  # type: ignore[return-value]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads their states; their settings are the config's (see `sft.resumed_optimizer`)."""
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        configured = ConfiguredOptimizer.of(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        configured.put_back(self.optimizer, self.lr_scheduler, Path(checkpoint).name)
 
     def _summed(self) -> list[torch.nn.Parameter] | None:
         """Of a step that is one pass, the weights whose gradients are sums all the same; None for other steps."""
