@@ -25,7 +25,7 @@ from sft.hardware import training_device
 from sft.keys import placed
 from sft.merging import merge
 from sft.model_files import require_weights, resolve_reference
-from sft.precision import Precision, choose_attention, choose_precision, device_facts
+from sft.precision import Precision, choose_attention, choose_precision, device_facts, keep_precision
 from sft.quantization import (
     import_bitsandbytes,
     quantized_layers,
@@ -65,11 +65,13 @@ def plan_precision(
     *,
     bf16: bool | None = None,
     fp16: bool | None = None,
+    kept: str | None = None,
 ) -> Precision:
     """The number formats of this run on this machine; the Trainer is to get `precision.bf16` and `precision.fp16`.
 
     Args:
         bf16, fp16: as the user set them, None where not.
+        kept: the format of the weights in the checkpoint that the run goes on from; `dtype: auto` stays with it.
 
     Raises:
         UserError: the settings exclude each other, or the device cannot do it.
@@ -78,6 +80,8 @@ def plan_precision(
         trains_everything = lora is None and quantization is None
         facts = device_facts(measured=keys.dtype == "auto")
         precision = choose_precision(keys.dtype, trains_everything, bf16, fp16, facts)
+        if kept and (keys.dtype, bf16, fp16) == ("auto", None, None):
+            precision = keep_precision(precision, kept, trains_everything, facts)
     logger.info("Precision: %s", precision.reason)
     if trains_everything and precision.dtype != "float32" and not precision.master_weights:
         logger.warning(

@@ -127,7 +127,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
     compiling = compile_settings(config.torch_compile, config.torch_compile_backend, config.torch_compile_mode)
-    precision = _precision(config)
+    precision = _precision(config, checkpoint)
     trainer_utils.set_seed(config.seed)
     model = _model(config, tokenizer, precision)
     searches = keys.per_device_train_batch_size == "auto"
@@ -144,6 +144,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
     settings = trainer_utils.StepSettings(
         objective=_objective(config, model),
         loss_chunk_size=config.loss_chunk_size,
+        dtype=precision.dtype,
         master_weights=precision.master_weights,
         on_nonfinite=config.on_nonfinite,
         nonfinite_limit=config.nonfinite_limit,
@@ -191,7 +192,8 @@ def _choose_batch_size(
     return with_rows(keys, rows)
 
 
-def _precision(config: Config) -> Precision:
+def _precision(config: Config, checkpoint: Path | None = None) -> Precision:
+    from sft.run_shape import dtype_of_checkpoint
 
     return model_manager.plan_precision(
         config.section(ModelKeys),
@@ -199,6 +201,7 @@ def _precision(config: Config) -> Precision:
         config.quantization_config,
         bf16=config.bf16 if config.is_set("bf16") else None,
         fp16=config.fp16 if config.is_set("fp16") else None,
+        kept=dtype_of_checkpoint(checkpoint) if checkpoint else None,
     )
 
 

@@ -36,6 +36,7 @@ class StepSettings:
     Attributes:
         objective: what is minimised; evaluation measures the plain cross entropy.
         loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        dtype: of the weights at rest, noted in checkpoints.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
         on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
         from_scratch: whether the model's weights are random on purpose.
@@ -46,6 +47,7 @@ class StepSettings:
 
     objective: Objective = field(default_factory=Objective)
     loss_chunk_size: int | None = None
+    dtype: str | None = None
     master_weights: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import Problem, UserError
@@ -164,6 +164,22 @@ def choose_precision(
     else:
         dtype, why = "float32", "because bf16 and fp16 are off"
     return Precision(dtype, use_bf16, use_fp16, f"{dtype} weights {why}{autocast}")
+
+
+def keep_precision(chosen: Precision, kept: str, trains_everything: bool, device: DeviceFacts) -> Precision:
+    """What a run goes on with that has left the choice to the machine: the format of its checkpoint's weights.
+
+    Else a measurement that comes out otherwise, or another machine, would change the numbers in the middle of a run;
+    where all weights are trained the states of the optimizer would not even fit.
+
+    Args:
+        chosen: what a fresh run would have.
+        kept: the format of the weights in the checkpoint; float16 is kept where the machine chooses it, too.
+    """
+    if kept == chosen.dtype or kept == "float16" or (kept == "bfloat16" and not device.bf16):
+        return chosen
+    reason = f"{kept} weights as in the checkpoint; a fresh run would have {chosen.dtype} ones here"
+    return replace(choose_precision(kept, trains_everything, None, None, device), reason=reason)
 
 
 def _on_cpu(dtype_key: str, trains_everything: bool, bf16: bool | None, speedup: float) -> Precision:

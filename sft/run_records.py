@@ -131,7 +131,7 @@ class RunRecords(RowOrder):
         if self.args.save_on_each_node:  # on its own disk, by its first rank, which this is
             first = self.args.process_index
             ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        run_shape.save(folder, self._shape(), self._counts, self._watch.skipped, ranks)
+        run_shape.save(folder, self._shape(), self._counts, self._watch.skipped, ranks, self._settings.dtype)
 
     def _leave_logs(self) -> None:
         """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""

@@ -109,15 +109,40 @@ def adapter_facts(model: Any) -> dict[str, Any] | None:
     return plain
 
 
-def save(folder: Path, shape: RunShape, counts: TokenCounts, skipped: int, ranks: Sequence[int] | None = None) -> None:
+def save(
+    folder: Path,
+    shape: RunShape,
+    counts: TokenCounts,
+    skipped: int,
+    ranks: Sequence[int] | None = None,
+    dtype: str | None = None,
+) -> None:
     """Writes into a checkpoint the shape, the counts since the last log, and the steps left out since the start.
 
     Args:
         ranks: those that write their random state into `folder`, by which a missing one is found; None for all.
+        dtype: of the weights at rest, which a run with `dtype: auto` keeps when it goes on.
     """
     content = {"shape": asdict(shape), "counts": asdict(counts), "skipped": skipped}
     content["ranks"] = list(range(shape.world_size) if ranks is None else ranks)
+    content["dtype"] = dtype
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def dtype_of_checkpoint(checkpoint: Path) -> str | None:
+    """The format of the weights of the run that left this checkpoint; None where it does not tell.
+
+    An older version wrote none. Where it trained all weights, its optimizer tells whether they were bfloat16.
+    """
+    file = checkpoint / FILE
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text())
+    if content.get("dtype"):
+        return str(content["dtype"])
+    if content["shape"].get("adapter") is not None:
+        return None
+    return "bfloat16" if content["shape"].get("master_weights") else "float32"
 
 
 def load(folder: Path, shape: RunShape) -> tuple[TokenCounts, int]:
@@ -132,7 +157,9 @@ def load(folder: Path, shape: RunShape) -> tuple[TokenCounts, int]:
         return TokenCounts.zero(), 0
     saved = json.loads(file.read_text())
     differing = [
-        Problem(f"was {was} in {folder}, is {value} now", key=name)
+        _master_weights_differ(folder, was)
+        if name == "master_weights"
+        else Problem(f"was {was} in {folder}, is {value} now", key=name)
         for name, was, value in _differences(saved["shape"], asdict(shape))
         if not (name == "model_name_or_path" and _has_moved(was))
     ]
@@ -151,6 +178,14 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[t
             yield from _differences(was or {}, value or {})
         elif was != value:
             yield name, was, value
+
+
+def _master_weights_differ(folder: Path, was: bool) -> Problem:
+    """No key has this name: what decides it is `dtype`."""
+    dtype, held = ("bfloat16", "kept") if was else ("float32", "kept no")
+    return Problem(
+        f"the optimizer in {folder} {held} float32 values of bfloat16 weights", f"set `dtype: {dtype}`", "dtype"
+    )
 
 
 def _has_moved(base: Any) -> bool:

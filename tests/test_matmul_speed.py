@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sft import matmul_speed
-from sft.matmul_speed import ROUNDS, TOKENS, measure_speedup, operations_a_second
+from sft.matmul_speed import FEWEST_ROUNDS, ROUNDS, TOKENS, measure_speedup, operations_a_second
 
 
 class Machine:
@@ -36,22 +36,35 @@ def machine(monkeypatch: pytest.MonkeyPatch, float32: list[float], bfloat16: lis
 
 
 def test_the_fastest_large_products_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In milliseconds. The first two of each are small products; the third is a large one that warms up."""
-    float32, bfloat16 = [9, 1, 2, 5, 8, 4, 9, 4], [9, 1, 1, 4, 2, 3, 6, 2]
+    """In milliseconds. The first four of each are small products; the fifth is a large one that warms up."""
+    float32, bfloat16 = [9, 1, 1, 1, 2, 5, 8, 4, 9, 4], [9, 1, 1, 1, 1, 4, 2, 3, 6, 2]
     made = machine(monkeypatch, [ms / 1000 for ms in float32], [ms / 1000 for ms in bfloat16])
     assert measure_speedup(made.clock) == pytest.approx(4 / 2)
-    assert made.products[4:] == [(torch.float32, TOKENS), (torch.bfloat16, TOKENS)] * (ROUNDS + 1)
+    assert made.products[2 * (FEWEST_ROUNDS + 1) :] == [(torch.float32, TOKENS), (torch.bfloat16, TOKENS)] * (
+        ROUNDS + 1
+    )
 
 
 def test_a_slow_machine_is_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round behind the one that warms up, although it takes more than the time there is for all."""
-    made = machine(monkeypatch, [0.001, 0.001, 0.1, 0.1], [0.001, 0.001, 0.1, 0.05])
+    """Three rounds behind the one that warms up, although they take more than the time there is for all."""
+    made = machine(monkeypatch, [0.001] * 4 + [0.1, 0.1, 0.2, 0.2], [0.001] * 4 + [0.1, 0.05, 0.2, 0.2])
     assert measure_speedup(made.clock) == pytest.approx(2)
-    assert len(made.products) == 8
+    assert len(made.products) == 16
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("calm", [1, 2, 3])
+def test_a_busy_machine_flips_no_answer(monkeypatch: pytest.MonkeyPatch, size: str, calm: int) -> None:
+    """In milliseconds; another program's turn of 100 falls into all of bfloat16's three rounds but one."""
+    quiet, busy = [1, 1, 1, 1], [1, *(1 if number == calm else 101 for number in (1, 2, 3))]
+    small, large = (busy, quiet) if size == "small" else (quiet, busy)
+    fast, slow = [ms / 1000 for ms in small + large], [4 * ms / 1000 for ms in [*quiet, 30, 30, 30, 30]]
+    made = machine(monkeypatch, slow, fast)
+    assert measure_speedup(made.clock) == pytest.approx(120)
 
 
 def test_a_cpu_without_a_kernel_is_not_asked_for_a_large_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = machine(monkeypatch, [1, 1], [1, 20])
+    made = machine(monkeypatch, [1, 1, 1, 1], [1, 20, 20, 20])
     assert measure_speedup(made.clock) == 1 / 20
     assert max(rows for _, rows in made.products) < TOKENS
 

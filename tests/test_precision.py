@@ -6,7 +6,7 @@ import pytest
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sft.errors import UserError
-from sft.precision import DeviceFacts, choose_attention, choose_precision, device_facts
+from sft.precision import DeviceFacts, choose_attention, choose_precision, device_facts, keep_precision
 
 CPU, OLD_GPU, GPU = DeviceFacts("cpu", True, 3.0), DeviceFacts("cuda", False), DeviceFacts("cuda", True)
 SLOW_CPU = DeviceFacts("cpu", True, 0.3)
@@ -53,6 +53,28 @@ def test_the_choice(
     expected: tuple[str, bool, bool, bool],
 ) -> None:
     chosen = choose_precision(dtype, everything, bf16, fp16, device)
+    assert (chosen.dtype, chosen.bf16, chosen.fp16, chosen.master_weights) == expected
+    assert chosen.reason.startswith(expected[0])
+
+
+@pytest.mark.parametrize(
+    ("everything", "kept", "device", "expected"),
+    [
+        (True, "bfloat16", SLOW_CPU, MASTERS),
+        (True, "float32", CPU, ("float32", False, False, False)),
+        (False, "bfloat16", SLOW_CPU, ("bfloat16", False, False, False)),
+        (False, "float32", CPU, ("float32", False, False, False)),
+        (True, "float32", GPU, ("float32", False, False, False)),
+        (True, "float32", OLD_GPU, ("float32", False, True, False)),  # as the run was that it left
+        (False, "bfloat16", OLD_GPU, ("float16", False, True, False)),
+        (False, "float16", CPU, ("bfloat16", False, False, False)),
+    ],
+)
+def test_a_run_that_goes_on_keeps_its_checkpoints_format(
+    everything: bool, kept: str, device: DeviceFacts, expected: tuple[str, bool, bool, bool]
+) -> None:
+    """Where the machine can: a GPU without bfloat16, and a CPU in float16, go on with what they would choose."""
+    chosen = keep_precision(choose_precision("auto", everything, None, None, device), kept, everything, device)
     assert (chosen.dtype, chosen.bf16, chosen.fp16, chosen.master_weights) == expected
     assert chosen.reason.startswith(expected[0])
 

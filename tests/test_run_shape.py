@@ -47,6 +47,38 @@ def test_what_is_counted_comes_back(tmp_path: Path) -> None:
     assert run_shape.load(tmp_path, shape) == (TokenCounts.zero(), 0)
 
 
+def test_the_format_of_the_weights_comes_back(tmp_path: Path) -> None:
+    shape = RunShape(1, 2, 3, 40, "3f", 0, "r=4", "random")
+    run_shape.save(tmp_path, shape, TokenCounts.zero(), 0, dtype="bfloat16")
+    assert run_shape.dtype_of_checkpoint(tmp_path) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ({"adapter": None, "master_weights": True}, "bfloat16"),
+        ({"adapter": None, "master_weights": False}, "float32"),
+        ({"adapter": None}, "float32"),
+        ({"adapter": "r=4", "master_weights": False}, None),
+    ],
+)
+def test_an_older_checkpoint_tells_the_format_by_its_optimizer(tmp_path: Path, shape: Any, dtype: str | None) -> None:
+    assert run_shape.dtype_of_checkpoint(tmp_path) is None, "another trainer's"
+    (tmp_path / run_shape.FILE).write_text(json.dumps({"shape": shape, "counts": {}}))
+    assert run_shape.dtype_of_checkpoint(tmp_path) == dtype
+
+
+@pytest.mark.parametrize(("was", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_an_optimizer_that_does_not_fit_names_the_key_to_set(tmp_path: Path, was: bool, dtype: str) -> None:
+    shape = RunShape(1, 2, 3, 40, "3f", 0, None, "random", master_weights=was)
+    run_shape.save(tmp_path, shape, TokenCounts.zero(), 0)
+    with pytest.raises(UserError) as caught:
+        run_shape.load(tmp_path, replace(shape, master_weights=not was))
+    assert [(problem.key, problem.hint) for problem in caught.value.problems[1:]] == [
+        ("dtype", f"set `dtype: {dtype}`")
+    ]
+
+
 def test_lengths_are_told_apart_by_their_order_too() -> None:
     assert digest_lengths(np.array([3, 5])) == digest_lengths(np.array([3, 5], dtype=np.int32))
     assert digest_lengths(np.array([3, 5])) != digest_lengths(np.array([5, 3]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import yaml
 from filelock import FileLock
 from safetensors import safe_open
 
@@ -144,6 +145,24 @@ def test_a_resumed_run_goes_on_exactly_where_it_stopped(config_file: Path, tmp_p
     assert [e["num_tokens"] for e in log_history(parts)] == [e["num_tokens"] for e in log_history(whole)]
     steps = [json.loads(line)["step"] for line in (parts / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize(("then", "now", "dtype"), [(5.0, 0.2, "bfloat16"), (0.2, 5.0, "float32")])
+def test_a_resumed_run_keeps_the_format_that_auto_had_chosen(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float, now: float, dtype: str
+) -> None:
+    """All weights are trained; the machine is measured as slower, or faster, in bfloat16 the second time."""
+    keys = yaml.safe_load(config_file.read_text())
+    del keys["lora_config"]
+    write_config(config_file, **keys)
+    common = ["--config_file", str(config_file), "dtype=auto", "max_steps=2", "save_steps=1"]
+    monkeypatch.setattr("sft.matmul_speed.bf16_speedup", lambda: then)
+    assert sft_main.main([*common, f"output_dir={tmp_path / 'whole'}"]) == 0
+    monkeypatch.setattr("sft.matmul_speed.bf16_speedup", lambda: now)
+    again, first = tmp_path / "again", tmp_path / "whole" / "checkpoint-1"
+    assert sft_main.main([*common, f"output_dir={again}", f"resume_from_checkpoint={first}"]) == 0
+    assert losses(again) == losses(tmp_path / "whole")
+    assert json.loads((again / "checkpoint-2" / "run_shape.json").read_text())["dtype"] == dtype
 
 
 def test_the_speed_behind_a_resume_is_that_of_the_tokens_since_then(
