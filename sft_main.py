@@ -105,6 +105,7 @@ def train(argv: list[str]) -> int:
     if distributed.is_main_process():
         set_aside(output_dir, checkpoint)
         config_manager.write_config(config, output_dir / "config.yaml")
+        artifacts.write_ledger(output_dir, data.ledger)
 
     questions = stages.questions(config, tokenizer, data)
     results = stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_before")

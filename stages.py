@@ -39,14 +39,12 @@ logger = logging.getLogger("sft")
 
 
 def prepare(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
-    """The prepared data; the first rank shows its ledger and its first sample, and saves the ledger."""
+    """The prepared data; the first rank shows its ledger and its first sample."""
     keys = config.section(DataKeys)
     with counting("rows prepared:") as on_rows:
         data = read_data(config, tokenizer, training=training, on_rows=on_rows, **options)
     if distributed.is_main_process():
         show_ledger(data.ledger)
-        if training:
-            artifacts.write_ledger(Path(config.output_dir), data.ledger)
         if data.sample:
             show_sample(data.sample, tokenizer)
     if data.packing:

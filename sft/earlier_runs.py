@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ _COMPANIONS = (
     "trainer_state.json",
     "config.yaml",
 )
+# What a run writes anew in its folder of logs. `training_log.txt` is the folder's own, which each run goes on in; what
+# else lies there is not the pipeline's, as the output of the job that runs it.
+_LOGS = ("metrics.jsonl", "eval_results.json", "data_report.json", "tensorboard")
 
 
 def require_apart(output_dir: Path, named: Mapping[str, Any]) -> None:
@@ -83,7 +87,8 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> None:
     Args:
         checkpoint: the one that the run goes on from; None for a fresh start. Where it is one of this folder's, the
             older ones are the run's own past and stay. Newer ones are of a branch that it leaves, from which a later
-            `auto` would go on: they make room with the model that the branch may have ended in.
+            `auto` would go on: they make room with the model that the branch may have ended in. Of the logs, which
+            both have in common up to the checkpoint, the branch gets a copy.
     """
     old = checkpoints(output_dir)
     own = [path for path in old if checkpoint is not None and checkpoint.samefile(path)]
@@ -93,7 +98,9 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> None:
             return
     entries = sorted(output_dir.iterdir())
     model = [path for path in entries if _is_any(path.name, _WEIGHTS)]
-    if not (old or model):
+    logs = [path for name in _LOGS if (path := output_dir / "logs" / name).exists()]
+    was_run = output_dir / "logs" / "metrics.jsonl" in logs  # one that ended before it left a model, too
+    if not (old or model or was_run):
         return
     companions = [path for path in entries if _is_any(path.name, _COMPANIONS)]
     number = 1
@@ -102,8 +109,21 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> None:
     folder.mkdir()
     for path in (*model, *companions, *old):
         path.rename(folder / path.name)
-    what = [*(["the model"] if model else []), *(path.name for path in old)]
+    if logs:
+        (folder / "logs").mkdir()
+    for path in logs:
+        _hand_over(path, folder / "logs" / path.name, copied=bool(own))
+    what = [*(["the model"] if model else []), *(path.name for path in old), *(["its logs"] if logs else [])]
     logger.warning("Left by an earlier run, and now in %s: %s", folder, ", ".join(what))
+
+
+def _hand_over(path: Path, to: Path, *, copied: bool) -> None:
+    if not copied:
+        path.rename(to)
+    elif path.is_dir():
+        shutil.copytree(path, to)
+    else:
+        shutil.copy2(path, to)
 
 
 def _is_any(name: str, patterns: tuple[str, ...]) -> bool:

@@ -46,16 +46,54 @@ def test_a_fresh_run_moves_an_earlier_model_aside_with_its_checkpoints_and_says_
 ) -> None:
     leave(tmp_path, model, steps=(8, 12))
     leave(tmp_path, NOT_OF_A_MODEL)
-    (tmp_path / "logs").mkdir()
+    keep_logs(tmp_path)
     with caplog.at_level(logging.WARNING, "sft"):
         set_aside(tmp_path, None)
     assert names_in(tmp_path) == sorted([*NOT_OF_A_MODEL, "logs", "earlier-run-1"])
     earlier = tmp_path / "earlier-run-1"
-    assert names_in(earlier) == sorted([*model, "checkpoint-8", "checkpoint-12"])
+    assert names_in(earlier) == sorted([*model, "checkpoint-8", "checkpoint-12", "logs"])
     assert all((earlier / name).read_text() == f"{name} of {model[0]}" for name in model), "moved as it was"
     assert is_adapter(earlier) == (model[0] == ADAPTER[0])
     assert is_model(earlier) == (model[0] == MODEL[0])
-    assert caplog.messages == [f"Left by an earlier run, and now in {earlier}: the model, checkpoint-8, checkpoint-12"]
+    assert caplog.messages == [
+        f"Left by an earlier run, and now in {earlier}: the model, checkpoint-8, checkpoint-12, its logs"
+    ]
+
+
+LOGS = ["data_report.json", "eval_results.json", "metrics.jsonl", "tensorboard"]
+
+
+def keep_logs(output_dir: Path) -> None:
+    """All logs of a run, and the output of the job that it runs in."""
+    (output_dir / "logs" / "tensorboard").mkdir(parents=True)
+    (output_dir / "logs" / "tensorboard" / "events").write_text("events")
+    leave(output_dir / "logs", [*LOGS[:3], "training_log.txt", "slurm-7.out"])
+
+
+def test_a_fresh_run_moves_what_it_would_write_over_among_the_logs(tmp_path: Path) -> None:
+    """The log as text is one for all runs; a run that left nothing else, as it was stopped early, counts as well."""
+    keep_logs(tmp_path)
+    leave(tmp_path, ["config.yaml", "trainer_state.json"])
+    set_aside(tmp_path, None)
+    assert names_in(tmp_path / "logs") == ["slurm-7.out", "training_log.txt"]
+    earlier = tmp_path / "earlier-run-1"
+    assert names_in(earlier) == ["config.yaml", "logs", "trainer_state.json"]
+    assert names_in(earlier / "logs") == LOGS
+    assert names_in(earlier / "logs" / "tensorboard") == ["events"]
+    set_aside(tmp_path, None)
+    assert names_in(tmp_path) == ["earlier-run-1", "logs"], "nothing is left to move"
+
+
+def test_a_run_that_goes_on_keeps_its_logs_and_leaves_a_branch_a_copy(tmp_path: Path) -> None:
+    keep_logs(tmp_path)
+    leave(tmp_path, [], steps=(8, 12))
+    set_aside(tmp_path, tmp_path / "checkpoint-12")
+    assert names_in(tmp_path / "logs") == sorted([*LOGS, "slurm-7.out", "training_log.txt"])
+    set_aside(tmp_path, tmp_path / "checkpoint-8")
+    assert names_in(tmp_path / "logs") == sorted([*LOGS, "slurm-7.out", "training_log.txt"])
+    assert names_in(tmp_path / "earlier-run-1") == ["checkpoint-12", "logs"]
+    assert names_in(tmp_path / "earlier-run-1" / "logs") == LOGS
+    assert names_in(tmp_path / "earlier-run-1" / "logs" / "tensorboard") == ["events"]
 
 
 def test_a_folder_that_no_run_was_in_stays_as_it_is(tmp_path: Path) -> None:

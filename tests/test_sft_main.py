@@ -135,6 +135,21 @@ def test_only_adapter_weights_are_saved_and_the_model_stops_on_the_trained_token
     assert generation["eos_token_id"] == [2, 0]  # <|im_end|>, then the tokenizer's own <|endoftext|>
 
 
+def test_a_second_fresh_run_leaves_the_first_ones_records(config_file: Path, tmp_path: Path) -> None:
+    """One between them, which is refused for its model's sake, changes nothing of them either."""
+    out = tmp_path / "out"
+    records = [Path("logs") / name for name in ("metrics.jsonl", "eval_results.json", "data_report.json")]
+    assert sft_main.main(["--config_file", str(config_file)]) == 0
+    first = {record: (out / record).read_text() for record in records}
+    other = ["--config_file", str(config_file), "validation_split=0.2", "learning_rate=1e-2"]
+    assert sft_main.main([*other, "lora_config.target_modules=[nothing]"]) == 2
+    assert {record: (out / record).read_text() for record in records} == first
+    assert sft_main.main(other) == 0
+    assert {record: (out / "earlier-run-1" / record).read_text() for record in records} == first
+    second = {record: (out / record).read_text() for record in records}
+    assert all(second[record] != first[record] for record in records)
+
+
 def test_a_resumed_run_goes_on_exactly_where_it_stopped(config_file: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = ["--config_file", str(config_file), "--max_steps=6", "--save_steps=3", "--lr_scheduler_type=constant"]
