@@ -67,8 +67,11 @@ def json_schema() -> dict[str, Any]:
 def write_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config, grouped: what the user set, and every key of ours with its effective value.
 
-    Secrets are left out. Loading the file gives an equal config (but for the secrets).
+    Secrets are left out, and the checkpoint that the run goes on from: the file repeats the run, from its start, and
+    with `auto` would find that it is finished. But for these, loading the file gives an equal config.
     """
+    if config.resume_from_checkpoint:  # false is a wish for each start of a job, and stays
+        config = config.model_copy(update={"resume_from_checkpoint": None})
     Path(path).write_text(config_text(config), encoding="utf-8")
 
 

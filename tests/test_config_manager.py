@@ -468,6 +468,15 @@ def test_a_written_config_runs_again_unchanged(config_file, tmp_path):
     assert "adam_beta1" not in text
 
 
+@pytest.mark.parametrize(
+    ("given", "written"), [("auto", None), ("out/checkpoint-2", None), ("true", None), ("false", False)]
+)
+def test_what_a_run_went_on_from_is_not_written(config_file, tmp_path, given, written):
+    """The file repeats the run from its start; `false`, with which no job that is started again goes on, stays."""
+    write_config(load_config(config_file(FULL), [f"--resume_from_checkpoint={given}"]), tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml").resume_from_checkpoint is written
+
+
 def test_the_default_config_is_written_whole():
     lines = config_text(Config()).splitlines()
     for line in ("max_seq_length: 2048", "output_dir: outputs", "lora_config: null", "exact_match_samples: 0"):

@@ -125,6 +125,18 @@ def test_the_written_config_runs_again_to_the_same_losses(config_file: Path, tmp
     assert losses(again) == first
 
 
+def test_the_config_of_a_run_that_went_on_repeats_it_from_its_start(config_file: Path, tmp_path: Path) -> None:
+    """In the same folder: what the first one left there makes room."""
+    out, common = tmp_path / "out", ["--config_file", str(config_file), "save_steps=2", "lr_scheduler_type=constant"]
+    assert sft_main.main([*common, "max_steps=2"]) == 0
+    assert sft_main.main([*common, "resume_from_checkpoint=auto"]) == 0
+    whole = losses(out)
+    assert len(whole) == 4
+    assert sft_main.main(["--config_file", str(out / "config.yaml")]) == 0
+    assert losses(out) == whole
+    assert (out / "earlier-run-1" / "checkpoint-2").is_dir()
+
+
 def test_only_adapter_weights_are_saved_and_the_model_stops_on_the_trained_token(
     config_file: Path, tmp_path: Path
 ) -> None:
