@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(_LET_FIRST_RANK_SPEAK)  # it mostly has the same to say, and its end ends this process too
         show_error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        console.print("stopped; --resume_from_checkpoint auto goes on from the last checkpoint")
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            console.print("; ".join(["stopped", *getattr(stop, "__notes__", ())]), markup=False, soft_wrap=True)
         return 130
 
 
@@ -80,7 +81,7 @@ def train(argv: list[str]) -> int:
     from readiness import require_apart
     from sft import artifacts, system_prompt
     from sft.earlier_runs import set_aside
-    from sft.resume import find_checkpoint
+    from sft.resume import find_checkpoint, where_to_go_on
     from sft.schedules import require_schedule
 
     require_schedule(config.section(TrainingKeys))
@@ -106,6 +107,22 @@ def train(argv: list[str]) -> int:
         set_aside(output_dir, checkpoint)
         config_manager.write_config(config, output_dir / "config.yaml")
         artifacts.write_ledger(output_dir, data.ledger)
+    try:
+        _carry_out(config, trainer, tokenizer, data, checkpoint, started)
+    except KeyboardInterrupt as stop:
+        stop.add_note(where_to_go_on(output_dir))
+        raise
+    distributed.barrier()
+    distributed.destroy_process_group()
+    return 0
+
+
+def _carry_out(
+    config: Config, trainer: SFTTrainer, tokenizer: Any, data: PreparedData, checkpoint: Path | None, started: float
+) -> None:
+    """The run itself, and what it leaves."""
+    import distributed_utils as distributed
+    import stages
 
     questions = stages.questions(config, tokenizer, data)
     results = stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_before")
@@ -113,14 +130,11 @@ def train(argv: list[str]) -> int:
     if config.streaming:
         data = stages.streamed_account(config, trainer, data)
     if distributed.is_main_process():  # before anything else can fail
-        _save_model(trainer, tokenizer, data, output_dir)
+        _save_model(trainer, tokenizer, data, Path(config.output_dir))
     results |= trainer.evaluate_all()
     results |= stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_after")
     if distributed.is_main_process():
         _conclude(config, trainer, tokenizer, data, results, time.perf_counter() - started)
-    distributed.barrier()
-    distributed.destroy_process_group()
-    return 0
 
 
 def check(argv: list[str]) -> int:

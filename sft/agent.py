@@ -7,12 +7,16 @@ their process groups, SIGKILL 30 s later. After a preemption that cuts off the s
 from __future__ import annotations
 
 import os
+import signal
+import time
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from sft.processes import PREEMPTED
+from sft.processes import INTERRUPTED, PREEMPTED
+
+LEAVING_SECONDS = 15.0  # that Ctrl-C leaves the slower processes, of which one may wait for a lost partner on its GPU
 
 
 def ending(pid: int) -> int | None:
@@ -24,13 +28,21 @@ def ending(pid: int) -> int | None:
 
 
 class PatientAgent(LocalElasticAgent):
-    """Waits for the others when a process ends as preempted, for as long as the scheduler lets it; else as its base."""
+    """Waits for the others when a process ends as preempted, for as long as the scheduler lets it; else as its base.
+
+    After Ctrl-C it waits for them, too, but not for ever: no scheduler ends those that hang.
+    """
+
+    _left_at: float | None = None  # when a process was first seen to have ended by Ctrl-C
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
         try:
             endings = {ending(worker.id) for worker in worker_group.workers}
         except ChildProcessError:  # the base class has collected one: it had ended with 0
             endings = {0}
-        if None in endings and endings <= {None, PREEMPTED}:
+        if endings & {INTERRUPTED, -signal.SIGINT}:
+            self._left_at = self._left_at or time.monotonic()
+        is_late = self._left_at is not None and time.monotonic() - self._left_at > LEAVING_SECONDS
+        if None in endings and endings <= {None, PREEMPTED, INTERRUPTED, -signal.SIGINT} and not is_late:
             return RunResult(state=WorkerState.HEALTHY)
         return super()._monitor_workers(worker_group)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft.launch")
 
 RENDEZVOUS_SECONDS = 900  # how long the first node waits for the last; queues and slow disks make them start apart
-PREEMPTED = 128 + signal.SIGTERM
+PREEMPTED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -155,9 +155,11 @@ def exit_code(codes: Mapping[int, int]) -> int:
     """The code of the run from those of the processes that failed: the one that says most.
 
     A process that loses its partner fails with 1, so 2 and 3 name the cause. 143 says that the run was told to end
-    (SIGTERM): it counts only if nothing else went wrong. Nothing is saved then beyond the last checkpoint.
+    (SIGTERM): it counts only if nothing else went wrong. Nothing is saved then beyond the last checkpoint. 130 is
+    Ctrl-C, which a process only has from the user: what others end with then is their partner's loss.
     """
-    endings = {PREEMPTED if code == -signal.SIGTERM else code for code in codes.values()}
+    by_signal = {-signal.SIGTERM: PREEMPTED, -signal.SIGINT: INTERRUPTED}
+    endings = {by_signal.get(code, code) for code in codes.values()}
     if endings == {PREEMPTED}:
         return PREEMPTED
-    return next((code for code in (2, 3) if code in endings), 1)
+    return next((code for code in (2, 3, INTERRUPTED) if code in endings), 1)

@@ -56,6 +56,17 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
     return None
 
 
+def where_to_go_on(output_dir: Path) -> str:
+    """What to tell of a run that is stopped: which of its checkpoints `auto` will find.
+
+    The newest with all files; `find_damage`, which reads them, would take minutes where they are large.
+    """
+    for path in reversed(checkpoints(output_dir)):
+        if all((path / name).is_file() for name in _STATE_FILES):
+            return f"--resume_from_checkpoint auto goes on from {path}"
+    return "no checkpoint was written yet"
+
+
 def require_best(checkpoint: Path) -> Path:
     """`checkpoint`, the best of a run that is finished. Raises `UserError` where it is gone or not whole."""
     damage = find_damage(checkpoint) if checkpoint.is_dir() else "it does not exist any more"

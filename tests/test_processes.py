@@ -13,9 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.elastic.agent.server.api import WorkerState
 
+from sft import agent
 from sft.processes import describe, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +41,10 @@ sys.exit(main(sys.argv[2:], entry=Path(sys.argv[1])))
         ({0: 143, 1: -9}, 1),
         ({0: -11}, 1),
         ({1: 77}, 1),
+        ({0: 130, 1: 130}, 130),
+        ({0: 130, 1: 1}, 130),
+        ({0: -15, 1: -2}, 130),
+        ({0: 130, 1: 3}, 3),
     ],
 )
 def test_the_code_of_the_run_from_those_of_its_processes(codes: dict[int, int], code: int) -> None:
@@ -166,6 +174,52 @@ def test_sigterm_reaches_every_process_and_none_of_their_workers(config: Path, p
     code, out, err = end(process, 30)
     assert code == 143, err
     assert sorted(out.splitlines()) == [f"rank {rank} saved, its worker lives" for rank in range(processes)]
+
+
+LEAVES = """\
+import os, sys, time
+rank = int(os.environ["RANK"])
+os.write(1, b"ready\\n")
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1 + rank)
+    os.write(1, f"rank {rank} left\\n".encode())
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_lets_every_process_leave_and_comes_through(config: Path) -> None:
+    process = start(LEAVES, config, processes=2)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(signal.SIGINT)
+    code, out, err = end(process, 30)
+    assert (code, sorted(out.splitlines())) == (130, ["rank 0 left", "rank 1 left"]), err
+
+
+def test_after_ctrl_c_a_process_that_hangs_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has left, rank 1 runs on: the agent's base, which ends it, is asked only once the time is over."""
+    now = [100.0]
+    endings: dict[int, int | None] = {0: None, 1: None}
+    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(agent, "ending", endings.get)
+    monkeypatch.setattr(agent.LocalElasticAgent, "_monitor_workers", lambda *_: "ends the others")
+    patient: Any = agent.PatientAgent.__new__(agent.PatientAgent)
+    group = SimpleNamespace(workers=[SimpleNamespace(id=0), SimpleNamespace(id=1)])
+
+    def found() -> Any:
+        result = patient._monitor_workers(group)
+        return getattr(result, "state", result)
+
+    assert found() == WorkerState.HEALTHY
+    now[0], endings[0] = 200.0, 130
+    assert found() == WorkerState.HEALTHY
+    now[0] += agent.LEAVING_SECONDS
+    assert found() == WorkerState.HEALTHY
+    now[0] += 0.1
+    assert found() == "ends the others"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sft import run_shape
 from sft.errors import UserError
 from sft.metrics import TokenCounts
-from sft.resume import checkpoints, find_checkpoint, find_damage, require_best
+from sft.resume import checkpoints, find_checkpoint, find_damage, require_best, where_to_go_on
 from sft.run_shape import RunShape
 
 
@@ -45,6 +45,14 @@ def test_auto_takes_the_newest_by_number_not_by_name(tmp_path: Path) -> None:
     assert find_checkpoint("auto", tmp_path) == tmp_path / "checkpoint-100"
     assert find_checkpoint(True, tmp_path) == tmp_path / "checkpoint-100"
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-90", "checkpoint-100"]
+
+
+def test_a_run_that_is_stopped_tells_the_newest_checkpoint_that_was_written(tmp_path: Path) -> None:
+    assert where_to_go_on(tmp_path) == "no checkpoint was written yet"
+    for step in (90, 100):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-100" / "trainer_state.json").unlink()  # which is written last
+    assert where_to_go_on(tmp_path) == f"--resume_from_checkpoint auto goes on from {tmp_path / 'checkpoint-90'}"
 
 
 def overwrite(file: Path) -> None:

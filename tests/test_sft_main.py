@@ -147,6 +147,43 @@ def test_only_adapter_weights_are_saved_and_the_model_stops_on_the_trained_token
     assert generation["eos_token_id"] == [2, 0]  # <|im_end|>, then the tokenizer's own <|endoftext|>
 
 
+@pytest.mark.parametrize(
+    ("stopped_at", "told"),
+    [(2, "; no checkpoint was written yet"), (3, "; --resume_from_checkpoint auto goes on from {out}/checkpoint-2")],
+)
+def test_ctrl_c_tells_where_to_go_on(
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stopped_at: int,
+    told: str,
+) -> None:
+    step = SFTTrainer.training_step
+
+    def pressed(self: SFTTrainer, *args: Any) -> Any:
+        if self.state.global_step == stopped_at - 1:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", pressed)
+    assert sft_main.main(["--config_file", str(config_file), "save_steps=2"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped" + told.format(out=tmp_path / "out")
+
+
+def test_of_several_processes_one_tells_that_they_were_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sft_main.VERBS, "train", pressed)
+    for rank, said in (("0", "stopped\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert sft_main.main([]) == 130
+        assert capsys.readouterr().err == said
+
+
 def test_a_second_fresh_run_leaves_the_first_ones_records(config_file: Path, tmp_path: Path) -> None:
     """One between them, which is refused for its model's sake, changes nothing of them either."""
     out = tmp_path / "out"
