@@ -32,9 +32,7 @@ from sft.errors import Problem, UserError
 # Everything heavy (torch, transformers, the stages) is imported where it is used: --help, schema and a mistake in the
 # config answer in a fraction of a second.
 if TYPE_CHECKING:
-    from data_handler import PreparedData
     from sft.schema import Config
-    from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")
 
@@ -78,6 +76,7 @@ def train(argv: list[str]) -> int:
     _take_machine(config)
     import model_manager
     import stages
+    import training_run
     from readiness import require_apart
     from sft import artifacts, system_prompt
     from sft.earlier_runs import set_aside
@@ -108,33 +107,13 @@ def train(argv: list[str]) -> int:
         config_manager.write_config(config, output_dir / "config.yaml")
         artifacts.write_ledger(output_dir, data.ledger)
     try:
-        _carry_out(config, trainer, tokenizer, data, checkpoint, started)
+        training_run.carry_out(config, trainer, tokenizer, data, checkpoint, started)
     except KeyboardInterrupt as stop:
         stop.add_note(where_to_go_on(output_dir))
         raise
     distributed.barrier()
     distributed.destroy_process_group()
     return 0
-
-
-def _carry_out(
-    config: Config, trainer: SFTTrainer, tokenizer: Any, data: PreparedData, checkpoint: Path | None, started: float
-) -> None:
-    """The run itself, and what it leaves."""
-    import distributed_utils as distributed
-    import stages
-
-    questions = stages.questions(config, tokenizer, data)
-    results = stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_before")
-    trainer.fit(checkpoint)
-    if config.streaming:
-        data = stages.streamed_account(config, trainer, data)
-    if distributed.is_main_process():  # before anything else can fail
-        _save_model(trainer, tokenizer, data, Path(config.output_dir))
-    results |= trainer.evaluate_all()
-    results |= stages.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_after")
-    if distributed.is_main_process():
-        _conclude(config, trainer, tokenizer, data, results, time.perf_counter() - started)
 
 
 def check(argv: list[str]) -> int:
@@ -352,37 +331,6 @@ def _take_machine(config: Config) -> None:
     distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)
     require_tf32(config.section(TrainingKeys))
     quiet_libraries()
-
-
-def _save_model(trainer: SFTTrainer, tokenizer: Any, data: PreparedData, output_dir: Path) -> None:
-    """The final model at the top of the output folder."""
-    import model_manager
-    from sft.serving_contract import check_end_tokens
-
-    model: Any = trainer.model
-    model_manager.save_final_model(model, tokenizer, output_dir, data.end_token_ids)
-    stops = json.loads((output_dir / "generation_config.json").read_text()).get("eos_token_id")
-    for problem in check_end_tokens(tokenizer, data.end_token_ids, stops):
-        logger.warning("%s", problem)
-
-
-def _conclude(
-    config: Config, trainer: SFTTrainer, tokenizer: Any, data: PreparedData, results: dict[str, Any], seconds: float
-) -> None:
-    """The results of the run, and the model's card."""
-    from sft import artifacts
-    from sft.console import show_conclusion
-
-    output_dir = Path(config.output_dir)
-    trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
-    artifacts.write_results(output_dir, results)
-    stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
-    made = {
-        name: getattr(trainer.args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    }
-    artifacts.write_card(output_dir, config.model_copy(update=made), data.ledger, results, stop_tokens)
-    last = {"train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)}
-    show_conclusion(output_dir, last | results, seconds)
 
 
 if __name__ == "__main__":

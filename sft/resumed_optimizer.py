@@ -11,10 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+
+from sft.errors import Problem, UserError
 
 logger = logging.getLogger("sft")
 
@@ -80,6 +83,23 @@ class ConfiguredOptimizer:
             changes["the schedule's rate at this step"] = rates[0], now_rates[0]
         for key, (one, other) in changes.items():
             logger.info("%s: %s in %s, %s from here on", key, one, checkpoint, other)
+
+
+def require_schedule_of(checkpoint: Path, scheduler: Any) -> None:
+    """Checks that a checkpoint's schedule goes by what this run's goes by: its steps, or its evaluations.
+
+    Raises:
+        UserError: torch would take the state of the one for the other's, or stumble over it.
+    """
+    file = checkpoint / "scheduler.pt"
+    if not file.is_file():
+        return
+    by_steps = "lr_lambdas" in torch.load(file, weights_only=True)
+    if by_steps != isinstance(scheduler, LambdaLR):
+        kind = "steps" if by_steps else "evaluations"
+        message = f"the schedule in {checkpoint} goes by {kind}, and this one does not"
+        hint = "resume with the `lr_scheduler_type` that the run was started with"
+        raise UserError(Problem(message, hint, "lr_scheduler_type"))
 
 
 def _by_key(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import Adafactor, get_scheduler
 
 import sft_main
+from sft.errors import UserError
 from sft.master_weights import MasterWeights
 from sft.optimizers import with_master_weights
-from sft.resumed_optimizer import PEAK, ConfiguredOptimizer
+from sft.resumed_optimizer import PEAK, ConfiguredOptimizer, require_schedule_of
 from tests.runs import arithmetic, log_history, losses, write_config, write_rows
 
 DECAYING = ("linear", 2, 10)  # a warmup of 2 steps, and 0 at step 10
@@ -227,3 +228,20 @@ def test_a_run_goes_on_with_the_rate_and_the_decay_of_its_config(
     assert schedule["base_lrs"] == [1e-5, 1e-5]
     assert yaml.safe_load((again / "config.yaml").read_text())["learning_rate"] == 1e-5
     assert json.loads((again / "trainer_state.json").read_text())["global_step"] == 4
+    watching = ["lr_scheduler_type=reduce_lr_on_plateau", "eval_strategy=steps", "eval_steps=1"]
+    watching += [f"validation_file={tmp_path / 'rows.jsonl'}", "eval_packing=false"]
+    capsys.readouterr()
+    assert sft_main.main(["--config_file", str(config), f"output_dir={again}", *changes, *watching]) == 2
+    assert "goes by steps, and this one does not" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_schedule_does_not_take_the_state_of_another_kind(tmp_path: Path) -> None:
+    optimizer = adamw()
+    by_steps = LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    by_evaluations = ReduceLROnPlateau(optimizer)
+    for saved, other, what in ((by_steps, by_evaluations, "steps"), (by_evaluations, by_steps, "evaluations")):
+        torch.save(saved.state_dict(), tmp_path / "scheduler.pt")
+        require_schedule_of(tmp_path, saved)
+        with pytest.raises(UserError, match=f"goes by {what}") as raised:
+            require_schedule_of(tmp_path, other)
+        assert raised.value.problems[0].key == "lr_scheduler_type"
