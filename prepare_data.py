@@ -117,9 +117,10 @@ def _normalized(rows: list[Row], options: argparse.Namespace, lost: Counter[str]
             if row.data is None:
                 raise RowLost(*(row.lost or ("bad_schema", "no data")))
             written = _columns(normalize(row.data, options.format, columns))
-            require_characters(_as_json(written))
+            text = json.dumps(written, sort_keys=True, ensure_ascii=False)
+            require_characters(text)
             _check_length(written, options.min_chars, options.max_chars)
-            mark = hashlib.blake2b(json.dumps(written, sort_keys=True).encode(), digest_size=16).digest()
+            mark = hashlib.blake2b(text.encode(), digest_size=16).digest()
             if mark in seen and not options.keep_duplicates:
                 raise RowLost("duplicate", "the same row stands earlier")
             seen.add(mark)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from sft.best_model import WATCHING
 from sft.callbacks import ConsoleProgress, FollowConfig
 from sft.collation import PACKED, Collator
 from sft.compilation import compile_layers
@@ -25,6 +26,7 @@ from sft.losses import TokenLoss
 from sft.nonfinite import require_finite
 from sft.out_of_memory import first_line, is_out_of_memory, out_of_memory
 from sft.resume import require_best
+from sft.resumed_optimizer import require_schedule_of
 from sft.run_records import RunRecords
 from sft.stream_state import StreamProgress
 from sft.streaming import TrainingStream
@@ -145,6 +147,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         Raises:
             UserError: it is of another run, or its state of a stream is damaged.
         """
+        require_schedule_of(checkpoint, by_steps=self.args.lr_scheduler_type not in WATCHING)
         self._restore_counts(checkpoint)
         if self.progress:
             self.progress.load(checkpoint)

@@ -156,9 +156,9 @@ def _files_of_one_split(spec: str | list[str], key: str, split: str) -> list[Pat
     """
     files = find_files(spec, key)
     for entry in [spec] if isinstance(spec, str) else spec:
-        folder = Path(entry).expanduser()
+        folder = Path(entry)
         if folder.is_dir():
-            _require_one_split(folder, find_files(entry, key), key, split)
+            _require_one_split(folder, files if entry == spec else find_files(entry, key), key, split)
     return files
 
 
@@ -241,7 +241,7 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
                 Problem(f"two data sets are called {name!r}", "give each a `name` of its own", f"{key}.{number}.name")
             )
         path = Path(entry.path)
-        is_local = path.exists() or any(c in entry.path for c in "*?[") or entry.path.startswith((".", "/", "~"))
+        is_local = path.exists() or any(c in entry.path for c in "*?[") or entry.path.startswith((".", "/"))
         is_file = (is_local or data_extension(path) in EXTENSIONS) and not is_saved(path)
         sources.append(
             DataSource(

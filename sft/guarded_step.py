@@ -22,7 +22,7 @@ from sft.metrics import TokenSums
 from sft.optimizers import skipping, with_master_weights
 from sft.out_of_memory import ShrinkingPasses
 from sft.pass_halves import halves
-from sft.resumed_optimizer import PEAK, ConfiguredOptimizer, require_schedule_of
+from sft.resumed_optimizer import PEAK, ConfiguredOptimizer
 from sft.split_masters import summed_in_a_pass
 from sft.step_watch import StepWatch
 from sft.stream_state import StreamProgress
@@ -139,7 +139,6 @@ class GuardedStep(Trainer):
         if checkpoint is None:
             return
         assert self.optimizer is not None
-        require_schedule_of(Path(checkpoint), self.lr_scheduler)
         configured = ConfiguredOptimizer.of(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
         configured.put_back(self.optimizer, self.lr_scheduler, Path(checkpoint).name)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -130,14 +130,22 @@ def bits_and_bytes_config(keys: QuantizationKeys, precision: Precision) -> BitsA
     return BitsAndBytesConfig(**kwargs)
 
 
+def held_as(config: Any) -> dict[str, Any] | None:
+    """The settings by which a model's weights are quantized, from its config; None where they are not."""
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
 def require_trained_weights(config: PreTrainedConfig, lora: LoraKeys | None) -> None:
     """Checks that a model whose files hold weights of bitsandbytes is to get an adapter.
 
     Raises:
         UserError: it is not.
     """
-    held: Any = getattr(config, "quantization_config", None) or {}
-    facts = held if isinstance(held, dict) else held.to_dict()
+    facts = held_as(config) or {}
     if lora is None and str(getattr(facts.get("quant_method"), "value", facts.get("quant_method"))) == "bitsandbytes":
         bits = 8 if facts.get("load_in_8bit") else 4
         message = f"its weights are quantized to {bits} bits, and cannot be trained without an adapter"

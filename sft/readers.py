@@ -166,9 +166,11 @@ def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 def _delimiter(file: Path, usual: str) -> str:
     """`usual`, unless the header is one field by it and several by another: Excel separates as its language does."""
-    found = {delimiter: _fields_of_header(file, delimiter) for delimiter in dict.fromkeys((usual, *_OTHER_DELIMITERS))}
-    best = max(found, key=lambda delimiter: found[delimiter])  # the first of equals, which is the usual one
-    if found[usual] > 1 or found[best] < 2:
+    if _fields_of_header(file, usual) > 1:
+        return usual
+    found = {delimiter: _fields_of_header(file, delimiter) for delimiter in _OTHER_DELIMITERS}
+    best = max(found, key=lambda delimiter: found[delimiter])
+    if found[best] < 2:
         return usual
     _say_delimiter(file, best)
     return best

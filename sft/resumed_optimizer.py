@@ -85,8 +85,11 @@ class ConfiguredOptimizer:
             logger.info("%s: %s in %s, %s from here on", key, one, checkpoint, other)
 
 
-def require_schedule_of(checkpoint: Path, scheduler: Any) -> None:
+def require_schedule_of(checkpoint: Path, *, by_steps: bool) -> None:
     """Checks that a checkpoint's schedule goes by what this run's goes by: its steps, or its evaluations.
+
+    Args:
+        by_steps: what this run's goes by.
 
     Raises:
         UserError: torch would take the state of the one for the other's, or stumble over it.
@@ -94,9 +97,9 @@ def require_schedule_of(checkpoint: Path, scheduler: Any) -> None:
     file = checkpoint / "scheduler.pt"
     if not file.is_file():
         return
-    by_steps = "lr_lambdas" in torch.load(file, weights_only=True)
-    if by_steps != isinstance(scheduler, LambdaLR):
-        kind = "steps" if by_steps else "evaluations"
+    went_by_steps = "lr_lambdas" in torch.load(file, weights_only=True)
+    if went_by_steps != by_steps:
+        kind = "steps" if went_by_steps else "evaluations"
         message = f"the schedule in {checkpoint} goes by {kind}, and this one does not"
         hint = "resume with the `lr_scheduler_type` that the run was started with"
         raise UserError(Problem(message, hint, "lr_scheduler_type"))

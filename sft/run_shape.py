@@ -18,6 +18,7 @@ import numpy as np
 
 from sft.errors import Problem, UserError
 from sft.metrics import TokenCounts
+from sft.quantization import held_as
 from sft.resume import RUN_SHAPE
 
 logger = logging.getLogger("sft")
@@ -100,9 +101,7 @@ def adapter_facts(model: Any) -> dict[str, Any] | None:
     facts["model_name_or_path"] = base.name_or_path
     if commit := getattr(base.config, "_commit_hash", None):  # of a hub model
         facts["model_revision"] = commit
-    held = getattr(base.config, "quantization_config", None)
-    if held is not None and not isinstance(held, Mapping):
-        held = held.to_dict()
+    held = held_as(base.config)
     names = _BITS if held is None else _BITS + _QUANTIZATION
     facts |= {f"quantization_config.{name}": (held or {}).get(name, False) for name in names}
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))

@@ -25,7 +25,7 @@ from sft.model_files import (
     resolve_reference,
     unavailable,
 )
-from sft.quantization import import_bitsandbytes, settle
+from sft.quantization import held_as, import_bitsandbytes, settle
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,6 @@ def base_facts(model: Any, folder: Path) -> dict[str, Any]:
     """What `base_model.json` holds: the base's name, the way to it, and how it was held while it was trained on."""
     base: Any = model.get_base_model()
     name = base.name_or_path
-    quantization = getattr(base.config, "quantization_config", None)
     local = Path(name).is_dir()
     commit = getattr(base.config, "_commit_hash", None)  # of a hub's model; a branch may have moved on since
     return {
@@ -123,14 +122,9 @@ def base_facts(model: Any, folder: Path) -> dict[str, Any]:
         "path_from_here": os.path.relpath(name, folder.resolve()) if local else None,
         "dtype": str(base.config.dtype).removeprefix("torch."),
         "embedding_rows": int(base.config.get_text_config().vocab_size),
-        "quantization_config": None if quantization is None else _plain(quantization),
+        "quantization_config": held_as(base.config),
         **({"revision": commit} if commit else {}),
     }
-
-
-def _plain(quantization: Any) -> dict[str, Any]:
-    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def test_a_schedule_does_not_take_the_state_of_another_kind(tmp_path: Path) -> N
     by_evaluations = ReduceLROnPlateau(optimizer)
     for saved, other, what in ((by_steps, by_evaluations, "steps"), (by_evaluations, by_steps, "evaluations")):
         torch.save(saved.state_dict(), tmp_path / "scheduler.pt")
-        require_schedule_of(tmp_path, saved)
+        require_schedule_of(tmp_path, by_steps=saved is by_steps)
         with pytest.raises(UserError, match=f"goes by {what}") as raised:
-            require_schedule_of(tmp_path, other)
+            require_schedule_of(tmp_path, by_steps=other is by_steps)
         assert raised.value.problems[0].key == "lr_scheduler_type"
