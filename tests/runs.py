@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,14 +39,37 @@ def write_config(file: Path, **keys: Any) -> Path:
     return file
 
 
-def run(*arguments: str | Path, processes: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """`sft_main.py` in a process of its own, or in several under torchrun."""
+def run(
+    *arguments: str | Path,
+    processes: int = 0,
+    env: dict[str, str] | None = None,
+    script: Path = ROOT / "sft_main.py",
+) -> subprocess.CompletedProcess:
+    """`sft_main.py`, or a script that calls it, in a process of its own, or in several under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    command = [sys.executable, *launcher, str(ROOT / "sft_main.py"), *map(str, arguments)]
-    threads = {"OMP_NUM_THREADS": "1"} if processes else {}
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **threads, **(env or {})}, capture_output=True, text=True, timeout=900
-    )
+    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+    given = {"PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": "1"} if processes else {}), **(env or {})}
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True, timeout=900)
+
+
+def refused_before_data(
+    config_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verbs: Sequence[str] = ("train",),
+) -> tuple[dict[str, Any], list[str]]:
+    """The one error that `check` tells as JSON, and what each verb says; all refuse the config, and read no data."""
+    import sft_main
+    import stages
+
+    assert sft_main.main(["check", "--config_file", str(config_file), "--json"]) == 2
+    (told,) = json.loads(capsys.readouterr().out)["errors"]
+    monkeypatch.setattr(stages, "prepare", lambda *_, **__: pytest.fail("the data was prepared"))
+    said = []
+    for verb in verbs:
+        assert sft_main.main([verb, "--config_file", str(config_file)]) == 2
+        said.append(capsys.readouterr().err)
+    return told, said
 
 
 def log_history(output_dir: Path) -> list[dict[str, Any]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from sft.losses import Objective
 from sft.precision import Precision
 from sft.schema import TrainingKeys
 from tests.builders import byte_level_tokenizer, tiny_llama
-from tests.runs import ROOT, arithmetic, losses, run, write_config, write_rows
+from tests.runs import arithmetic, losses, run, write_config, write_rows
 
 
 @pytest.fixture
@@ -189,13 +187,11 @@ def trained(config: Path, output_dir: Path, share: float, processes: int = 0) ->
     # Blocks from 64 kB on are mapped and unmapped one by one, and no thread reserves 64 MiB for itself when it first
     # asks for memory: so the address space is what is in use.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    env = {**os.environ, **malloc, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**malloc, "OMP_NUM_THREADS": "1"}
     script = output_dir.with_suffix(".py")
     script.write_text(RUN)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    command = [sys.executable, *launcher, str(script), str(share)]
-    command += ["--config_file", str(config), "--output_dir", str(output_dir)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    arguments: list[str | Path] = [str(share), "--config_file", config, "--output_dir", output_dir]
+    return run(*arguments, processes=processes, env=env, script=script)
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ import pytest
 import sft_main
 from sft.resume import find_damage
 from tests.builders import byte_level_tokenizer, tiny_llama
-from tests.runs import ROOT, arithmetic, write_config, write_rows
+from tests.runs import arithmetic, run, write_config, write_rows
 
 SLOW_DISK = """
 import os, sys, time
@@ -50,10 +47,7 @@ def test_no_checkpoint_is_deleted_before_all_ranks_have_written_the_next(model_d
     )
     script = tmp_path / "slow_disk.py"
     script.write_text(SLOW_DISK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(script), "--config_file", str(config)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = run("--config_file", config, processes=2, script=script)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [line for line in done.stdout.splitlines() if line.startswith("ROTATES")]
     both = "['rng_state_0.pth', 'rng_state_1.pth']"

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 
-import sft_main
-import stages
 from sft.config_rules import broken_rules
 from sft.errors import Problem, UserError
 from sft.schedules import require_schedule
 from sft.schema import Config, TrainingKeys
 from sft.upstream_schema import facts
-from tests.runs import arithmetic, write_config, write_rows
+from tests.runs import arithmetic, refused_before_data, write_config, write_rows
 
 NEEDED: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr": 1e-6},
@@ -110,10 +108,7 @@ def test_check_and_train_tell_it_before_the_data_is_read(
         output_dir=str(tmp_path / "out"),
         lr_scheduler_type="cosine_with_min_lr",
     )
-    assert sft_main.main(["check", "--config_file", str(config_file), "--json"]) == 2
-    (told,) = json.loads(capsys.readouterr().out)["errors"]
+    told, (said,) = refused_before_data(config_file, monkeypatch, capsys)
     assert (told["key"], told["line"]) == ("lr_scheduler_type", 5)
-    monkeypatch.setattr(stages, "prepare", lambda *_, **__: pytest.fail("the data was prepared"))
-    assert sft_main.main(["train", "--config_file", str(config_file)]) == 2
-    assert "min_lr or min_lr_rate should be set" in capsys.readouterr().err
+    assert "min_lr or min_lr_rate should be set" in said
     assert not (tmp_path / "out").exists()

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 
-import sft_main
-import stages
 from config_manager import load_config
 from sft import trackers
 from sft.errors import UserError
 from sft.schema import TrainingKeys
 from sft.upstream_schema import trackers as known_trackers
-from tests.runs import arithmetic, log_history, run, write_config, write_rows
+from tests.runs import arithmetic, log_history, refused_before_data, run, write_config, write_rows
 
 METRICS = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "learning_rate", "grad_norm", "num_tokens")
 
@@ -178,13 +176,9 @@ def test_check_and_train_tell_it_before_the_data_is_read(
         output_dir=str(tmp_path / "out"),
         report_to="mlflow",
     )
-    assert sft_main.main(["check", "--config_file", str(config_file), "--json"]) == 2
-    (told,) = json.loads(capsys.readouterr().out)["errors"]
+    told, said = refused_before_data(config_file, monkeypatch, capsys, verbs=("train", "evaluate"))
     assert (told["key"], told["line"], told["message"]) == ("report_to", 5, "mlflow needs mlflow, not installed here")
-    monkeypatch.setattr(stages, "prepare", lambda *_, **__: pytest.fail("the data was prepared"))
-    for verb in ("train", "evaluate"):
-        assert sft_main.main([verb, "--config_file", str(config_file)]) == 2
-        assert "mlflow needs mlflow" in capsys.readouterr().err
+    assert all("mlflow needs mlflow" in each for each in said)
     assert not (tmp_path / "out").exists()
 
 
