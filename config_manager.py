@@ -14,16 +14,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sft.config_errors import bad_keys, problems_of
-from sft.config_rules import broken_rules
+from sft.config.error_messages import bad_keys, problems_of
+from sft.config.field_types import Path as KeyPath
+from sft.config.field_types import fit
+from sft.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
+from sft.config.schema import GROUPS, SECRET_KEYS, Config
+from sft.config.section import Keys, Place, upwards
+from sft.config.training_rules import training_problems
+from sft.config.validation import broken_rules
+from sft.config.yaml_reader import Document, add_core_resolvers, read_yaml
 from sft.errors import Problem, UserError
-from sft.keys import Keys, Place, upwards
-from sft.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
-from sft.schema import GROUPS, SECRET_KEYS, Config
-from sft.training_rules import training_problems
-from sft.values import Path as KeyPath
-from sft.values import fit
-from sft.yaml_source import Document, add_core_resolvers, read_yaml
 
 _SECTION_HINTS = {
     "lora_config": "Write `lora_config: {}` for every default, or `lora_config: null` to train all weights.",

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from sft.auto_packing import NEVER, AutoPacking
+from sft.config.schema import DataKeys
 from sft.data_sources import split_seed, training_sources
 from sft.dataset_cache import cache_root, make_once, read_rows
 from sft.ledger import Ledger, as_document, from_state
 from sft.lost_rows import require_enough_rows
 from sft.preparation import Preparation, packing_mode
 from sft.previews import first_sample, preview, serving_contract, validation_conversations
-from sft.schema import DataKeys
 
 # torch and datasets take 230 MiB and 1.6 s, and nothing here needs them while rows are prepared: checking data, looking
 # at it and preparing it do without.

@@ -14,8 +14,8 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
+from sft.distributed.gpus import require_gpus, visible_gpus
 from sft.errors import Problem, UserError
-from sft.hardware import require_gpus, visible_gpus
 
 if TYPE_CHECKING:
     import torch

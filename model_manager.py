@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from sft.adapters import attach_adapter, count_parameters
 from sft.base_models import fresh, model_class, outlined, pretrained, read_config
+from sft.config.section import placed
+from sft.distributed.gpus import training_device
 from sft.embeddings import embedding_rows, resize_embeddings
 from sft.errors import Problem, UserError
 from sft.fresh_models import build_config, check_settings
-from sft.hardware import training_device
-from sft.keys import placed
 from sft.merging import merge
 from sft.model_files import require_weights, resolve_reference
 from sft.precision import Precision, choose_attention, choose_precision, device_facts, keep_precision
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from sft.schema import ActivationKeys, LoraKeys, ModelKeys, QuantizationKeys
+    from sft.config.schema import ActivationKeys, LoraKeys, ModelKeys, QuantizationKeys
 
 __all__ = [
     "check_model",

@@ -32,7 +32,7 @@ from sft.errors import Problem, UserError
 # Everything heavy (torch, transformers, the stages) is imported where it is used: --help, schema and a mistake in the
 # config answer in a fraction of a second.
 if TYPE_CHECKING:
-    from sft.schema import Config
+    from sft.config.schema import Config
 
 logger = logging.getLogger("sft")
 
@@ -41,8 +41,8 @@ _LET_FIRST_RANK_SPEAK = 5.0  # seconds
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    from sft import kernel_caches
     from sft.console import console, show_error
+    from sft.distributed import kernel_caches
 
     kernel_caches.limit(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -66,7 +66,7 @@ def train(argv: list[str]) -> int:
     """Trains, evaluates, and saves the model with its logs and its card."""
     import config_manager
     import distributed_utils as distributed
-    from sft.schema import ModelKeys, TrainingKeys
+    from sft.config.schema import ModelKeys, TrainingKeys
     from sft.trackers import require_trackers
 
     started = time.perf_counter()
@@ -144,7 +144,7 @@ def preview(argv: list[str]) -> int:
     speak(is_main_process=True)
     import data_handler
     import model_manager
-    from sft.schema import DataKeys, ModelKeys
+    from sft.config.schema import DataKeys, ModelKeys
 
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     keys = config.section(DataKeys)
@@ -170,8 +170,8 @@ def estimate(argv: list[str]) -> int:
     _take_machine(config)
     import model_manager
     import stages
+    from sft.config.schema import ModelKeys
     from sft.console import show_estimate
-    from sft.schema import ModelKeys
 
     model_manager.check_model(config.section(ModelKeys), config.lora_config)
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
@@ -185,7 +185,7 @@ def estimate(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Measures a model on the config's validation data."""
-    from sft.schema import ModelKeys, TrainingKeys
+    from sft.config.schema import ModelKeys, TrainingKeys
     from sft.trackers import require_trackers
 
     config, options = _config("evaluate", argv)
@@ -323,9 +323,9 @@ def _load(config_file: str | None, overrides: list[str]) -> Config:
 def _take_machine(config: Config) -> None:
     """This process's device and voice, before anything asks CUDA for its devices."""
     import distributed_utils as distributed
+    from sft.config.schema import TrainingKeys
     from sft.console import quiet_libraries, speak
-    from sft.hardware import require_tf32
-    from sft.schema import TrainingKeys
+    from sft.distributed.gpus import require_tf32
 
     speak(distributed.is_main_process())
     distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)

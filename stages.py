@@ -16,10 +16,10 @@ import distributed_utils as distributed
 import model_manager
 from sft import artifacts
 from sft.batch_plan import BatchPlan, plan_batches, rows_a_step
+from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
 from sft.console import console, counting, show_ledger, show_sample
+from sft.distributed.gpus import visible_gpus
 from sft.errors import UserError
-from sft.hardware import visible_gpus
-from sft.schema import DataKeys, ModelKeys, TrainingKeys
 
 # torch and the Trainer take seconds to import: what needs them imports them where they are used, so that `check` and a
 # mistake in the data do without.
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from data_handler import PreparedData
     from sft.auto_packing import AutoPacking
+    from sft.config.schema import Config
     from sft.conversation import Conversation
     from sft.losses import Objective
     from sft.precision import Precision
     from sft.run_estimate import RunEstimate
-    from sft.schema import Config
     from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")

@@ -14,10 +14,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft.best_model import WATCHING
 from sft.callbacks import ConsoleProgress, FollowConfig
 from sft.collation import PACKED, Collator
 from sft.compilation import compile_layers
+from sft.config.best_metric import WATCHING
 from sft.errors import RankStopped, TrainingStopped
 from sft.flops import operations_a_token
 from sft.guarded_step import GuardedStep, StepSettings

@@ -13,8 +13,8 @@ import stages
 from data_handler import PreparedData
 from model_manager import save_final_model
 from sft import artifacts
+from sft.config.schema import Config
 from sft.console import show_conclusion
-from sft.schema import Config
 from sft.serving_contract import check_end_tokens
 from trainer_utils import SFTTrainer
 

@@ -46,7 +46,7 @@ def batches(arguments: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
     import data_handler
     from sft.collation import Collator
-    from sft.schema import DataKeys
+    from sft.config.schema import DataKeys
 
     tokenizer: Any = AutoTokenizer.from_pretrained(arguments["model"])
     keys = DataKeys(
@@ -71,7 +71,7 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     """Trains for `arguments["steps"]`, the learning rate falling to 0, clipping at 1."""
     import torch
 
-    from sft import kernel_caches
+    from sft.distributed import kernel_caches
     from sft.document_attention import attention_inputs
     from sft.losses import Objective
     from sft.optimizers import with_master_weights

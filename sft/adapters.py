@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from sft.schema import LoraKeys
+    from sft.config.schema import LoraKeys
 
 # Initialisations of peft that need a pass over data before training, which nothing here makes: with them peft would
 # silently start from something else or fail in the first step.

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sft.distributed.memory import peak_bytes, reset_peak
 from sft.errors import Problem, UserError
-from sft.memory import peak_bytes, reset_peak
 from sft.out_of_memory import is_out_of_memory
 
 _KEY = "per_device_train_batch_size"

@@ -18,7 +18,7 @@ from sft.quantization import bits_and_bytes_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    from sft.schema import ModelKeys, QuantizationKeys
+    from sft.config.schema import ModelKeys, QuantizationKeys
 
 logger = logging.getLogger("sft")
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sft.config.schema import TrainingKeys
 from sft.errors import UserError
-from sft.schema import TrainingKeys
 
 _BEFORE_PROBES = 8  # rows of a step with `per_device_train_batch_size: auto` alone, while nothing was tried yet
 

@@ -13,13 +13,13 @@ import torch
 from sft import run_shape
 from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, longest_rows
 from sft.collation import Collator, row_lengths
+from sft.config.schema import TrainingKeys
+from sft.distributed.gpus import training_device
+from sft.distributed.memory import memory_limit
 from sft.errors import UserError
 from sft.estimate import optimizer_memory
-from sft.hardware import training_device
 from sft.losses import Objective
-from sft.memory import memory_limit
 from sft.precision import Precision
-from sft.schema import TrainingKeys
 from sft.token_forward import TokenForward
 
 logger = logging.getLogger("sft")

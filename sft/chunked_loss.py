@@ -8,9 +8,9 @@ from functools import cache
 import torch
 from torch import nn
 
+from sft.distributed.dtensor import local_gradient, local_part
 from sft.losses import Objective, TokenScores
 from sft.output_head import LogitTransform, OutputHead
-from sft.sharded_head import local_gradient, local_part
 
 Gradients = list[torch.Tensor | None]
 

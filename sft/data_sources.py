@@ -10,10 +10,10 @@ from pathlib import Path
 
 import xxhash
 
+from sft.config.schema import DataKeys, DatasetKeys
 from sft.errors import Problem, UserError
 from sft.readers import EXTENSIONS, data_extension
 from sft.rows import Row, Wanted
-from sft.schema import DataKeys, DatasetKeys
 from sft.sources import find_files, is_saved, read_files, read_hub, read_saved
 
 logger = logging.getLogger("sft")

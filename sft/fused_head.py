@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 from sft.chunked_loss import linear_chunks, module_chunks, score_rows
+from sft.distributed.dtensor import gathered, local_part, vocabulary_shard, whole
 from sft.known_gradients import KnownGradients, gradient_dtype
 from sft.losses import Objective, TokenLoss, add_up, trained_positions
 from sft.output_head import OutputHead, find_output_head
 from sft.router_loss import load_balancing_loss
-from sft.sharded_head import gathered, local_part, vocabulary_shard, whole
 from sft.vocabulary_loss import score_slice, tokens_of_a_chunk
 
 _STATE = "_fused_head"

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from sft.compilation import CompileSettings
+from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
-from sft.gradient_reduction import GradientReducer
 from sft.gradients import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.losses import Objective, TokenLoss
 from sft.master_weights import MasterWeights

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sft.sharded_head import spreading
+from sft.distributed.dtensor import spreading
 
 
 def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:

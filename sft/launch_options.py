@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from sft.config.overrides import COMMAND_LINE, parse_overrides
+from sft.config.schema import Config
 from sft.errors import Problem, UserError
-from sft.overrides import COMMAND_LINE, parse_overrides
-from sft.schema import Config
 
 logger = logging.getLogger("sft.launch")
 

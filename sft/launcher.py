@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft.config.overrides import COMMAND_LINE
+from sft.distributed.gpus import require_gpus, visible_gpus
 from sft.errors import Problem, UserError
-from sft.hardware import require_gpus, visible_gpus
 from sft.launch_options import DEFAULT_PORT, Arguments, environment_overrides, override_keys, parse_arguments
-from sft.overrides import COMMAND_LINE
 from sft.slurm import Job, read_job
 
 if TYPE_CHECKING:
-    from sft.schema import Config
+    from sft.config.schema import Config
 
 logger = logging.getLogger("sft.launch")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sft.config.schema import DataKeys
 from sft.errors import Problem, UserError
-from sft.schema import DataKeys
 
 _ASKED_FOR = ("duplicate", "in_validation", "not_drawn")  # rows that the config leaves out
 _EXAMPLES = 5  # lost rows that are named

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from sft.distributed.dtensor import local_part
+from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import Problem, UserError
-from sft.gradient_reduction import GradientReducer
-from sft.sharded_head import local_part
 
 MASTERS = "master_weights"  # the key in a checkpoint's optimizer state
 

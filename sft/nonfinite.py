@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from sft.distributed.dtensor import local_part
 from sft.errors import Problem, TrainingStopped
 from sft.nonfinite_diagnosis import Pass, describe, look, some
-from sft.sharded_head import local_part
 
 logger = logging.getLogger("sft")
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from sft.boundaries import Boundaries
+from sft.distributed.dtensor import local_part
 from sft.documents import IGNORE_INDEX
 from sft.errors import Problem
-from sft.sharded_head import local_part
 
 Pass = tuple[torch.Tensor, Mapping[str, Any]]  # whether its loss is finite, and its batch
 

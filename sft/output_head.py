@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sft.sharded_head import gathered, is_product, shallow_copy, vocabulary_shard, whole, without_hooks
+from sft.distributed.dtensor import gathered, is_product, shallow_copy, vocabulary_shard, whole, without_hooks
 
 _PROBE = 64.0  # a value of a logit far outside of what soft-capping leaves as it is
 _ROUNDINGS = 8  # units in the last place by which two ways to the same logits may differ, relative to the largest

@@ -69,7 +69,7 @@ def device_facts(measured: bool = False) -> DeviceFacts:
         return DeviceFacts("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
     if not measured:
         return DeviceFacts("cpu", bf16=True)
-    from sft.matmul_speed import bf16_speedup
+    from sft.distributed.cpu import bf16_speedup
 
     return DeviceFacts("cpu", bf16=True, bf16_speedup=bf16_speedup())
 

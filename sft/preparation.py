@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from sft.auto_packing import AutoPacking
+from sft.config.schema import DataKeys
 from sft.data_sources import DataSource, training_sources, validation_sources
 from sft.dataset_cache import cache_key, write_rows
 from sft.documents import IGNORE_INDEX, Documents, DocumentStore
@@ -23,7 +24,6 @@ from sft.mixing import draw
 from sft.packing import lay_out
 from sft.previews import first_sample
 from sft.row_encoder import RowEncoder, Seen
-from sft.schema import DataKeys
 from sft.sources import Wanted
 from sft.splits import count_rows, held_out
 

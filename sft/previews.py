@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sft.config.schema import DataKeys
 from sft.conversation import Conversation, RowLost, Text
 from sft.data_sources import DataSource, split_seed, training_sources, validation_sources
 from sft.documents import IGNORE_INDEX
@@ -20,7 +21,6 @@ from sft.ledger import Ledger
 from sft.lost_rows import as_counts, remedy
 from sft.rendering import Rendered
 from sft.row_encoder import RowEncoder, Sample, Seen
-from sft.schema import DataKeys
 from sft.serving_contract import ServingContract, check_prompts, joined
 from sft.sources import Row
 from sft.splits import count_rows, held_out

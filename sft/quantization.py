@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
+    from sft.config.schema import LoraKeys, QuantizationKeys
     from sft.precision import Precision
-    from sft.schema import LoraKeys, QuantizationKeys
 
 _CPU_LOGGER = "bitsandbytes.backends.cpu.ops"
 _CAST_LOGGER = "bitsandbytes.autograd._functions"

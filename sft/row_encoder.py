@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from sft.config.schema import DataKeys
 from sft.conversation import Conversation, RowLost, Text, require_characters
 from sft.data_sources import DataSource
 from sft.documents import IGNORE_INDEX, Documents
@@ -30,7 +31,6 @@ from sft.errors import Problem, UserError
 from sft.formats import normalize
 from sft.ledger import Ledger
 from sft.rendering import ChatRenderer, Rendered
-from sft.schema import DataKeys
 from sft.sources import Row
 from sft.truncation import fit
 

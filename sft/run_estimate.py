@@ -23,11 +23,11 @@ from sft.adapters import without_adapter
 from sft.allocation_trace import as_fake, fake_batch
 from sft.batch_plan import BatchPlan
 from sft.collation import Collator, row_lengths
+from sft.distributed.cpu import operations_a_second
+from sft.distributed.memory import held_bytes, memory_limit
 from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
 from sft.flops import operations_a_token, peak_of
 from sft.losses import Objective
-from sft.matmul_speed import operations_a_second
-from sft.memory import held_bytes, memory_limit
 from sft.optimizers import splits_masters
 from sft.output_head import assume_output_head
 from sft.sampling import EpochSampler

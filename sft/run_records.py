@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from sft import artifacts, run_shape, stream_state
 from sft.collation import row_lengths
+from sft.distributed.memory import peak_memory_gb
 from sft.flops import peak_of
 from sft.guarded_step import StepSettings
-from sft.memory import peak_memory_gb
 from sft.metrics import TokenCounts, TokenSums
 from sft.nonfinite import require_finite
 from sft.row_order import RowOrder

@@ -9,10 +9,10 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from sft.best_model import WATCHING
+from sft.config.best_metric import WATCHING
+from sft.config.schema import TrainingKeys
 from sft.errors import Problem, UserError
 from sft.quantization import import_bitsandbytes
-from sft.schema import TrainingKeys
 
 _STEPS = 1000  # of the trial, where max_steps is not given: no schedule's settings are right or wrong by their number
 _OF_THE_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}

@@ -21,6 +21,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from sft.config.schema import DataKeys
 from sft.data_sources import DataSource
 from sft.dataset_cache import cache_key
 from sft.errors import UserError
@@ -28,7 +29,6 @@ from sft.interleaving import Cursor, Shard, ShardReader, too_few_rows
 from sft.ledger import Ledger, as_document
 from sft.lost_rows import require_enough_rows
 from sft.row_encoder import RowEncoder
-from sft.schema import DataKeys
 from sft.windows import Window, prepare_window
 
 STEP = "stream"  # the batch's entry that says where the stream stands behind it

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft import chat_templates
+from sft.config.section import placed
 from sft.errors import Problem, UserError
-from sft.keys import placed
 from sft.model_files import resolve_reference, unavailable
 from sft.tokenizer_files import load_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from sft.schema import ModelKeys
+    from sft.config.schema import ModelKeys
 
 logger = logging.getLogger("sft")
 

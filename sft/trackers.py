@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from sft.config.schema import TrainingKeys
 from sft.errors import Problem, UserError
-from sft.schema import TrainingKeys
 
 MODULES: dict[str, tuple[str, ...]] = {
     "azure_ml": ("azureml.core",),

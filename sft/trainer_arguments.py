@@ -13,8 +13,8 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from sft.batch_plan import BatchPlan
-from sft.best_model import WATCHING, greater_is_better
 from sft.compilation import KEYS as COMPILING
+from sft.config.best_metric import WATCHING, greater_is_better
 
 
 def training_arguments(

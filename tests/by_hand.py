@@ -15,7 +15,7 @@ import config_manager
 import data_handler
 import model_manager
 from data_handler import PreparedData
-from sft.schema import DataKeys, ModelKeys
+from sft.config.schema import DataKeys, ModelKeys
 
 
 def rows_of(run: Path) -> PreparedData:

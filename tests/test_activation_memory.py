@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from model_manager import load_model, load_tokenizer, plan_precision
 from sft import activation_memory, document_attention
 from sft.activation_memory import HostMemory, checkpoint_activations, costly_operators
+from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
-from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
 from tests.builders import tiny_llama
 
 TOKENS = 96

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.activation_memory import checkpoint_activations
 from sft.adapters import attach_adapter
-from sft.schema import LoraKeys
+from sft.config.schema import LoraKeys
 from tests.builders import tiny_llama
 
 TOKENS, WIDTH = 48, 64

@@ -19,8 +19,8 @@ import pytest
 import zstandard
 
 import data_handler
+from sft.config.schema import DataKeys
 from sft.errors import UserError
-from sft.schema import DataKeys
 from tests.builders import byte_level_tokenizer
 
 GOOD = '{"question": "Hi?", "answer": "Yes"}\n'

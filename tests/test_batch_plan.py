@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sft.batch_plan import plan_batches
+from sft.config.schema import TrainingKeys
 from sft.errors import UserError
-from sft.schema import TrainingKeys
 
 
 def keys(**values: Any) -> TrainingKeys:

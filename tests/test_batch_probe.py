@@ -16,9 +16,9 @@ from datasets import Dataset
 import sft_main
 from sft import batch_probe
 from sft.collation import Collator
+from sft.config.schema import TrainingKeys
 from sft.losses import Objective
 from sft.precision import Precision
-from sft.schema import TrainingKeys
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.runs import arithmetic, losses, run, write_config, write_rows
 

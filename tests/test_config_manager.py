@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config_manager import config_text, json_schema, load_config, require_trainable, write_config
+from sft.config.schema import Config
 from sft.errors import UserError
-from sft.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -210,8 +210,8 @@ def test_some_unknown_keys_come_with_what_to_write(config_file):
 
 
 def test_every_name_used_elsewhere_leads_to_a_key():
-    from sft.config_errors import all_keys
-    from sft.other_names import ADVICE, OTHER_NAMES
+    from sft.config.error_messages import all_keys
+    from sft.config.key_aliases import ADVICE, OTHER_NAMES
 
     keys = set(all_keys(Config))
     assert {name: to for name, to in OTHER_NAMES.items() if to not in keys} == {}

@@ -21,11 +21,11 @@ from data_handler import (
     require_enough_rows,
     validation_conversations,
 )
+from sft.config.schema import DataKeys, DatasetKeys
 from sft.data_sources import DataSource
 from sft.errors import UserError
 from sft.ledger import Ledger
 from sft.row_encoder import RowEncoder, Seen
-from sft.schema import DataKeys, DatasetKeys
 from sft.sources import Row
 from tests.builders import CHATML, byte_level_tokenizer
 from tests.template_zoo import tokenizer_of

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from sft.config.schema import DataKeys, DatasetKeys
 from sft.data_sources import training_sources, validation_sources
 from sft.errors import UserError
-from sft.schema import DataKeys, DatasetKeys
 
 
 def write(path: Path, *answers: str) -> Path:

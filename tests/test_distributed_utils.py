@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 import distributed_utils as du
-from sft import hardware
+from sft.config.schema import TrainingKeys
+from sft.distributed import gpus
 from sft.errors import UserError
-from sft.schema import TrainingKeys
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -30,7 +30,7 @@ def _no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    for module in (hardware, du):
+    for module in (gpus, du):
         monkeypatch.setattr(module, "visible_gpus", lambda: count)
 
 
@@ -56,25 +56,25 @@ def test_a_process_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("visible", ["", "-1", " "])
 def test_hidden_gpus_are_none(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
-    monkeypatch.setattr(hardware, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(gpus, "has_gpu_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert hardware.visible_gpus() == 4
+    assert gpus.visible_gpus() == 4
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert hardware.visible_gpus() == 0
+    assert gpus.visible_gpus() == 0
 
 
 def test_a_driver_is_seen_by_its_device_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
     (tmp_path / "nvidiactl").touch()
-    assert not hardware.has_gpu_driver()
+    assert not gpus.has_gpu_driver()
     (tmp_path / "nvidia0").touch()
-    assert hardware.has_gpu_driver()
+    assert gpus.has_gpu_driver()
 
 
 def test_enough_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 2)
-    hardware.require_gpus(2)
-    hardware.require_gpus(0)
+    gpus.require_gpus(2)
+    gpus.require_gpus(0)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_too_few_gpus(
     monkeypatch: pytest.MonkeyPatch, found: int, wanted: int, visible: str | None, message: str, hint: str
 ) -> None:
     pretend_gpus(monkeypatch, found)
-    monkeypatch.setattr(hardware, "has_gpu_driver", lambda: found > 0)
+    monkeypatch.setattr(gpus, "has_gpu_driver", lambda: found > 0)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError) as raised:
@@ -103,23 +103,23 @@ def test_too_few_gpus(
 
 
 def test_a_torch_without_gpu_support_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(gpus, "has_gpu_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match="is a build without GPU support"):
-        hardware.require_gpus(1)
+        gpus.require_gpus(1)
 
 
 @pytest.mark.parametrize("has_units", [True, False])
 def test_tf32_needs_a_gpu_that_has_it_and_is_used(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
-    monkeypatch.setattr(hardware, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: 1)
     monkeypatch.setattr("transformers.utils.is_torch_tf32_available", lambda: has_units)
     wanted, unwanted = (TrainingKeys.model_validate({"tf32": value}) for value in (True, False))
     with nullcontext() if has_units else pytest.raises(UserError, match="tf32: needs a GPU"):
-        hardware.require_tf32(wanted)
+        gpus.require_tf32(wanted)
     with pytest.raises(UserError, match="tf32: needs a GPU"):
-        hardware.require_tf32(wanted, on_cpu=True)
-    hardware.require_tf32(unwanted, on_cpu=True)
+        gpus.require_tf32(wanted, on_cpu=True)
+    gpus.require_tf32(unwanted, on_cpu=True)
 
 
 def test_one_process_keeps_the_first_of_several_gpus(

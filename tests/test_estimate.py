@@ -255,7 +255,7 @@ def test_frozen_layers_but_the_head_take_the_memory_of_quantized_ones() -> None:
 
 RUN = """
 import json, os, sys
-from sft import kernel_caches
+from sft.distributed import kernel_caches
 kernel_caches.limit(os.environ)
 import torch
 from peft import LoraConfig, get_peft_model
@@ -264,7 +264,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sft.allocation_trace import as_fake, fake_batch
 from sft.collation import Collator
 from sft.estimate import estimate_memory, optimizer_memory
-from sft.memory import peak_bytes
+from sft.distributed.memory import peak_bytes
 from sft.run_estimate import process_bytes
 from tests.builders import tiny_llama
 from tests.test_out_of_memory import rows

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sft import hardware, launcher, slurm
+from sft import launcher, slurm
+from sft.distributed import gpus
 from sft.errors import UserError
 from sft.launch_options import ENVIRONMENT, environment_overrides, override_keys, parse_arguments
 from sft.launcher import ENTRY, Plan, make_plan
@@ -47,7 +48,7 @@ def plan(config: Path) -> Planner:
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """A machine with `count` GPUs, as far as the launcher can see."""
-    for module in (hardware, launcher):
+    for module in (gpus, launcher):
         monkeypatch.setattr(module, "visible_gpus", lambda: count)
 
 
@@ -377,7 +378,7 @@ def test_mistakes_and_help_come_without_torch(config: Path) -> None:
         "heavy = sorted({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys())\n"
         "print(json.dumps([code, heavy]))\n"
     )
-    if hardware.has_gpu_driver():
+    if gpus.has_gpu_driver():
         pytest.skip("on a machine with a GPU driver torch counts the devices")
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_manager
 from sft import merging
+from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
-from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.test_trained_models import IM_END, logits, trained
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Bits
 
 import model_manager
 import sft_main
+from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
-from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.runs import arithmetic, write_config, write_rows
 

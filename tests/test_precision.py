@@ -93,7 +93,7 @@ def test_sharded_weights_are_kept_in_float32_by_their_sharding() -> None:
 
 def test_the_machine_is_measured_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("sft.matmul_speed.bf16_speedup", lambda: 2.5)
+    monkeypatch.setattr("sft.distributed.cpu.bf16_speedup", lambda: 2.5)
     assert device_facts() == DeviceFacts("cpu", True, 1.0)
     assert device_facts(measured=True) == DeviceFacts("cpu", True, 2.5)
 

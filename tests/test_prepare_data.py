@@ -11,7 +11,7 @@ import pytest
 
 import prepare_data
 from data_handler import prepare_data as prepare_for_training
-from sft.schema import DataKeys
+from sft.config.schema import DataKeys
 from sft.sources import find_files
 from tests.builders import byte_level_tokenizer
 from tests.runs import write_rows

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from sft.config_rules import broken_rules
+from sft.config.schema import Config, TrainingKeys
+from sft.config.upstream_schema import facts
+from sft.config.validation import broken_rules
 from sft.errors import Problem, UserError
 from sft.schedules import require_schedule
-from sft.schema import Config, TrainingKeys
-from sft.upstream_schema import facts
 from tests.runs import arithmetic, refused_before_data, write_config, write_rows
 
 NEEDED: dict[str, dict[str, Any]] = {

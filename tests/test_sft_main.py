@@ -220,9 +220,9 @@ def test_a_resumed_run_keeps_the_format_that_auto_had_chosen(
     del keys["lora_config"]
     write_config(config_file, **keys)
     common = ["--config_file", str(config_file), "dtype=auto", "max_steps=2", "save_steps=1"]
-    monkeypatch.setattr("sft.matmul_speed.bf16_speedup", lambda: then)
+    monkeypatch.setattr("sft.distributed.cpu.bf16_speedup", lambda: then)
     assert sft_main.main([*common, f"output_dir={tmp_path / 'whole'}"]) == 0
-    monkeypatch.setattr("sft.matmul_speed.bf16_speedup", lambda: now)
+    monkeypatch.setattr("sft.distributed.cpu.bf16_speedup", lambda: now)
     again, first = tmp_path / "again", tmp_path / "whole" / "checkpoint-1"
     assert sft_main.main([*common, f"output_dir={again}", f"resume_from_checkpoint={first}"]) == 0
     assert losses(again) == losses(tmp_path / "whole")

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sft import document_attention
 from sft.chunked_loss import score_rows
 from sft.collation import Collator
+from sft.distributed.dtensor import VocabularyShard, whole
 from sft.document_attention import takes_documents
 from sft.gradients import clip_gradients, gradient_norms, total_norm
 from sft.losses import Objective, TokenLoss
 from sft.output_head import LogitTransform
-from sft.sharded_head import VocabularyShard, whole
 from sft.token_forward import TokenForward
 from sft.vocabulary_loss import score_slice, tokens_of_a_chunk
 from tests.ranks import spawn_ranks

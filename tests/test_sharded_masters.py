@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sft.distributed.dtensor import whole
 from sft.gradients import gradient_norms, total_norm
 from sft.losses import Objective
 from sft.optimizers import skipping, with_master_weights
-from sft.sharded_head import whole
 from sft.token_forward import TokenForward
 from tests.ranks import spawn_ranks
 from tests.test_fused_head import batch, llama

@@ -47,7 +47,7 @@ def test_neither_torch_nor_datasets_is_imported_to_prepare_data(tmp_path: Path) 
         "import json, sys\n"
         "import data_handler\n"
         "from sft.dataset_cache import make_once\n"
-        "from sft.schema import DataKeys\n"
+        "from sft.config.schema import DataKeys\n"
         "from sft.tokenizer_files import load_tokenizer_files\n"
         "tokenizer = load_tokenizer_files(sys.argv[1])\n"
         "keys = DataKeys(train_file=sys.argv[2], packing='bfd', cache_dir=sys.argv[3])\n"

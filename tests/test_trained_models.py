@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 import model_manager
+from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
-from sft.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.trained_models import find_base, generation_config, stop_tokens
 from tests.builders import byte_level_tokenizer, tiny_llama
 

@@ -1,6 +1,7 @@
 """Our own words and limits for upstream's keys: what the schema says about each, and what it refuses at once.
 
-Keys that `sft.schema` defines again have theirs there. A test holds the tables against the keys that upstream has.
+Keys that `sft.config.schema` defines again have theirs there. A test holds the tables against the keys that upstream
+has.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from sft.config.field_types import Path
 from sft.errors import Problem, UserError
-from sft.values import Path
 
 _TAG = "tag:yaml.org,2002:"
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sft.config.schema import Config
 from sft.errors import Problem
-from sft.schema import Config
 
 WATCHING = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow a metric of the evaluations."""

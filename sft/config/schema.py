@@ -1,8 +1,8 @@
 """Every config key: its type, its default, its meaning and unit. No default lives anywhere else.
 
 `Config` is one flat model made of groups. A stage receives the group it uses: `config.section(DataKeys)`.
-Keys of `TrainingArguments`, `LoraConfig` and `BitsAndBytesConfig` come from `sft.upstream_schema`; the ones that stand
-here with a default of our own replace upstream's.
+Keys of `TrainingArguments`, `LoraConfig` and `BitsAndBytesConfig` come from `sft.config.upstream_schema`; the ones that
+stand here with a default of our own replace upstream's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from sft.keys import Keys
-from sft.upstream_schema import defaults, module_of, upstream_keys
-from sft.values import Bool, Int, Number, PathText
+from sft.config.field_types import Bool, Int, Number, PathText
+from sft.config.section import Keys
+from sft.config.upstream_schema import defaults, module_of, upstream_keys
 
 if TYPE_CHECKING:
 

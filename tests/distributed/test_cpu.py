@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft import matmul_speed
-from sft.matmul_speed import FEWEST_ROUNDS, ROUNDS, TOKENS, measure_speedup, operations_a_second
+from sft.distributed import cpu as matmul_speed
+from sft.distributed.cpu import FEWEST_ROUNDS, ROUNDS, TOKENS, measure_speedup, operations_a_second
 
 
 class Machine:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.memory import _group_limits, held_bytes, memory_limit, peak_bytes, reset_peak
+from sft.distributed.memory import _group_limits, held_bytes, memory_limit, peak_bytes, reset_peak
+from tests.runs import ROOT
 
 CPU = torch.device("cpu")
 BLOCK = 64 * 2**20
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_peak_begins_again_at_what_is_held() -> None:

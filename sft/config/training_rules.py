@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sft.config_rules import TRAIN_SOURCES, is_given
+from sft.config.schema import Config
+from sft.config.validation import TRAIN_SOURCES, is_given
 from sft.errors import Problem
-from sft.schema import Config
 
 _NOT_SHARDED = ("models are not sharded yet", "Remove it: processes train whole copies (DDP).")
 _EVALUATES_ALIKE = ("evaluation computes as training does", "Remove it, or set `dtype`.")

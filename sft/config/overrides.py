@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sft.config.field_types import WORDS, Path, accepts, items_of, section_of
+from sft.config.yaml_reader import read_value
 from sft.errors import Problem, UserError
-from sft.values import WORDS, Path, accepts, items_of, section_of
-from sft.yaml_source import read_value
 
 COMMAND_LINE = "command line"
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from config_manager import load_config
-from sft.config_errors import all_keys
-from sft.schema import GROUPS, SECRET_KEYS, Config, DataKeys, LoraKeys, ModelKeys, QuantizationKeys, TrainingKeys
-from sft.upstream_meanings import LIMITS, MEANINGS
-from sft.upstream_schema import FACTS_FILE, facts, installed_facts
-from sft.values import section_of
+from sft.config.error_messages import all_keys
+from sft.config.field_types import section_of
+from sft.config.schema import GROUPS, SECRET_KEYS, Config, DataKeys, LoraKeys, ModelKeys, QuantizationKeys, TrainingKeys
+from sft.config.upstream_docs import LIMITS, MEANINGS
+from sft.config.upstream_schema import FACTS_FILE, facts, installed_facts
 
 # Values other than the default, where the type alone does not give a valid one.
 TRAINING_VALUES: dict[str, Any] = {

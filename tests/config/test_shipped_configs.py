@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from config_manager import load_config, require_trainable
+from tests.runs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted([ROOT / "sample_config.yaml", *(ROOT / "configs").rglob("*.y*ml")])
 
 

@@ -3,7 +3,7 @@
 Importing transformers costs seconds, and `--help`, `schema` and config errors answer in a fraction of one. So the facts
 about upstream's keys (name, type, default, choices) are kept in `upstream_schema.json`, which
 
-    python -m sft.upstream_schema
+    python -m sft.config.upstream_schema
 
 writes again from the libraries that are installed; a test compares the two.
 """
@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field, StringConstraints, create_model
 
-from sft.keys import Keys
-from sft.upstream_meanings import LIMITS, MEANINGS
-from sft.values import Bool, Int, Number, branches
+from sft.config.field_types import Bool, Int, Number, branches
+from sft.config.section import Keys
+from sft.config.upstream_docs import LIMITS, MEANINGS
 
 FACTS_FILE = Path(__file__).with_suffix(".json")
 Fact = dict[str, Any]

@@ -6,11 +6,11 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from sft.best_model import WATCHING, metric_problems
+from sft.config.best_metric import WATCHING, metric_problems
+from sft.config.overrides import shown
+from sft.config.schema import Config
+from sft.config.upstream_schema import trackers
 from sft.errors import Problem
-from sft.overrides import shown
-from sft.schema import Config
-from sft.upstream_schema import trackers
 
 TRAIN_SOURCES = ("dataset_name", "dataset_path", "train_file", "datasets")
 VALIDATION_SOURCES = ("validation_file", "validation_split", "eval_datasets")

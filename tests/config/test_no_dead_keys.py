@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-from sft.schema import (
+from sft.config.schema import (
     AdapterKeys,
     Config,
     DataKeys,
@@ -23,9 +22,9 @@ from sft.schema import (
     TrainingKeys,
     WatchKeys,
 )
-from sft.upstream_schema import defaults
+from sft.config.upstream_schema import defaults
+from tests.runs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG_STAGE = {
     *("config_manager.py", "schema.py", "keys.py", "config_rules.py", "config_errors.py", "overrides.py"),
     *("best_model.py", "training_rules.py"),

@@ -14,10 +14,10 @@ from huggingface_hub.cli.hf import app as hf
 from huggingface_hub.utils import filter_repo_objects
 
 import config_manager
+from sft.config.schema import Config, TrainingKeys
+from sft.config.training_rules import REFUSED
+from sft.config.upstream_schema import facts
 from sft.errors import Problem, UserError
-from sft.schema import Config, TrainingKeys
-from sft.training_rules import REFUSED
-from sft.upstream_schema import facts
 
 TRAINABLE = {"model_name_or_path": "m", "train_file": "t.jsonl"}
 VALUES: dict[str, Any] = {

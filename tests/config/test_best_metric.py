@@ -10,7 +10,7 @@ import pytest
 
 import sft_main
 from config_manager import load_config
-from sft.best_model import greater_is_better, metric_names
+from sft.config.best_metric import greater_is_better, metric_names
 from sft.errors import UserError
 from sft.trainer_arguments import training_arguments
 from tests.runs import arithmetic, write_config, write_rows

@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from sft.config.field_types import Path, branches, choices_of, expected, items_of, section_of
+from sft.config.key_aliases import ADVICE, OTHER_NAMES
+from sft.config.overrides import annotation_at, shown
+from sft.config.schema import SECRET_KEYS
+from sft.config.section import Place
 from sft.errors import Problem
-from sft.keys import Place
-from sft.other_names import ADVICE, OTHER_NAMES
-from sft.overrides import annotation_at, shown
-from sft.schema import SECRET_KEYS
-from sft.values import Path, branches, choices_of, expected, items_of, section_of
 
 Locate = Callable[[Path], tuple[str, Place | tuple[None, None]]]
 """Gives the key as typed and its place, by path."""

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from sft import kernel_caches
+from sft.distributed import kernel_caches
 from tests.runs import ROOT
 
 MEMORY = """
 import torch
-from sft.memory import peak_bytes
+from sft.distributed.memory import peak_bytes
 def grown(shapes):
     before = peak_bytes(torch.device("cpu"))
     for tokens in shapes:

@@ -11,7 +11,7 @@ from sft.errors import Problem, UserError
 if TYPE_CHECKING:
     import torch
 
-    from sft.schema import TrainingKeys
+    from sft.config.schema import TrainingKeys
 
 DEVICES = Path("/dev")
 # The kernel drivers' nodes: NVIDIA's, AMD's, and those of Windows' Linux subsystem.

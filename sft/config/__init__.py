@@ -1,0 +1,1 @@
+"""The config: its schema, the YAML reader with line numbers, overrides, validation and error messages; no torch."""

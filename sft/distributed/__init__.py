@@ -1,0 +1,1 @@
+"""What the machine is and how ranks talk: GPUs, CPU, memory, out-of-memory errors, DTensors, collectives."""
