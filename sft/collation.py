@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.boundaries import Boundaries
+from sft.data.documents import IGNORE_INDEX
 from sft.document_attention import takes_documents
-from sft.documents import IGNORE_INDEX
 
 FILLER = "filler"
 NUMBER = "number"  # of a row in its data set

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft.strict_json import loads
+from sft.data.json_values import loads
 
 Message = dict[str, Any]
 

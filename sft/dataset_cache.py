@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from sft.documents import IGNORE_INDEX, Documents
+from sft.data.documents import IGNORE_INDEX, Documents
 from sft.packing import Layout
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sft.documents import IGNORE_INDEX, Documents
+from sft.data.documents import IGNORE_INDEX, Documents
 from sft.pieces import PieceEncoder, exact, plain
 from sft.rendering import Rendered
 from sft.seams import SeamMerges

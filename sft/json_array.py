@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from sft.strict_json import DECODER, DuplicateKey
+from sft.data.json_values import DECODER, DuplicateKey
 
 _WINDOW = 1 << 18  # characters read at a time, and doubled for a value that is longer
 _MARGIN = 16  # characters: no word or number sign of JSON, cut anywhere, is longer

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from sft.documents import IGNORE_INDEX
+from sft.data.documents import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)

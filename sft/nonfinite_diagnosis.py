@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from sft.boundaries import Boundaries
+from sft.data.documents import IGNORE_INDEX
 from sft.distributed.dtensor import local_part
-from sft.documents import IGNORE_INDEX
 from sft.errors import Problem
 
 Pass = tuple[torch.Tensor, Mapping[str, Any]]  # whether its loss is finite, and its batch

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.auto_packing import AutoPacking
 from sft.config.schema import DataKeys
+from sft.data.documents import IGNORE_INDEX, Documents, DocumentStore
+from sft.data.ledger import Ledger, as_document, as_state, total
 from sft.data_sources import DataSource, training_sources, validation_sources
 from sft.dataset_cache import cache_key, write_rows
-from sft.documents import IGNORE_INDEX, Documents, DocumentStore
-from sft.ledger import Ledger, as_document, as_state, total
 from sft.mixing import draw
 from sft.packing import lay_out
 from sft.previews import first_sample

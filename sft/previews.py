@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
 from sft.conversation import Conversation, RowLost, Text
+from sft.data.documents import IGNORE_INDEX
+from sft.data.ledger import Ledger
+from sft.data.lost_rows import as_counts, remedy
 from sft.data_sources import DataSource, split_seed, training_sources, validation_sources
-from sft.documents import IGNORE_INDEX
 from sft.encoding import Encoded
 from sft.errors import Problem, UserError
 from sft.formats import normalize
-from sft.ledger import Ledger
-from sft.lost_rows import as_counts, remedy
 from sft.rendering import Rendered
 from sft.row_encoder import RowEncoder, Sample, Seen
 from sft.serving_contract import ServingContract, check_prompts, joined

@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
 from sft.conversation import Conversation, RowLost, Text, require_characters
+from sft.data.documents import IGNORE_INDEX, Documents
+from sft.data.ledger import Ledger
 from sft.data_sources import DataSource
-from sft.documents import IGNORE_INDEX, Documents
 from sft.encoding import Batch, Encoded, Encoder
 from sft.errors import Problem, UserError
 from sft.formats import normalize
-from sft.ledger import Ledger
 from sft.rendering import ChatRenderer, Rendered
 from sft.sources import Row
 from sft.truncation import fit

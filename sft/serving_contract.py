@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sft.conversation import Conversation
-from sft.documents import IGNORE_INDEX
+from sft.data.documents import IGNORE_INDEX
 from sft.encoding import Encoded
 from sft.errors import Problem
 from sft.rendering import ChatRenderer

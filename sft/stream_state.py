@@ -12,10 +12,10 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sft.data.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state
+from sft.data.lost_rows import require_enough_rows
 from sft.errors import Problem, UserError
 from sft.interleaving import Cursor
-from sft.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state
-from sft.lost_rows import require_enough_rows
 from sft.resume import STREAM_STATE
 from sft.streaming import Account, Place, Step, TrainingStream
 

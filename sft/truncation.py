@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sft.conversation import RowLost
-from sft.documents import IGNORE_INDEX
+from sft.data.documents import IGNORE_INDEX
 from sft.encoding import Encoded
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sft.data.documents import IGNORE_INDEX, Documents
+from sft.data.ledger import Ledger
 from sft.data_sources import DataSource
-from sft.documents import IGNORE_INDEX, Documents
 from sft.interleaving import Taken
-from sft.ledger import Ledger
 from sft.packing import lay_out
 from sft.row_encoder import RowEncoder, Seen
 from sft.rows import Row

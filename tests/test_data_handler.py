@@ -22,9 +22,9 @@ from data_handler import (
     validation_conversations,
 )
 from sft.config.schema import DataKeys, DatasetKeys
+from sft.data.ledger import Ledger
 from sft.data_sources import DataSource
 from sft.errors import UserError
-from sft.ledger import Ledger
 from sft.row_encoder import RowEncoder, Seen
 from sft.sources import Row
 from tests.builders import CHATML, byte_level_tokenizer

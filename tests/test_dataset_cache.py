@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from datasets import disable_caching
 
+from sft.data.documents import Documents
 from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
-from sft.documents import Documents
 from sft.packing import lay_out
 
 disable_caching()

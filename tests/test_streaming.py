@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from sft import stream_state
 from sft.collation import Collator
 from sft.config.schema import DataKeys
+from sft.data.documents import IGNORE_INDEX
+from sft.data.ledger import Ledger, as_document, as_state, from_state
 from sft.data_sources import training_sources
-from sft.documents import IGNORE_INDEX
 from sft.errors import UserError
-from sft.ledger import Ledger, as_document, as_state, from_state
 from sft.row_encoder import RowEncoder, Seen
 from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.documents import Documents, DocumentStore
+from sft.data.documents import Documents, DocumentStore
 
 
 def made_of(*texts: list[int]) -> Documents:

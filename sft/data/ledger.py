@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sft.documents import IGNORE_INDEX, Documents
+from sft.data.documents import IGNORE_INDEX, Documents
 
 MAX_EXAMPLES = 20  # lost rows named one by one for each reason; the counts are always whole
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)

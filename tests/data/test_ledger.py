@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from sft.documents import Documents
-from sft.ledger import MAX_EXAMPLES, Ledger, as_document, total
+from sft.data.documents import Documents
+from sft.data.ledger import MAX_EXAMPLES, Ledger, as_document, total
 
 
 def documents(*sizes: tuple[int, int]) -> Documents:

@@ -1,0 +1,1 @@
+"""From files to token data sets. Here lies what all its packages share: documents, the ledger, JSON values."""
