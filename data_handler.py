@@ -19,7 +19,7 @@ from sft.auto_packing import NEVER, AutoPacking
 from sft.config.schema import DataKeys
 from sft.data.ledger import Ledger, as_document, from_state
 from sft.data.lost_rows import require_enough_rows
-from sft.data_sources import split_seed, training_sources
+from sft.data.sources.dataset_source import split_seed, training_sources
 from sft.dataset_cache import cache_root, make_once, read_rows
 from sft.preparation import Preparation, packing_mode
 from sft.previews import first_sample, preview, serving_contract, validation_conversations

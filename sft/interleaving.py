@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sft.data_sources import DataSource
+from sft.data.sources.dataset_source import DataSource
+from sft.data.sources.row import Row
 from sft.errors import Problem, UserError
-from sft.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ from sft.conversation import Conversation, RowLost, Text
 from sft.data.documents import IGNORE_INDEX
 from sft.data.ledger import Ledger
 from sft.data.lost_rows import as_counts, remedy
-from sft.data_sources import DataSource, split_seed, training_sources, validation_sources
+from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
+from sft.data.sources.files import Row
 from sft.encoding import Encoded
 from sft.errors import Problem, UserError
 from sft.formats import normalize
 from sft.rendering import Rendered
 from sft.row_encoder import RowEncoder, Sample, Seen
 from sft.serving_contract import ServingContract, check_prompts, joined
-from sft.sources import Row
 from sft.splits import count_rows, held_out
 
 logger = logging.getLogger("sft")

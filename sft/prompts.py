@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft.conversation import Conversation, RowLost
+from sft.data.sources.files import find_files, read_files
+from sft.data.sources.row import Row
+from sft.data.sources.text_readers import data_extension
 from sft.errors import Problem, UserError
 from sft.formats import question
-from sft.readers import data_extension
-from sft.rows import Row
-from sft.sources import find_files, read_files
 
 
 def _conversation(row: Row, is_text: bool) -> Conversation:

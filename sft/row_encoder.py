@@ -26,12 +26,12 @@ from sft.config.schema import DataKeys
 from sft.conversation import Conversation, RowLost, Text, require_characters
 from sft.data.documents import IGNORE_INDEX, Documents
 from sft.data.ledger import Ledger
-from sft.data_sources import DataSource
+from sft.data.sources.dataset_source import DataSource
+from sft.data.sources.files import Row
 from sft.encoding import Batch, Encoded, Encoder
 from sft.errors import Problem, UserError
 from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered
-from sft.sources import Row
 from sft.truncation import fit
 
 _BATCH_ROWS = 1000  # rows handed to the Rust tokenizer at a time: enough to keep its threads busy

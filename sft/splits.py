@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sft.data_sources import DataSource
+from sft.data.sources.dataset_source import DataSource
 
 
 def count_rows(source: DataSource) -> int:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.config.schema import DataKeys
 from sft.data.ledger import Ledger, as_document
 from sft.data.lost_rows import require_enough_rows
-from sft.data_sources import DataSource
+from sft.data.sources.dataset_source import DataSource
 from sft.dataset_cache import cache_key
 from sft.errors import UserError
 from sft.interleaving import Cursor, Shard, ShardReader, too_few_rows

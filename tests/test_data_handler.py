@@ -23,10 +23,10 @@ from data_handler import (
 )
 from sft.config.schema import DataKeys, DatasetKeys
 from sft.data.ledger import Ledger
-from sft.data_sources import DataSource
+from sft.data.sources.dataset_source import DataSource
+from sft.data.sources.files import Row
 from sft.errors import UserError
 from sft.row_encoder import RowEncoder, Seen
-from sft.sources import Row
 from tests.builders import CHATML, byte_level_tokenizer
 from tests.template_zoo import tokenizer_of
 from tests.test_formats import rows as any_rows

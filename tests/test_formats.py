@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sft.conversation import Conversation, RowLost, Text
+from sft.data.sources.files import read_files
 from sft.formats import QUESTION_ANSWER_KEYS, detect, normalize, rename_columns
-from sft.sources import read_files
 
 
 def user(content: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import prepare_data
 from data_handler import prepare_data as prepare_for_training
 from sft.config.schema import DataKeys
-from sft.sources import find_files
+from sft.data.sources.files import find_files
 from tests.builders import byte_level_tokenizer
 from tests.runs import write_rows
 from tests.test_rendering import WITH_TOOLS

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from sft.data.sources.file_io import conversion
+from sft.data.sources.files import find_files, read_files, read_hub, read_saved
+from sft.data.sources.row import Row
+from sft.data.sources.text_readers import data_extension
 from sft.errors import UserError
-from sft.file_streams import conversion
-from sft.readers import data_extension
-from sft.rows import Row
-from sft.sources import find_files, read_files, read_hub, read_saved
 
 ROWS = [{"question": "Hi?", "answer": "Yes"}, {"question": "é🎉", "answer": "a\nb"}, {"question": "3", "answer": "No"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

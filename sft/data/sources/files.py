@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sft.data.sources.row import Row, Wanted
+from sft.data.sources.table_readers import as_given
+from sft.data.sources.text_readers import EXTENSIONS, data_extension, read_file
 from sft.errors import Problem, UserError
-from sft.readers import EXTENSIONS, data_extension, read_file
-from sft.rows import Row, Wanted
-from sft.table_readers import as_given
 
 logger = logging.getLogger("sft")
 

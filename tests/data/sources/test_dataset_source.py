@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sft.config.schema import DataKeys, DatasetKeys
-from sft.data_sources import training_sources, validation_sources
+from sft.data.sources.dataset_source import training_sources, validation_sources
 from sft.errors import UserError
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sft.data.sources.file_io import COMPRESSIONS, open_stream
+from sft.data.sources.row import Parsed, Row, Rows, Wanted, require_distinct
 from sft.errors import Problem, UserError
-from sft.file_streams import COMPRESSIONS, open_stream
-from sft.rows import Parsed, Row, Rows, Wanted, require_distinct
 
 _BATCH_ROWS = 4096  # rows of a Parquet file that are read at a time
 
@@ -17,7 +17,7 @@ Batch = tuple[int, Any]
 
 
 def read_parquet(file: Path, first: int, wanted: Wanted) -> Rows:
-    """As `sft.readers.read_file`; row groups without a wanted row are not read."""
+    """As `sft.data.sources.text_readers.read_file`; row groups without a wanted row are not read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -30,7 +30,7 @@ def read_parquet(file: Path, first: int, wanted: Wanted) -> Rows:
 
 
 def read_arrow(file: Path, first: int, wanted: Wanted) -> Rows:
-    """As `sft.readers.read_file`, for both of Arrow's formats."""
+    """As `sft.data.sources.text_readers.read_file`, for both of Arrow's formats."""
     import pyarrow as pa
 
     try:

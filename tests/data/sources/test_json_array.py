@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sft import json_array
 from sft.data.json_values import DuplicateKey, loads
-from sft.json_array import array_values
+from sft.data.sources import json_array
+from sft.data.sources.json_array import array_values
 
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just('🎉\\"\n')),

@@ -11,10 +11,10 @@ from pathlib import Path
 import xxhash
 
 from sft.config.schema import DataKeys, DatasetKeys
+from sft.data.sources.files import find_files, is_saved, read_files, read_hub, read_saved
+from sft.data.sources.row import Row, Wanted
+from sft.data.sources.text_readers import EXTENSIONS, data_extension
 from sft.errors import Problem, UserError
-from sft.readers import EXTENSIONS, data_extension
-from sft.rows import Row, Wanted
-from sft.sources import find_files, is_saved, read_files, read_hub, read_saved
 
 logger = logging.getLogger("sft")
 

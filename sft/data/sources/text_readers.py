@@ -17,11 +17,11 @@ from typing import Any
 from sft.column_advice import is_messages
 from sft.conversation import kind_of, shown
 from sft.data.json_values import DuplicateKey, loads
+from sft.data.sources.file_io import COMPRESSIONS, conversion, decoded, not_utf8, open_stream
+from sft.data.sources.json_array import array_values
+from sft.data.sources.row import Parsed, Row, Rows, Wanted, require_distinct
+from sft.data.sources.table_readers import read_arrow, read_parquet
 from sft.errors import Problem, UserError
-from sft.file_streams import COMPRESSIONS, conversion, decoded, not_utf8, open_stream
-from sft.json_array import array_values
-from sft.rows import Parsed, Row, Rows, Wanted, require_distinct
-from sft.table_readers import read_arrow, read_parquet
 
 logger = logging.getLogger("sft")
 
