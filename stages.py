@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from data_handler import PreparedData
     from sft.auto_packing import AutoPacking
     from sft.config.schema import Config
-    from sft.conversation import Conversation
+    from sft.data.formats.conversation import Conversation
     from sft.losses import Objective
     from sft.precision import Precision
     from sft.run_estimate import RunEstimate

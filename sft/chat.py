@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from sft.conversation import Message
+from sft.data.formats.conversation import Message
 from sft.errors import Problem, UserError
 from sft.replies import (
     GREEDY,

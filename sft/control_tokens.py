@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sft.conversation import Message, RowLost
+from sft.data.formats.conversation import Message, RowLost
 
 Span = tuple[int, int]
 _FIRST_MARK = 0xF0000  # Unicode's second private use plane: 65,534 characters that mean nothing to anybody

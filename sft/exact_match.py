@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sft.conversation import Conversation, Message
+from sft.data.formats.conversation import Conversation, Message
 from sft.out_of_memory import measuring
 from sft.replies import Sampling, generate_replies
 

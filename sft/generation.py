@@ -11,9 +11,9 @@ from typing import Any
 
 from sft import system_prompt
 from sft.chat import talk
-from sft.conversation import Conversation, Message
+from sft.data.formats.conversation import Conversation, Message
+from sft.data.formats.normalize import with_system
 from sft.errors import Problem, UserError
-from sft.formats import with_system
 from sft.prompts import read_prompts
 from sft.replies import GREEDY, Sampling, generate_replies
 from sft.trained_models import load_trained

@@ -11,15 +11,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
-from sft.conversation import Conversation, RowLost, Text
 from sft.data.documents import IGNORE_INDEX
+from sft.data.formats.conversation import Conversation, RowLost, Text
+from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger
 from sft.data.lost_rows import as_counts, remedy
 from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
 from sft.data.sources.files import Row
 from sft.encoding import Encoded
 from sft.errors import Problem, UserError
-from sft.formats import normalize
 from sft.rendering import Rendered
 from sft.row_encoder import RowEncoder, Sample, Seen
 from sft.serving_contract import ServingContract, check_prompts, joined

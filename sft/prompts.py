@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft.conversation import Conversation, RowLost
+from sft.data.formats.conversation import Conversation, RowLost
+from sft.data.formats.normalize import question
 from sft.data.sources.files import find_files, read_files
 from sft.data.sources.row import Row
 from sft.data.sources.text_readers import data_extension
 from sft.errors import Problem, UserError
-from sft.formats import question
 
 
 def _conversation(row: Row, is_text: bool) -> Conversation:
@@ -22,7 +22,7 @@ def read_prompts(path: str | Path) -> list[Conversation]:
     """The conversations to answer, in the order of the file.
 
     A .txt file has one question a line. Rows of any other kind of file that training reads are asked what they ask
-    there (`sft.formats.question`), with or without an answer: a training file can be used as it is.
+    there (`sft.data.formats.normalize.question`), with or without an answer: a training file can be used as it is.
 
     Raises:
         UserError: the file is missing, empty, of an unknown kind, or has rows that ask nothing: all at once, each with

@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sft.control_tokens import ControlTokens, Span
-from sft.conversation import Conversation, Message, RowLost
+from sft.data.formats.conversation import Conversation, Message, RowLost
 from sft.errors import Problem, UserError
 from sft.template_engine import TemplateEngine
 

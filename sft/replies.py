@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sft.conversation import Conversation, Message, RowLost
+from sft.data.formats.conversation import Conversation, Message, RowLost
 from sft.errors import Problem, UserError
 
 if TYPE_CHECKING:

@@ -23,14 +23,14 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
-from sft.conversation import Conversation, RowLost, Text, require_characters
 from sft.data.documents import IGNORE_INDEX, Documents
+from sft.data.formats.conversation import Conversation, RowLost, Text, require_characters
+from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.files import Row
 from sft.encoding import Batch, Encoded, Encoder
 from sft.errors import Problem, UserError
-from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered
 from sft.truncation import fit
 

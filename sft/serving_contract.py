@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sft.conversation import Conversation
 from sft.data.documents import IGNORE_INDEX
+from sft.data.formats.conversation import Conversation
 from sft.encoding import Encoded
 from sft.errors import Problem
 from sft.rendering import ChatRenderer

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from sft.conversation import Message
+from sft.data.formats.conversation import Message
 
 
 class TemplateEngine:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sft.conversation import RowLost
 from sft.data.documents import IGNORE_INDEX
+from sft.data.formats.conversation import RowLost
 from sft.encoding import Encoded
 
 

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.control_tokens import ControlTokens
-from sft.conversation import Conversation, Message, RowLost
+from sft.data.formats.conversation import Conversation, Message, RowLost
 from sft.encoding import Encoded, Encoder
 from sft.rendering import ChatRenderer
 from tests.builders import CHATML, byte_level_tokenizer, spelled_tokenizer

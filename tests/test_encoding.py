@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from sft.conversation import Conversation
+from sft.data.formats.conversation import Conversation
+from sft.data.formats.normalize import normalize
 from sft.encoding import Encoded, Encoder
-from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from sft import chat, generation, system_prompt
-from sft.conversation import Conversation
+from sft.data.formats.conversation import Conversation
 from sft.errors import UserError
 from sft.generation import Sampling, generate_replies
 from sft.replies import encode_prompt

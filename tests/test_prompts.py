@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sft.conversation import Conversation
+from sft.data.formats.conversation import Conversation
+from sft.data.formats.normalize import normalize
 from sft.errors import UserError
-from sft.formats import normalize
 from sft.prompts import read_prompts
 from tests.runs import write_rows
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sft.conversation import Conversation, RowLost
+from sft.data.formats.conversation import Conversation, RowLost
+from sft.data.formats.normalize import normalize
 from sft.errors import UserError
-from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered, Rewritten
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
 from tests.template_zoo import FAMILIES, renderer_of, tokenizer_of

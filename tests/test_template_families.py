@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft.conversation import Conversation, RowLost
+from sft.data.formats.conversation import Conversation, RowLost
+from sft.data.formats.normalize import normalize
 from sft.encoding import Encoded, Encoder
-from sft.formats import normalize
 from sft.rendering import ChatRenderer, Rendered
 from tests.builders import spelled_tokenizer
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.conversation import RowLost
+from sft.data.formats.conversation import RowLost
 from sft.encoding import IGNORE_INDEX, Encoded
 from sft.truncation import Fitted, fit
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from sft import word_ids
+from sft.data.formats.normalize import normalize
 from sft.encoding import Encoder
-from sft.formats import normalize
 from sft.rendering import ChatRenderer
 from sft.word_ids import WordIds
 from tests.builders import byte_level_tokenizer

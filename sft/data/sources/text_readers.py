@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sft.column_advice import is_messages
-from sft.conversation import kind_of, shown
+from sft.data.formats.column_hints import is_messages
+from sft.data.formats.conversation import kind_of, shown
 from sft.data.json_values import DuplicateKey, loads
 from sft.data.sources.file_io import COMPRESSIONS, conversion, decoded, not_utf8, open_stream
 from sft.data.sources.json_array import array_values

@@ -10,9 +10,19 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sft.column_advice import advice
-from sft.conversation import Conversation, Message, RowLost, Text, as_text, keys_of, kind_of, parse_json, shown
-from sft.messages import read_messages, read_tools
+from sft.data.formats.column_hints import advice
+from sft.data.formats.conversation import (
+    Conversation,
+    Message,
+    RowLost,
+    Text,
+    as_text,
+    keys_of,
+    kind_of,
+    parse_json,
+    shown,
+)
+from sft.data.formats.messages import read_messages, read_tools
 
 QUESTION_ANSWER_KEYS = (
     ("question", "answer"),

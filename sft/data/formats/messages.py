@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sft.conversation import Conversation, Message, RowLost, as_text, kind_of, parse_json, shown
+from sft.data.formats.conversation import Conversation, Message, RowLost, as_text, kind_of, parse_json, shown
 
 _SHAREGPT_ROLES = {
     "human": "user",

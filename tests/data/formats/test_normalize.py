@@ -11,9 +11,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sft.conversation import Conversation, RowLost, Text
+from sft.data.formats.conversation import Conversation, RowLost, Text
+from sft.data.formats.normalize import QUESTION_ANSWER_KEYS, detect, normalize, rename_columns
 from sft.data.sources.files import read_files
-from sft.formats import QUESTION_ANSWER_KEYS, detect, normalize, rename_columns
 
 
 def user(content: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""A row of any shape becomes a `Conversation` or a `Text`."""
