@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX, Documents
+from sft.data.templates.renderer import Rendered
 from sft.pieces import PieceEncoder, exact, plain
-from sft.rendering import Rendered
 from sft.seams import SeamMerges
 from sft.word_ids import ID_BYTES, WordIds, packed
 

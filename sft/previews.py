@@ -18,9 +18,9 @@ from sft.data.ledger import Ledger
 from sft.data.lost_rows import as_counts, remedy
 from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
 from sft.data.sources.files import Row
+from sft.data.templates.renderer import Rendered
 from sft.encoding import Encoded
 from sft.errors import Problem, UserError
-from sft.rendering import Rendered
 from sft.row_encoder import RowEncoder, Sample, Seen
 from sft.serving_contract import ServingContract, check_prompts, joined
 from sft.splits import count_rows, held_out

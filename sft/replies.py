@@ -69,7 +69,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def _as_trained(tokenizer: Any, prompt: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    from sft.rendering import ChatRenderer
+    from sft.data.templates.renderer import ChatRenderer
 
     if not prompt.tools and not any("tool_calls" in message for message in prompt.messages):
         return prompt.messages, None

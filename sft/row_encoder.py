@@ -29,9 +29,9 @@ from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.files import Row
+from sft.data.templates.renderer import ChatRenderer, Rendered
 from sft.encoding import Batch, Encoded, Encoder
 from sft.errors import Problem, UserError
-from sft.rendering import ChatRenderer, Rendered
 from sft.truncation import fit
 
 _BATCH_ROWS = 1000  # rows handed to the Rust tokenizer at a time: enough to keep its threads busy

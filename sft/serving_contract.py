@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX
 from sft.data.formats.conversation import Conversation
+from sft.data.templates.renderer import ChatRenderer
 from sft.encoding import Encoded
 from sft.errors import Problem
-from sft.rendering import ChatRenderer
 
 _HINT = "Serve with the tokenizer and the chat template that this run saves; or mend `chat_template`."
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sft import chat_templates
 from sft.config.section import placed
+from sft.data.templates import chat_templates
 from sft.errors import Problem, UserError
 from sft.model_files import resolve_reference, unavailable
 from sft.tokenizer_files import load_tokenizer_files

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from sft import word_ids
 from sft.data.formats.normalize import normalize
+from sft.data.templates.renderer import ChatRenderer
 from sft.encoding import Encoder
-from sft.rendering import ChatRenderer
 from sft.word_ids import WordIds
 from tests.builders import byte_level_tokenizer
 

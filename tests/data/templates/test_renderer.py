@@ -6,8 +6,8 @@ import pytest
 
 from sft.data.formats.conversation import Conversation, RowLost
 from sft.data.formats.normalize import normalize
+from sft.data.templates.renderer import ChatRenderer, Rendered, Rewritten
 from sft.errors import UserError
-from sft.rendering import ChatRenderer, Rendered, Rewritten
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
 from tests.template_zoo import FAMILIES, renderer_of, tokenizer_of
 

@@ -11,7 +11,7 @@ from sft.errors import Problem, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SHIPPED_DIR = Path(__file__).parent / "chat_templates"
+SHIPPED_DIR = Path(__file__).parent
 DEFAULT = "plain"
 # The control tokens that a shipped template writes, and that must be single tokens for it to work.
 CONTROL_TOKENS: Mapping[str, tuple[str, ...]] = {"chatml": ("<|im_start|>", "<|im_end|>")}

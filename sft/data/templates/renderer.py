@@ -23,10 +23,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sft.control_tokens import ControlTokens, Span
 from sft.data.formats.conversation import Conversation, Message, RowLost
+from sft.data.templates.control_tokens import ControlTokens, Span
+from sft.data.templates.template_engine import TemplateEngine
 from sft.errors import Problem, UserError
-from sft.template_engine import TemplateEngine
 
 _PROBE = "\x02answer\x03"  # text that no template rewrites and no user types
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft import chat_templates
+from sft.data.templates import chat_templates
 from sft.errors import UserError
 from tests.builders import CHATML, byte_level_tokenizer
 

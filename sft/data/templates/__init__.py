@@ -1,0 +1,1 @@
+"""A conversation becomes text with supervised spans; control tokens; the templates that ship."""
