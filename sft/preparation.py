@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.auto_packing import AutoPacking
 from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX, Documents, DocumentStore
+from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger, as_document, as_state, total
 from sft.data.sources.dataset_source import DataSource, training_sources, validation_sources
 from sft.data.sources.files import Wanted
@@ -24,7 +25,6 @@ from sft.dataset_cache import cache_key, write_rows
 from sft.mixing import draw
 from sft.packing import lay_out
 from sft.previews import first_sample
-from sft.row_encoder import RowEncoder, Seen
 from sft.splits import count_rows, held_out
 
 Part = tuple[DataSource, Wanted]  # rows of a source, all or some

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX
+from sft.data.encoding.encoder import Encoded
+from sft.data.encoding.row_encoder import RowEncoder, Sample, Seen
 from sft.data.formats.conversation import Conversation, RowLost, Text
 from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger
@@ -19,9 +21,7 @@ from sft.data.lost_rows import as_counts, remedy
 from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
 from sft.data.sources.files import Row
 from sft.data.templates.renderer import Rendered
-from sft.encoding import Encoded
 from sft.errors import Problem, UserError
-from sft.row_encoder import RowEncoder, Sample, Seen
 from sft.serving_contract import ServingContract, check_prompts, joined
 from sft.splits import count_rows, held_out
 

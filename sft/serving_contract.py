@@ -19,9 +19,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX
+from sft.data.encoding.encoder import Encoded
 from sft.data.formats.conversation import Conversation
 from sft.data.templates.renderer import ChatRenderer
-from sft.encoding import Encoded
 from sft.errors import Problem
 
 _HINT = "Serve with the tokenizer and the chat template that this run saves; or mend `chat_template`."

@@ -22,13 +22,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
+from sft.data.encoding.row_encoder import RowEncoder
 from sft.data.ledger import Ledger, as_document
 from sft.data.lost_rows import require_enough_rows
 from sft.data.sources.dataset_source import DataSource
 from sft.dataset_cache import cache_key
 from sft.errors import UserError
 from sft.interleaving import Cursor, Shard, ShardReader, too_few_rows
-from sft.row_encoder import RowEncoder
 from sft.windows import Window, prepare_window
 
 STEP = "stream"  # the batch's entry that says where the stream stands behind it

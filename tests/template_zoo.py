@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sft.data.encoding.encoder import Encoder
 from sft.data.templates.renderer import ChatRenderer
-from sft.encoding import Encoder
 from tests.builders import spelled_tokenizer
 from tests.conftest import SHARED_DATA
 

@@ -22,11 +22,11 @@ from data_handler import (
     validation_conversations,
 )
 from sft.config.schema import DataKeys, DatasetKeys
+from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.files import Row
 from sft.errors import UserError
-from sft.row_encoder import RowEncoder, Seen
 from tests.builders import CHATML, byte_level_tokenizer
 from tests.template_zoo import tokenizer_of
 from tests.test_formats import rows as any_rows

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sft.data.encoding.encoder import Encoded
 from sft.data.formats.conversation import Conversation
 from sft.data.formats.normalize import normalize
-from sft.encoding import Encoded
 from sft.serving_contract import ServingContract, check_end_tokens, check_prompts
 from sft.trained_models import generation_config, save_companions
 from tests.builders import spelled_tokenizer, tiny_llama

@@ -22,10 +22,10 @@ from sft import stream_state
 from sft.collation import Collator
 from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX
+from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger, as_document, as_state, from_state
 from sft.data.sources.dataset_source import training_sources
 from sft.errors import UserError
-from sft.row_encoder import RowEncoder, Seen
 from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress
 from sft.streaming import STEP, Account, Place, StreamPlan, TrainingStream

@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sft.data.encoding.encoder import Encoded, Encoder
 from sft.data.formats.conversation import Conversation, Message, RowLost
 from sft.data.templates.control_tokens import ControlTokens
 from sft.data.templates.renderer import ChatRenderer
-from sft.encoding import Encoded, Encoder
 from tests.builders import CHATML, byte_level_tokenizer, spelled_tokenizer
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sft.data.encoding.encoder import Encoded, Encoder
 from sft.data.formats.conversation import Conversation, RowLost
 from sft.data.formats.normalize import normalize
 from sft.data.templates.renderer import ChatRenderer, Rendered
-from sft.encoding import Encoded, Encoder
 from tests.builders import spelled_tokenizer
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from sft.data.encoding.encoder import Encoded, Encoder
 from sft.data.formats.conversation import Conversation
 from sft.data.formats.normalize import normalize
 from sft.data.templates.renderer import ChatRenderer, Rendered
-from sft.encoding import Encoded, Encoder
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sft.data.documents import IGNORE_INDEX
+from sft.data.encoding.encoder import Encoded
 from sft.data.formats.conversation import RowLost
-from sft.encoding import Encoded
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
-from sft import word_ids
+from sft.data.encoding import word_cache
+from sft.data.encoding.encoder import Encoder
+from sft.data.encoding.word_cache import WordIds
 from sft.data.formats.normalize import normalize
 from sft.data.templates.renderer import ChatRenderer
-from sft.encoding import Encoder
-from sft.word_ids import WordIds
 from tests.builders import byte_level_tokenizer
 
 LLAMA3 = (
@@ -122,7 +122,7 @@ def test_a_pattern_that_leaves_characters_out_is_not_trusted() -> None:
 
 
 def test_memory_is_bounded_and_a_full_one_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_ids, "_MOST_WORDS", 3)
+    monkeypatch.setattr(word_cache, "_MOST_WORDS", 3)
     backend = backend_of()
     words = WordIds(backend)
     text = "What is the capital of France? " + "a" * 100
@@ -131,7 +131,7 @@ def test_memory_is_bounded_and_a_full_one_starts_anew(monkeypatch: pytest.Monkey
 
 
 def test_it_gives_up_where_words_do_not_recur(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_ids, "_TRIAL", 100)
+    monkeypatch.setattr(word_cache, "_TRIAL", 100)
     words = WordIds(backend_of())
     rng = np.random.default_rng(0)
     letters = rng.integers(ord("a"), ord("z"), (200, 12)).astype(np.uint8)

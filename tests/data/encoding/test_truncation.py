@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft.data.encoding.encoder import IGNORE_INDEX, Encoded
+from sft.data.encoding.truncation import Fitted, fit
 from sft.data.formats.conversation import RowLost
-from sft.encoding import IGNORE_INDEX, Encoded
-from sft.truncation import Fitted, fit
 
 
 def sample(pattern: str) -> Encoded:

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX, Documents
+from sft.data.encoding.seams import SeamMerges
+from sft.data.encoding.segments import PieceEncoder, exact, plain
+from sft.data.encoding.word_cache import ID_BYTES, WordIds, packed
 from sft.data.templates.renderer import Rendered
-from sft.pieces import PieceEncoder, exact, plain
-from sft.seams import SeamMerges
-from sft.word_ids import ID_BYTES, WordIds, packed
 
 _SHORT = 48  # characters; what a template puts between two messages is encoded once
 _MOST_SHORT = 10_000

@@ -24,15 +24,15 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX, Documents
+from sft.data.encoding.encoder import Batch, Encoded, Encoder
+from sft.data.encoding.truncation import fit
 from sft.data.formats.conversation import Conversation, RowLost, Text, require_characters
 from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.files import Row
 from sft.data.templates.renderer import ChatRenderer, Rendered
-from sft.encoding import Batch, Encoded, Encoder
 from sft.errors import Problem, UserError
-from sft.truncation import fit
 
 _BATCH_ROWS = 1000  # rows handed to the Rust tokenizer at a time: enough to keep its threads busy
 _MOST_UNDERWAY = 4  # batches that are being encoded, or wait for one in front of them

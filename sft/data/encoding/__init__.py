@@ -1,0 +1,1 @@
+"""Text becomes `input_ids` and `labels`; truncation."""
