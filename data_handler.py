@@ -2,7 +2,8 @@
 
     files → rows → conversations → text with trained spans → input_ids and labels → fitted → mixed → packed → cached
 
-`prepare_data` runs it all (once per machine, see `sft.dataset_cache`); `preview` shows what it does to the first rows.
+`prepare_data` runs it all (once per machine, see `sft.data.preparation.cache`); `preview` shows what it does to the
+first rows.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sft.auto_packing import NEVER, AutoPacking
 from sft.config.schema import DataKeys
 from sft.data.ledger import Ledger, as_document, from_state
 from sft.data.lost_rows import require_enough_rows
+from sft.data.preparation.auto_packing import NEVER, AutoPacking
+from sft.data.preparation.cache import cache_root, make_once, read_rows
+from sft.data.preparation.prepare import Preparation, packing_mode
+from sft.data.preparation.preview import first_sample, preview, serving_contract, validation_conversations
 from sft.data.sources.dataset_source import split_seed, training_sources
-from sft.dataset_cache import cache_root, make_once, read_rows
-from sft.preparation import Preparation, packing_mode
-from sft.previews import first_sample, preview, serving_contract, validation_conversations
 
 # torch and datasets take 230 MiB and 1.6 s, and nothing here needs them while rows are prepared: checking data, looking
 # at it and preparing it do without.

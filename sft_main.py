@@ -196,9 +196,9 @@ def evaluate(argv: list[str]) -> int:
     import stages
     import trainer_utils
     from sft.adapters import without_adapter
-    from sft.auto_packing import AutoPacking
     from sft.callbacks import ConsoleProgress
     from sft.console import console
+    from sft.data.preparation.auto_packing import AutoPacking
     from sft.document_attention import takes_documents
     from sft.embeddings import resize_embeddings
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from data_handler import PreparedData
-    from sft.auto_packing import AutoPacking
     from sft.config.schema import Config
     from sft.data.formats.conversation import Conversation
+    from sft.data.preparation.auto_packing import AutoPacking
     from sft.losses import Objective
     from sft.precision import Precision
     from sft.run_estimate import RunEstimate
@@ -80,7 +80,7 @@ def read_data(config: Config, tokenizer: Any, training: bool = True, **options: 
 
 def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
     """What `packing: auto` goes by: the model that the config names, and the rows of a step."""
-    from sft.auto_packing import AutoPacking
+    from sft.data.preparation.auto_packing import AutoPacking
 
     obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
     return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), processes(config)))

@@ -15,7 +15,7 @@ from model_manager import save_final_model
 from sft import artifacts
 from sft.config.schema import Config
 from sft.console import show_conclusion
-from sft.serving_contract import check_end_tokens
+from sft.data.preparation.serving_check import check_end_tokens
 from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")

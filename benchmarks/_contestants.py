@@ -156,7 +156,7 @@ def our_packing(arguments: dict[str, Any]) -> dict[str, Any]:
     """Which documents share a row, from their lengths."""
     import numpy as np
 
-    from sft.packing import best_fit_decreasing
+    from sft.data.preparation.packing import best_fit_decreasing
 
     lengths = log_normal_lengths(arguments["lengths"], MEAN_LENGTH, MAX_LENGTH)
     with Clock() as clock:

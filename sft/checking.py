@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sft.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from sft.serving_contract import ServingContract
+    from sft.data.preparation.serving_check import ServingContract
 
 logger = logging.getLogger("sft")
 Result = TypeVar("Result")

@@ -147,7 +147,7 @@ def show_packed(samples: list[dict[str, Any]], packing: str, max_seq_length: int
     """How samples share a sequence: the documents of each, with their lengths, as the packing lays these few out."""
     import numpy as np
 
-    from sft.packing import lay_out
+    from sft.data.preparation.packing import lay_out
 
     lengths = np.array([len(s["input_ids"]) for s in samples if len(s["input_ids"]) <= max_seq_length])
     if not len(lengths):

@@ -25,8 +25,8 @@ from sft.config.schema import DataKeys
 from sft.data.encoding.row_encoder import RowEncoder
 from sft.data.ledger import Ledger, as_document
 from sft.data.lost_rows import require_enough_rows
+from sft.data.preparation.cache import cache_key
 from sft.data.sources.dataset_source import DataSource
-from sft.dataset_cache import cache_key
 from sft.errors import UserError
 from sft.interleaving import Cursor, Shard, ShardReader, too_few_rows
 from sft.windows import Window, prepare_window

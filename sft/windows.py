@@ -9,10 +9,10 @@ import numpy as np
 from sft.data.documents import IGNORE_INDEX, Documents
 from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger
+from sft.data.preparation.packing import lay_out
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.row import Row
 from sft.interleaving import Taken
-from sft.packing import lay_out
 
 
 class Window:

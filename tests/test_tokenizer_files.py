@@ -46,7 +46,7 @@ def test_neither_torch_nor_datasets_is_imported_to_prepare_data(tmp_path: Path) 
     code = (
         "import json, sys\n"
         "import data_handler\n"
-        "from sft.dataset_cache import make_once\n"
+        "from sft.data.preparation.cache import make_once\n"
         "from sft.config.schema import DataKeys\n"
         "from sft.tokenizer_files import load_tokenizer_files\n"
         "tokenizer = load_tokenizer_files(sys.argv[1])\n"

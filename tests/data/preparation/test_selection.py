@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.mixing import draw
+from sft.data.preparation.selection import draw
 
 
 def test_shares_are_the_weights_in_rows():

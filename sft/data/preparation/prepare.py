@@ -14,22 +14,22 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from sft.auto_packing import AutoPacking
 from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX, Documents, DocumentStore
 from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger, as_document, as_state, total
+from sft.data.preparation.auto_packing import AutoPacking
+from sft.data.preparation.cache import cache_key, write_rows
+from sft.data.preparation.packing import lay_out
+from sft.data.preparation.preview import first_sample
+from sft.data.preparation.selection import draw
+from sft.data.preparation.splits import count_rows, held_out
 from sft.data.sources.dataset_source import DataSource, training_sources, validation_sources
 from sft.data.sources.files import Wanted
-from sft.dataset_cache import cache_key, write_rows
-from sft.mixing import draw
-from sft.packing import lay_out
-from sft.previews import first_sample
-from sft.splits import count_rows, held_out
 
 Part = tuple[DataSource, Wanted]  # rows of a source, all or some
 
-_CODE = sorted(Path(__file__).parent.glob("*.py"))
+_CODE = sorted(Path(__file__).parents[1].rglob("*.py"))
 # Keys that change where or how fast, not what.
 _NOT_IN_KEY = {"cache_dir", "preprocessing_num_workers", "streaming", "streaming_window"}
 

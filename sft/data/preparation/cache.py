@@ -19,7 +19,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from sft.data.documents import IGNORE_INDEX, Documents
-from sft.packing import Layout
+from sft.data.preparation.packing import Layout
 
 if TYPE_CHECKING:
     from datasets import Dataset

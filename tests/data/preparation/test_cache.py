@@ -12,8 +12,8 @@ import pytest
 from datasets import disable_caching
 
 from sft.data.documents import Documents
-from sft.dataset_cache import cache_key, cache_root, make_once, read_rows, write_rows
-from sft.packing import lay_out
+from sft.data.preparation.cache import cache_key, cache_root, make_once, read_rows, write_rows
+from sft.data.preparation.packing import lay_out
 
 disable_caching()
 

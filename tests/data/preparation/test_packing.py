@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.packing import best_fit_decreasing, lay_out
+from sft.data.preparation.packing import best_fit_decreasing, lay_out
 
 
 def naive_rooms(lengths: list[int], capacity: int) -> list[int]:

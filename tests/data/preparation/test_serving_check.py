@@ -11,7 +11,7 @@ import pytest
 from sft.data.encoding.encoder import Encoded
 from sft.data.formats.conversation import Conversation
 from sft.data.formats.normalize import normalize
-from sft.serving_contract import ServingContract, check_end_tokens, check_prompts
+from sft.data.preparation.serving_check import ServingContract, check_end_tokens, check_prompts
 from sft.trained_models import generation_config, save_companions
 from tests.builders import spelled_tokenizer, tiny_llama
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
