@@ -163,7 +163,7 @@ def stream_data(
     Raises:
         UserError: data that does not exist or cannot be read.
     """
-    from sft.streaming import StreamPlan, TrainingStream
+    from sft.data.streaming.stream import StreamPlan, TrainingStream
 
     prepared = prepare_data(keys, tokenizer, seed=seed, training=False, auto=auto, on_rows=on_rows)
     sources = training_sources(keys)

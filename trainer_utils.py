@@ -18,6 +18,7 @@ from sft.callbacks import ConsoleProgress, FollowConfig
 from sft.collation import PACKED, Collator
 from sft.compilation import compile_layers
 from sft.config.best_metric import WATCHING
+from sft.data.streaming.stream import TrainingStream
 from sft.errors import RankStopped, TrainingStopped
 from sft.flops import operations_a_token
 from sft.guarded_step import GuardedStep, StepSettings
@@ -29,7 +30,6 @@ from sft.resume import require_best
 from sft.resumed_optimizer import require_schedule_of
 from sft.run_records import RunRecords
 from sft.stream_state import StreamProgress
-from sft.streaming import TrainingStream
 from sft.token_evaluation import TokenEvaluation
 from sft.token_forward import TokenForward
 from sft.trainer_arguments import training_arguments

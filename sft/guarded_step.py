@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from sft.compilation import CompileSettings
+from sft.data.streaming.stream import STEP
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
 from sft.gradients import clip_factor, clip_gradients, gradient_norms, total_norm
@@ -26,7 +27,6 @@ from sft.resumed_optimizer import PEAK, ConfiguredOptimizer
 from sft.split_masters import summed_in_a_pass
 from sft.step_watch import StepWatch
 from sft.stream_state import StreamProgress
-from sft.streaming import STEP
 
 
 @dataclass(frozen=True, slots=True)

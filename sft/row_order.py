@@ -12,8 +12,8 @@ from transformers import Trainer
 from sft.boundaries import Boundaries
 from sft.callbacks import FollowEpoch
 from sft.collation import EvenRows, even_multiple, row_lengths
+from sft.data.streaming.dataloader import StreamLoader
 from sft.sampling import EpochSampler
-from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress
 
 

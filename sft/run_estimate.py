@@ -23,6 +23,7 @@ from sft.adapters import without_adapter
 from sft.allocation_trace import as_fake, fake_batch
 from sft.batch_plan import BatchPlan
 from sft.collation import Collator, row_lengths
+from sft.data.streaming.stream import TrainingStream
 from sft.distributed.cpu import operations_a_second
 from sft.distributed.memory import held_bytes, memory_limit
 from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
@@ -32,7 +33,6 @@ from sft.optimizers import splits_masters
 from sft.output_head import assume_output_head
 from sft.sampling import EpochSampler
 from sft.split_masters import summed_in_a_pass
-from sft.streaming import TrainingStream
 from sft.token_forward import TokenForward
 
 logger = logging.getLogger("sft")

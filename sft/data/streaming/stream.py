@@ -27,9 +27,9 @@ from sft.data.ledger import Ledger, as_document
 from sft.data.lost_rows import require_enough_rows
 from sft.data.preparation.cache import cache_key
 from sft.data.sources.dataset_source import DataSource
+from sft.data.streaming.shard_reader import Cursor, Shard, ShardReader, too_few_rows
+from sft.data.streaming.window import Window, prepare_window
 from sft.errors import UserError
-from sft.interleaving import Cursor, Shard, ShardReader, too_few_rows
-from sft.windows import Window, prepare_window
 
 STEP = "stream"  # the batch's entry that says where the stream stands behind it
 PROBLEMS = "problems"  # stands in a row's place for what a worker found wrong with the data

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from sft.data.streaming.stream import PROBLEMS, STEP, Account, Step, TrainingStream
 from sft.errors import UserError
-from sft.streaming import PROBLEMS, STEP, Account, Step, TrainingStream
 
 
 @dataclass(frozen=True)

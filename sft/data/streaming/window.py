@@ -12,7 +12,7 @@ from sft.data.ledger import Ledger
 from sft.data.preparation.packing import lay_out
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.row import Row
-from sft.interleaving import Taken
+from sft.data.streaming.shard_reader import Taken
 
 
 class Window:

@@ -25,10 +25,10 @@ from sft.data.documents import IGNORE_INDEX
 from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger, as_document, as_state, from_state
 from sft.data.sources.dataset_source import training_sources
+from sft.data.streaming.dataloader import StreamLoader
+from sft.data.streaming.stream import STEP, Account, Place, StreamPlan, TrainingStream
 from sft.errors import UserError
-from sft.stream_loader import StreamLoader
 from sft.stream_state import StreamProgress
-from sft.streaming import STEP, Account, Place, StreamPlan, TrainingStream
 from tests.builders import byte_level_tokenizer
 from tests.runs import arithmetic, write_rows
 
