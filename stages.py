@@ -15,9 +15,9 @@ import data_handler
 import distributed_utils as distributed
 import model_manager
 from sft import artifacts
-from sft.batch_plan import BatchPlan, plan_batches, rows_a_step
 from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
 from sft.console import console, counting, show_ledger, show_sample
+from sft.data.loading.batch_plan import BatchPlan, plan_batches, rows_a_step
 from sft.distributed.gpus import visible_gpus
 from sft.errors import UserError
 
@@ -169,7 +169,7 @@ def _choose_batch_size(
 ) -> TrainingKeys:
     """The keys with the rows of a pass that `auto` stands for: those of the checkpoint, or what real passes say."""
     from sft.batch_probe import probe_batch_size, rows_of_checkpoint, with_rows
-    from sft.collation import Collator
+    from sft.data.loading.collator import Collator
 
     keys = config.section(TrainingKeys)
     kept = rows_of_checkpoint(checkpoint) if checkpoint else None
@@ -250,7 +250,7 @@ def _arguments(
 
 def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
     """What the run takes, from an outline of its model and its longest real pass."""
-    from sft.collation import Collator
+    from sft.data.loading.collator import Collator
     from sft.run_estimate import estimate_run
 
     keys = config.section(TrainingKeys)

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.callbacks import ConsoleProgress, FollowConfig
-from sft.collation import PACKED, Collator
 from sft.compilation import compile_layers
 from sft.config.best_metric import WATCHING
+from sft.data.loading.collator import PACKED, Collator
 from sft.data.streaming.stream import TrainingStream
 from sft.errors import RankStopped, TrainingStopped
 from sft.flops import operations_a_token

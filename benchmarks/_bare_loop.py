@@ -45,8 +45,8 @@ def batches(arguments: dict[str, Any]) -> list[list[dict[str, Any]]]:
     from transformers import AutoTokenizer
 
     import data_handler
-    from sft.collation import Collator
     from sft.config.schema import DataKeys
+    from sft.data.loading.collator import Collator
 
     tokenizer: Any = AutoTokenizer.from_pretrained(arguments["model"])
     keys = DataKeys(

@@ -12,8 +12,8 @@ import torch
 
 from sft import run_shape
 from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, longest_rows
-from sft.collation import Collator, row_lengths
 from sft.config.schema import TrainingKeys
+from sft.data.loading.collator import Collator, row_lengths
 from sft.distributed.gpus import training_device
 from sft.distributed.memory import memory_limit
 from sft.errors import UserError

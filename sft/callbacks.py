@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from sft.sampling import EpochSampler
+from sft.data.loading.sampler import EpochSampler
 
 logger = logging.getLogger("sft")
 

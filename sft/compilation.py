@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sft import document_attention
-from sft.boundaries import Boundaries
+from sft.data.loading.boundaries import Boundaries
 from sft.errors import Problem, UserError
 
 logger = logging.getLogger("sft")

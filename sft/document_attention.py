@@ -22,7 +22,7 @@ from torch import Tensor
 # torch has this one only once it is imported (20 ms).
 from torch.nn.attention.varlen import varlen_attn
 
-from sft.boundaries import Boundaries
+from sft.data.loading.boundaries import Boundaries
 from sft.document_kernel import attend
 
 logger = logging.getLogger("sft")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sft.collation import PACKED, Collator
+from sft.data.loading.collator import PACKED, Collator
 from sft.document_attention import DocumentsLost, attention_inputs
 from sft.errors import Problem, UserError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft.boundaries import Boundaries
+from sft.data.loading.boundaries import Boundaries
 
 
 def noise_scale(

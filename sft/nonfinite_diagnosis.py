@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sft.boundaries import Boundaries
 from sft.data.documents import IGNORE_INDEX
+from sft.data.loading.boundaries import Boundaries
 from sft.distributed.dtensor import local_part
 from sft.errors import Problem
 

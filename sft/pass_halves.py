@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sft.boundaries import Boundaries
+from sft.data.loading.boundaries import Boundaries
 from sft.losses import trained_positions
 
 

@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from sft.boundaries import Boundaries
 from sft.callbacks import FollowEpoch
-from sft.collation import EvenRows, even_multiple, row_lengths
+from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.collator import EvenRows, even_multiple, row_lengths
+from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.dataloader import StreamLoader
-from sft.sampling import EpochSampler
 from sft.stream_state import StreamProgress
 
 

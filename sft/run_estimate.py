@@ -21,8 +21,9 @@ from transformers import TrainingArguments
 
 from sft.adapters import without_adapter
 from sft.allocation_trace import as_fake, fake_batch
-from sft.batch_plan import BatchPlan
-from sft.collation import Collator, row_lengths
+from sft.data.loading.batch_plan import BatchPlan
+from sft.data.loading.collator import Collator, row_lengths
+from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.stream import TrainingStream
 from sft.distributed.cpu import operations_a_second
 from sft.distributed.memory import held_bytes, memory_limit
@@ -31,7 +32,6 @@ from sft.flops import operations_a_token, peak_of
 from sft.losses import Objective
 from sft.optimizers import splits_masters
 from sft.output_head import assume_output_head
-from sft.sampling import EpochSampler
 from sft.split_masters import summed_in_a_pass
 from sft.token_forward import TokenForward
 

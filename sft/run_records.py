@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from sft import artifacts, run_shape, stream_state
-from sft.collation import row_lengths
+from sft.data.loading.collator import row_lengths
 from sft.distributed.memory import peak_memory_gb
 from sft.flops import peak_of
 from sft.guarded_step import StepSettings

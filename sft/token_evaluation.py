@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft.collation import EvenRows, even_multiple
+from sft.data.loading.collator import EvenRows, even_multiple
 from sft.losses import TokenLoss
 from sft.metrics import TokenCounts, TokenSums
 from sft.out_of_memory import measuring

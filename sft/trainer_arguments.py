@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from sft.batch_plan import BatchPlan
 from sft.compilation import KEYS as COMPILING
 from sft.config.best_metric import WATCHING, greater_is_better
+from sft.data.loading.batch_plan import BatchPlan
 
 
 def training_arguments(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft.boundaries import Boundaries
-from sft.collation import Collator
+from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.collator import Collator
 from sft.row_order import RowOrder
 
 

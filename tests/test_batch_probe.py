@@ -15,8 +15,8 @@ from datasets import Dataset
 
 import sft_main
 from sft import batch_probe
-from sft.collation import Collator
 from sft.config.schema import TrainingKeys
+from sft.data.loading.collator import Collator
 from sft.losses import Objective
 from sft.precision import Precision
 from tests.builders import byte_level_tokenizer, tiny_llama

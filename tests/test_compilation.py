@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, M
 import sft_main
 from sft import compilation, document_attention
 from sft.activation_memory import checkpoint_activations
-from sft.boundaries import Boundaries
 from sft.compilation import CompileSettings, compile_layers, compile_settings
+from sft.data.loading.boundaries import Boundaries
 from sft.errors import UserError
 from sft.trainer_arguments import training_arguments
 from tests.builders import tiny_llama

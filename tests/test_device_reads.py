@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sft_main
 from sft import nonfinite
-from sft.collation import Collator
+from sft.data.loading.collator import Collator
 from tests.runs import arithmetic, write_config, write_rows
 from trainer_utils import SFTTrainer
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils, set_seed
 
 from sft import document_attention, document_kernel
-from sft.boundaries import Boundaries
+from sft.data.loading.boundaries import Boundaries
 from sft.document_attention import (
     NAME,
     DocumentsLost,

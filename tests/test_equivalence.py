@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import sft_main
-from sft.sampling import EpochSampler
+from sft.data.loading.sampler import EpochSampler
 from tests.by_hand import model_in, rows_of, summed_nll
 from tests.runs import arithmetic, log_history, losses, run, write_config, write_rows
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Adafactor
 
 from sft.allocation_trace import NODE, AllocationTrace, Event, as_fake, fake_batch, peak_of, trace_pass
-from sft.collation import Collator
+from sft.data.loading.collator import Collator
 from sft.estimate import OptimizerMemory, estimate_memory, optimizer_memory
 from sft.fake_quantization import fake_quantize, packed_bytes
 from tests.builders import tiny_llama
@@ -262,7 +262,7 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from sft.allocation_trace import as_fake, fake_batch
-from sft.collation import Collator
+from sft.data.loading.collator import Collator
 from sft.estimate import estimate_memory, optimizer_memory
 from sft.distributed.memory import peak_bytes
 from sft.run_estimate import process_bytes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig, NemotronConfig, OPTConfig, set_seed
 
-from sft.collation import Collator
+from sft.data.loading.collator import Collator
 from sft.document_attention import NAME, register
 from sft.errors import UserError
 from sft.isolation import Leak, _is_precise, measure_leak, require_isolation

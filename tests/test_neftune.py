@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import sft_main
-from sft.boundaries import Boundaries
-from sft.collation import Collator
+from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.collator import Collator
 from sft.neftune import Neftune, noise_scale
 from tests.builders import tiny_llama
 from tests.runs import arithmetic, log_history, losses, write_config, write_rows

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft.collation import Collator
+from sft.data.loading.collator import Collator
 from sft.errors import RankStopped
 from sft.out_of_memory import ShrinkingPasses, is_out_of_memory, measuring, out_of_memory
 from sft.pass_halves import halves
@@ -158,7 +158,7 @@ def test_other_errors_are_not_touched() -> None:
 RUN = """
 import json, resource, sys
 import torch
-from sft.collation import Collator
+from sft.data.loading.collator import Collator
 from sft.losses import token_loss
 from sft.out_of_memory import ShrinkingPasses
 from sft.pass_halves import halves

@@ -20,8 +20,8 @@ import sft.run_records
 import sft_main
 import trainer_utils
 from sft import replies
+from sft.data.loading.sampler import EpochSampler
 from sft.replies import encode_prompt
-from sft.sampling import EpochSampler
 from sft.trained_models import load_trained
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.by_hand import rows_of

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft import document_attention
 from sft.chunked_loss import score_rows
-from sft.collation import Collator
+from sft.data.loading.collator import Collator
 from sft.distributed.dtensor import VocabularyShard, whole
 from sft.document_attention import takes_documents
 from sft.gradients import clip_gradients, gradient_norms, total_norm

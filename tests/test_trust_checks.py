@@ -15,11 +15,11 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 import sft_main
+from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
 from sft.first_gradients import Gradients, count_gradients
 from sft.losses import TokenLoss, token_loss
 from sft.metrics import TokenCounts
-from sft.sampling import EpochSampler
 from sft.trust_checks import FirstStep, TrustChecks, doubts, noise_sources
 from tests.builders import tiny_llama
 from tests.by_hand import model_in, rows_of, summed_nll

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from sft import stream_state
-from sft.collation import Collator
 from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX
 from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger, as_document, as_state, from_state
+from sft.data.loading.collator import Collator
 from sft.data.sources.dataset_source import training_sources
 from sft.data.streaming.dataloader import StreamLoader
 from sft.data.streaming.stream import STEP, Account, Place, StreamPlan, TrainingStream

@@ -6,7 +6,7 @@ import pickle
 
 import torch
 
-from sft.boundaries import Boundaries
+from sft.data.loading.boundaries import Boundaries
 
 
 def test_offsets_are_the_running_sum_of_the_lengths() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from sft.collation import Collator, EvenRows
+from sft.data.loading.collator import Collator, EvenRows
 
 
 def row(*ids: int, **more: object) -> dict:

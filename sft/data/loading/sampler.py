@@ -15,7 +15,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         length: real rows.
-        fillers: rows behind them that train nothing (`sft.collation.EvenRows`).
+        fillers: rows behind them that train nothing (`sft.data.loading.collator.EvenRows`).
         seed: of the order.
         strategy: `random`, `sequential`, or `group_by_length`.
         lengths: tokens of each real row, for `group_by_length`.

@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft.boundaries import Boundaries
 from sft.data.documents import IGNORE_INDEX
+from sft.data.loading.boundaries import Boundaries
 from sft.document_attention import takes_documents
 
 FILLER = "filler"

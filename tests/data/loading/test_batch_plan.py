@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sft.batch_plan import plan_batches
 from sft.config.schema import TrainingKeys
+from sft.data.loading.batch_plan import plan_batches
 from sft.errors import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sft.sampling import EpochSampler
+from sft.data.loading.sampler import EpochSampler
 
 
 def test_every_row_once_then_the_fillers() -> None:

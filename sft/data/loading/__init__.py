@@ -1,0 +1,1 @@
+"""From prepared rows to batches: collator, document offsets, sampler, batch arithmetic."""
