@@ -199,8 +199,8 @@ def evaluate(argv: list[str]) -> int:
     from sft.callbacks import ConsoleProgress
     from sft.console import console
     from sft.data.preparation.auto_packing import AutoPacking
-    from sft.document_attention import takes_documents
     from sft.embeddings import resize_embeddings
+    from sft.model.attention.document_attention import takes_documents
 
     folder = Path(options.model or config.output_dir).expanduser()
     _say_what_is_measured(folder, config, is_named=options.model is not None)

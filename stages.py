@@ -234,7 +234,7 @@ def _arguments(
 ) -> TrainingArguments:
     """The Trainer's arguments, of `keys` whose batch size may have been chosen since the config was read."""
     import trainer_utils
-    from sft.document_attention import takes_documents
+    from sft.model.attention.document_attention import takes_documents
 
     return trainer_utils.training_arguments(
         keys.training_arguments(),

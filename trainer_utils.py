@@ -22,8 +22,8 @@ from sft.data.streaming.stream import TrainingStream
 from sft.errors import RankStopped, TrainingStopped
 from sft.flops import operations_a_token
 from sft.guarded_step import GuardedStep, StepSettings
-from sft.isolation import require_isolation
 from sft.losses import TokenLoss
+from sft.model.attention.isolation_check import require_isolation
 from sft.nonfinite import require_finite
 from sft.out_of_memory import first_line, is_out_of_memory, out_of_memory
 from sft.resume import require_best

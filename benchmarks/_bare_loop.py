@@ -20,7 +20,8 @@ def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
     """
     from transformers import AutoModelForCausalLM
 
-    from sft import document_attention, fused_head
+    from sft import fused_head
+    from sft.model.attention import document_attention
     from sft.precision import choose_precision, device_facts
 
     document_attention.register()
@@ -72,8 +73,8 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     import torch
 
     from sft.distributed import kernel_caches
-    from sft.document_attention import attention_inputs
     from sft.losses import Objective
+    from sft.model.attention.document_attention import attention_inputs
     from sft.optimizers import with_master_weights
 
     kernel_caches.limit(os.environ)

@@ -75,7 +75,7 @@ def model_class(config: Any) -> type | None:
 
 
 def _attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) -> str:
-    from sft import document_attention
+    from sft.model.attention import document_attention
 
     document_attention.register()
     name, reason = choose_attention(

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sft import document_attention
 from sft.data.loading.boundaries import Boundaries
 from sft.errors import Problem, UserError
+from sft.model.attention import document_attention
 
 logger = logging.getLogger("sft")
 

@@ -226,7 +226,7 @@ def choose_attention(
         return key, None
     from transformers.utils import is_flash_attn_2_available
 
-    from sft import document_attention
+    from sft.model.attention import document_attention
 
     reason = document_attention.supports_documents(config, model_class)
     can_flash = device.kind == "cuda" and device.bf16 and half_weights and is_flash_attn_2_available()

@@ -278,7 +278,7 @@ def load_trained(
 def _attend(model: Any, attn_implementation: str) -> None:
     import torch
 
-    from sft import document_attention
+    from sft.model.attention import document_attention
     from sft.precision import choose_attention, device_facts
 
     causal_lm = without_adapter(model)

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model_manager import load_model, load_tokenizer, plan_precision
-from sft import activation_memory, document_attention
+from sft import activation_memory
 from sft.activation_memory import HostMemory, checkpoint_activations, costly_operators
 from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
+from sft.model.attention import document_attention
 from tests.builders import tiny_llama
 
 TOKENS = 96
@@ -164,7 +165,7 @@ def test_what_attention_over_documents_calls_on_a_gpu_is_kept() -> None:
     document_attention.register()
     costly_operators.cache_clear()
     names = {str(operator) for operator in costly_operators()}
-    assert {"torch_attn._varlen_attn.default", "sft.document_attention.default"} <= names
+    assert {"torch_attn._varlen_attn.default", "sft.model.attention.document_attention.default"} <= names
     assert {"aten.mm.default", "aten._scaled_dot_product_flash_attention.default"} <= names
 
 

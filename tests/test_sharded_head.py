@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft import document_attention
 from sft.chunked_loss import score_rows
 from sft.data.loading.collator import Collator
 from sft.distributed.dtensor import VocabularyShard, whole
-from sft.document_attention import takes_documents
 from sft.gradients import clip_gradients, gradient_norms, total_norm
 from sft.losses import Objective, TokenLoss
+from sft.model.attention import document_attention
+from sft.model.attention.document_attention import takes_documents
 from sft.output_head import LogitTransform
 from sft.token_forward import TokenForward
 from sft.vocabulary_loss import score_slice, tokens_of_a_chunk

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX
 from sft.data.loading.boundaries import Boundaries
-from sft.document_attention import takes_documents
+from sft.model.attention.document_attention import takes_documents
 
 FILLER = "filler"
 NUMBER = "number"  # of a row in its data set

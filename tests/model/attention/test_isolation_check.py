@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, MambaConfig, NemotronConfig, OPTConfig, set_seed
 
 from sft.data.loading.collator import Collator
-from sft.document_attention import NAME, register
 from sft.errors import UserError
-from sft.isolation import Leak, _is_precise, measure_leak, require_isolation
+from sft.model.attention.document_attention import NAME, register
+from sft.model.attention.isolation_check import Leak, _is_precise, measure_leak, require_isolation
 from tests.builders import tiny_llama
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft.document_blocks import QUERIES, Span, cut, keeps_code_by_shape
+from sft.model.attention.kernel_blocks import QUERIES, Span, cut, keeps_code_by_shape
 
 
 def attend(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from sft.data.loading.collator import PACKED, Collator
-from sft.document_attention import DocumentsLost, attention_inputs
 from sft.errors import Problem, UserError
+from sft.model.attention.document_attention import DocumentsLost, attention_inputs
 
 _LENGTHS = (7, 9, 5)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils, set_seed
 
-from sft import document_attention, document_kernel
 from sft.data.loading.boundaries import Boundaries
-from sft.document_attention import (
+from sft.model.attention import document_attention
+from sft.model.attention import kernel as document_kernel
+from sft.model.attention.document_attention import (
     NAME,
     DocumentsLost,
     attention_inputs,
@@ -25,7 +26,7 @@ from sft.document_attention import (
     supports_documents,
     takes_documents,
 )
-from sft.document_kernel import attend
+from sft.model.attention.kernel import attend
 from tests.builders import tiny_llama
 
 VOCAB = 50

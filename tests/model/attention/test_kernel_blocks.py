@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sft import document_kernel
-from sft.document_blocks import Span, cut, keeps_code_by_shape
-from sft.document_kernel import attend
+from sft.model.attention import kernel as document_kernel
+from sft.model.attention.kernel import attend
+from sft.model.attention.kernel_blocks import Span, cut, keeps_code_by_shape
 
 OFFSETS = [0, 1, 128, 257, 1500]
 

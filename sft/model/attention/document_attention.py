@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from sft.data.loading.boundaries import Boundaries
-from sft.document_kernel import attend
+from sft.model.attention.kernel import attend
 
 logger = logging.getLogger("sft")
 

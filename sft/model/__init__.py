@@ -1,0 +1,1 @@
+"""Tokenizer and model: loading, LoRA, quantization, precision, saving, merging, compilation."""
