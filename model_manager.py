@@ -16,25 +16,25 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sft.adapters import attach_adapter, count_parameters
-from sft.base_models import fresh, model_class, outlined, pretrained, read_config
 from sft.config.section import placed
 from sft.distributed.gpus import training_device
-from sft.embeddings import embedding_rows, resize_embeddings
 from sft.errors import Problem, UserError
-from sft.fresh_models import build_config, check_settings
-from sft.merging import merge
-from sft.model_files import require_weights, resolve_reference
-from sft.precision import Precision, choose_attention, choose_precision, device_facts, keep_precision
-from sft.quantization import (
+from sft.model.embeddings import embedding_rows, resize_embeddings
+from sft.model.from_scratch import build_config, check_settings
+from sft.model.loading import fresh, model_class, outlined, pretrained, read_config
+from sft.model.lora import attach_adapter, count_parameters
+from sft.model.merging import merge
+from sft.model.paths import require_weights, resolve_reference
+from sft.model.precision import Precision, choose_attention, choose_precision, device_facts, keep_precision
+from sft.model.quantization import (
     import_bitsandbytes,
     quantized_layers,
     require_trained_weights,
     require_trainer_takes,
     settle,
 )
-from sft.tokenizers import dress_tokenizer, load_tokenizer, read_tokenizer
-from sft.trained_models import load_trained, save_companions, save_final_model
+from sft.model.saving import load_trained, save_companions, save_final_model
+from sft.model.tokenizer import dress_tokenizer, load_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -223,7 +223,7 @@ def _device(outline: bool) -> AbstractContextManager[Any]:
 
 
 def _as_if_quantized(model: PreTrainedModel, keys: QuantizationKeys, bits: int) -> int:
-    from sft.fake_quantization import fake_quantize
+    from sft.model.meta_quantization import fake_quantize
 
     skipped = tuple(keys.llm_int8_skip_modules or ())
     return fake_quantize(model.requires_grad_(False), bits, keys.bnb_4bit_use_double_quant, skipped)
@@ -263,7 +263,7 @@ def load_model(
         if gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if activation_checkpoint is not None:
-            from sft.activation_memory import checkpoint_activations
+            from sft.model.activation_checkpointing import checkpoint_activations
 
             checkpoint_activations(
                 model,

@@ -32,7 +32,7 @@ def check_run(config: Config, report: Report) -> None:
     report.attempt(lambda: require_apart(config))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
     if config.torch_compile:
-        from sft.compilation import compile_settings
+        from sft.model.compile import compile_settings
 
         settings = config.torch_compile, config.torch_compile_backend, config.torch_compile_mode
         report.attempt(lambda: compile_settings(*settings))

@@ -78,8 +78,9 @@ def train(argv: list[str]) -> int:
     import stages
     import training_run
     from readiness import require_apart
-    from sft import artifacts, system_prompt
+    from sft import artifacts
     from sft.earlier_runs import set_aside
+    from sft.model import system_prompt
     from sft.resume import find_checkpoint, where_to_go_on
     from sft.schedules import require_schedule
 
@@ -195,12 +196,12 @@ def evaluate(argv: list[str]) -> int:
     import model_manager
     import stages
     import trainer_utils
-    from sft.adapters import without_adapter
     from sft.callbacks import ConsoleProgress
     from sft.console import console
     from sft.data.preparation.auto_packing import AutoPacking
-    from sft.embeddings import resize_embeddings
     from sft.model.attention.document_attention import takes_documents
+    from sft.model.embeddings import resize_embeddings
+    from sft.model.lora import without_adapter
 
     folder = Path(options.model or config.output_dir).expanduser()
     _say_what_is_measured(folder, config, is_named=options.model is not None)
@@ -234,7 +235,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _say_what_is_measured(folder: Path, config: Config, *, is_named: bool) -> None:
-    from sft.model_files import is_adapter
+    from sft.model.paths import is_adapter
 
     logger.info("Measuring %s in %s", "the adapter" if is_adapter(folder) else "the model", folder)
     if not is_named and is_adapter(folder) != (config.lora_config is not None):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sft.data.formats.conversation import Conversation
     from sft.data.preparation.auto_packing import AutoPacking
     from sft.losses import Objective
-    from sft.precision import Precision
+    from sft.model.precision import Precision
     from sft.run_estimate import RunEstimate
     from trainer_utils import SFTTrainer
 
@@ -118,7 +118,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
     """The model as the config describes it, and the Trainer that holds it."""
     import trainer_utils
     from sft.callbacks import ConsoleProgress, MetricsFile
-    from sft.compilation import compile_settings
+    from sft.model.compile import compile_settings
     from sft.optimizers import require_optimizer
     from sft.stream_state import StreamProgress
 
@@ -291,7 +291,7 @@ def measure_exact_match(
     import torch
 
     from sft.exact_match import exact_match
-    from sft.trained_models import stop_tokens
+    from sft.model.saving import stop_tokens
 
     if not rows:
         return {}

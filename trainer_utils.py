@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.callbacks import ConsoleProgress, FollowConfig
-from sft.compilation import compile_layers
 from sft.config.best_metric import WATCHING
 from sft.data.loading.collator import PACKED, Collator
 from sft.data.streaming.stream import TrainingStream
@@ -24,6 +23,7 @@ from sft.flops import operations_a_token
 from sft.guarded_step import GuardedStep, StepSettings
 from sft.losses import TokenLoss
 from sft.model.attention.isolation_check import require_isolation
+from sft.model.compile import compile_layers
 from sft.nonfinite import require_finite
 from sft.out_of_memory import first_line, is_out_of_memory, out_of_memory
 from sft.resume import require_best

@@ -22,7 +22,7 @@ def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
 
     from sft import fused_head
     from sft.model.attention import document_attention
-    from sft.precision import choose_precision, device_facts
+    from sft.model.precision import choose_precision, device_facts
 
     document_attention.register()
     precision = choose_precision("auto", adapter is None, None, None, device_facts(measured=True))

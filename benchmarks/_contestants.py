@@ -85,7 +85,7 @@ def ours(arguments: dict[str, Any]) -> dict[str, Any]:
     """`data_handler.prepare_data`, from the file to packed rows mapped from disk."""
     import data_handler
     from sft.config.schema import DataKeys
-    from sft.tokenizer_files import load_tokenizer_files
+    from sft.model.fast_tokenizer import load_tokenizer_files
 
     tokenizer = load_tokenizer_files(arguments["tokenizer"])  # as every command does
     cache = arguments.get("cache") or f"{arguments['scratch']}/cache"

@@ -19,7 +19,7 @@ from sft.distributed.memory import memory_limit
 from sft.errors import UserError
 from sft.estimate import optimizer_memory
 from sft.losses import Objective
-from sft.precision import Precision
+from sft.model.precision import Precision
 from sft.token_forward import TokenForward
 
 logger = logging.getLogger("sft")

@@ -226,7 +226,7 @@ def quiet_libraries() -> None:
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    from sft.quantization import import_bitsandbytes
+    from sft.model.quantization import import_bitsandbytes
 
     with suppress(UserError):  # a machine that it does not load on trains without quantization
         import_bitsandbytes()

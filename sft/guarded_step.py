@@ -12,7 +12,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-from sft.compilation import CompileSettings
 from sft.data.streaming.stream import STEP
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
@@ -20,6 +19,7 @@ from sft.gradients import clip_factor, clip_gradients, gradient_norms, total_nor
 from sft.losses import Objective, TokenLoss
 from sft.master_weights import MasterWeights
 from sft.metrics import TokenSums
+from sft.model.compile import CompileSettings
 from sft.optimizers import skipping, with_master_weights
 from sft.out_of_memory import ShrinkingPasses
 from sft.pass_halves import halves

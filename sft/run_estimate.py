@@ -19,7 +19,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
-from sft.adapters import without_adapter
 from sft.allocation_trace import as_fake, fake_batch
 from sft.data.loading.batch_plan import BatchPlan
 from sft.data.loading.collator import Collator, row_lengths
@@ -30,6 +29,7 @@ from sft.distributed.memory import held_bytes, memory_limit
 from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
 from sft.flops import operations_a_token, peak_of
 from sft.losses import Objective
+from sft.model.lora import without_adapter
 from sft.optimizers import splits_masters
 from sft.output_head import assume_output_head
 from sft.split_masters import summed_in_a_pass

@@ -19,11 +19,11 @@ from sft.distributed.memory import peak_memory_gb
 from sft.flops import peak_of
 from sft.guarded_step import StepSettings
 from sft.metrics import TokenCounts, TokenSums
+from sft.model.saving import save_companions
 from sft.nonfinite import require_finite
 from sft.row_order import RowOrder
 from sft.run_shape import RunShape, adapter_facts, describe_adapter, digest_lengths
 from sft.step_watch import StepWatch
-from sft.trained_models import save_companions
 
 logger = logging.getLogger("sft")
 

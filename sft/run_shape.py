@@ -18,7 +18,7 @@ import numpy as np
 
 from sft.errors import Problem, UserError
 from sft.metrics import TokenCounts
-from sft.quantization import held_as
+from sft.model.quantization import held_as
 from sft.resume import RUN_SHAPE
 
 logger = logging.getLogger("sft")

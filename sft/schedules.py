@@ -12,7 +12,7 @@ from typing import Any
 from sft.config.best_metric import WATCHING
 from sft.config.schema import TrainingKeys
 from sft.errors import Problem, UserError
-from sft.quantization import import_bitsandbytes
+from sft.model.quantization import import_bitsandbytes
 
 _STEPS = 1000  # of the trial, where max_steps is not given: no schedule's settings are right or wrong by their number
 _OF_THE_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}

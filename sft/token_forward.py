@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from sft import fused_head
-from sft.adapters import without_adapter
 from sft.errors import Problem, UserError
 from sft.losses import Objective, TokenLoss, token_loss
 from sft.model.attention.document_attention import attention_inputs
+from sft.model.lora import without_adapter
 from sft.output_head import OutputHead
 
 logger = logging.getLogger("sft")

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from sft.compilation import KEYS as COMPILING
 from sft.config.best_metric import WATCHING, greater_is_better
 from sft.data.loading.batch_plan import BatchPlan
+from sft.model.compile import KEYS as COMPILING
 
 
 def training_arguments(
@@ -41,7 +41,7 @@ def training_arguments(
     """
     arguments = dict(given)
     arguments |= {"bf16": bf16, "fp16": fp16}
-    for key in COMPILING:  # upstream would compile the whole model; here `sft.compilation` compiles its layers
+    for key in COMPILING:  # upstream would compile the whole model; here `sft.model.compile` compiles its layers
         arguments.pop(key, None)
     if plan is not None:
         arguments["per_device_train_batch_size"] = plan.per_device_train_batch_size

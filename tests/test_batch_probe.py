@@ -18,7 +18,7 @@ from sft import batch_probe
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator
 from sft.losses import Objective
-from sft.precision import Precision
+from sft.model.precision import Precision
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.runs import arithmetic, losses, run, write_config, write_rows
 

@@ -10,7 +10,7 @@ import pytest
 
 from sft.earlier_runs import require_apart, set_aside
 from sft.errors import UserError
-from sft.model_files import is_adapter, is_model
+from sft.model.paths import is_adapter, is_model
 from sft.resume import checkpoints
 
 ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json"]

@@ -21,7 +21,7 @@ from transformers import Adafactor
 from sft.allocation_trace import NODE, AllocationTrace, Event, as_fake, fake_batch, peak_of, trace_pass
 from sft.data.loading.collator import Collator
 from sft.estimate import OptimizerMemory, estimate_memory, optimizer_memory
-from sft.fake_quantization import fake_quantize, packed_bytes
+from sft.model.meta_quantization import fake_quantize, packed_bytes
 from tests.builders import tiny_llama
 from tests.test_out_of_memory import rows
 

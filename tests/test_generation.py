@@ -12,10 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from sft import chat, generation, system_prompt
+from sft import chat, generation
 from sft.data.formats.conversation import Conversation
 from sft.errors import UserError
 from sft.generation import Sampling, generate_replies
+from sft.model import system_prompt
 from sft.replies import encode_prompt
 from tests.pupil import FACTS, IM_END, ask, make_pupil, with_answer
 

@@ -12,7 +12,7 @@ from sft.data.encoding.encoder import Encoded
 from sft.data.formats.conversation import Conversation
 from sft.data.formats.normalize import normalize
 from sft.data.preparation.serving_check import ServingContract, check_end_tokens, check_prompts
-from sft.trained_models import generation_config, save_companions
+from sft.model.saving import generation_config, save_companions
 from tests.builders import spelled_tokenizer, tiny_llama
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sft.config.section import placed
 from sft.data.templates import chat_templates
 from sft.errors import Problem, UserError
-from sft.model_files import resolve_reference, unavailable
-from sft.tokenizer_files import load_tokenizer_files
+from sft.model.fast_tokenizer import load_tokenizer_files
+from sft.model.paths import resolve_reference, unavailable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

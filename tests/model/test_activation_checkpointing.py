@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model_manager import load_model, load_tokenizer, plan_precision
-from sft import activation_memory
-from sft.activation_memory import HostMemory, checkpoint_activations, costly_operators
 from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
+from sft.model import activation_checkpointing
+from sft.model.activation_checkpointing import HostMemory, checkpoint_activations, costly_operators
 from sft.model.attention import document_attention
 from tests.builders import tiny_llama
 
@@ -210,7 +210,7 @@ def test_offload_asks_where_the_model_will_train_and_not_where_it_is_loaded(monk
     """A GPU's model is in main memory or without numbers at that time; without numbers nothing can be copied."""
     gpu = torch.device("cuda", 0)
     parks: list[torch.device] = []
-    monkeypatch.setattr(activation_memory, "HostMemory", parks.append)
+    monkeypatch.setattr(activation_checkpointing, "HostMemory", parks.append)
     checkpoint_activations(llama(), "full", offload=True, device=gpu)
     assert parks == [gpu]
     with torch.device("meta"):

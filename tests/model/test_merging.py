@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_manager
-from sft import merging
 from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
+from sft.model import merging
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.test_trained_models import IM_END, logits, trained
 

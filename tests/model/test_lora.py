@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft.activation_memory import checkpoint_activations
-from sft.adapters import attach_adapter
 from sft.config.schema import LoraKeys
+from sft.model.activation_checkpointing import checkpoint_activations
+from sft.model.lora import attach_adapter
 from tests.builders import tiny_llama
 
 TOKENS, WIDTH = 48, 64

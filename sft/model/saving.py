@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.adapters import attach_saved_adapter, without_adapter
-from sft.embeddings import resize_embeddings, untie_adapted_ends
 from sft.errors import Problem, UserError
-from sft.model_files import (
+from sft.model.embeddings import resize_embeddings, untie_adapted_ends
+from sft.model.lora import attach_saved_adapter, without_adapter
+from sft.model.paths import (
     ADAPTER_CONFIG,
     LOAD_ERRORS,
     is_adapter,
@@ -25,7 +25,7 @@ from sft.model_files import (
     resolve_reference,
     unavailable,
 )
-from sft.quantization import held_as, import_bitsandbytes, settle
+from sft.model.quantization import held_as, import_bitsandbytes, settle
 
 if TYPE_CHECKING:
     import torch
@@ -279,7 +279,7 @@ def _attend(model: Any, attn_implementation: str) -> None:
     import torch
 
     from sft.model.attention import document_attention
-    from sft.precision import choose_attention, device_facts
+    from sft.model.precision import choose_attention, device_facts
 
     causal_lm = without_adapter(model)
     in_half = causal_lm.dtype != torch.float32

@@ -6,7 +6,7 @@ import pytest
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sft.errors import UserError
-from sft.precision import DeviceFacts, choose_attention, choose_precision, device_facts, keep_precision
+from sft.model.precision import DeviceFacts, choose_attention, choose_precision, device_facts, keep_precision
 
 CPU, OLD_GPU, GPU = DeviceFacts("cpu", True, 3.0), DeviceFacts("cuda", False), DeviceFacts("cuda", True)
 SLOW_CPU = DeviceFacts("cpu", True, 0.3)

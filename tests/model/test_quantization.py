@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.runs import ROOT
 
 
 @pytest.mark.slow
 def test_the_import_leaves_the_compiler_alone_and_its_functions_run_all_the_same() -> None:
     code = """
 import sys
-from sft.quantization import import_bitsandbytes
+from sft.model.quantization import import_bitsandbytes
 bnb = import_bitsandbytes()
 import torch
 assert "torch._inductor.compile_fx" not in sys.modules

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.adapters import attach_saved_adapter
-from sft.embeddings import untie_adapted_ends
 from sft.errors import Problem, UserError
-from sft.model_files import is_adapter, require_trained
-from sft.precision import DTYPES
-from sft.quantization import dequantize
-from sft.trained_models import find_base, load_base, load_saved_tokenizer
+from sft.model.embeddings import untie_adapted_ends
+from sft.model.lora import attach_saved_adapter
+from sft.model.paths import is_adapter, require_trained
+from sft.model.precision import DTYPES
+from sft.model.quantization import dequantize
+from sft.model.saving import find_base, load_base, load_saved_tokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import Problem, UserError
-from sft.fresh_models import build_config
-from sft.model_files import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
-from sft.precision import Precision, choose_attention, device_facts
-from sft.quantization import bits_and_bytes_config
+from sft.model.from_scratch import build_config
+from sft.model.paths import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
+from sft.model.precision import Precision, choose_attention, device_facts
+from sft.model.quantization import bits_and_bytes_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
     from sft.config.schema import LoraKeys, QuantizationKeys
-    from sft.precision import Precision
+    from sft.model.precision import Precision
 
 _CPU_LOGGER = "bitsandbytes.backends.cpu.ops"
 _CAST_LOGGER = "bitsandbytes.autograd._functions"

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sft.embeddings import is_tied
 from sft.errors import Problem, UserError
-from sft.quantization import import_bitsandbytes, quantized_layers
+from sft.model.embeddings import is_tied
+from sft.model.quantization import import_bitsandbytes, quantized_layers
 
 if TYPE_CHECKING:
     import torch

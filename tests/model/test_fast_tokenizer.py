@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sft.tokenizer_files import _SETTLED, load_tokenizer_files
+from sft.model.fast_tokenizer import _SETTLED, load_tokenizer_files
 from tests.builders import byte_level_tokenizer
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parents[1]
 CASES = [(name, kind) for name, (_, kinds) in _SETTLED.items() for kind in (*sorted(kinds), None)]
 
 
@@ -48,7 +48,7 @@ def test_neither_torch_nor_datasets_is_imported_to_prepare_data(tmp_path: Path) 
         "import data_handler\n"
         "from sft.data.preparation.cache import make_once\n"
         "from sft.config.schema import DataKeys\n"
-        "from sft.tokenizer_files import load_tokenizer_files\n"
+        "from sft.model.fast_tokenizer import load_tokenizer_files\n"
         "tokenizer = load_tokenizer_files(sys.argv[1])\n"
         "keys = DataKeys(train_file=sys.argv[2], packing='bfd', cache_dir=sys.argv[3])\n"
         "data_handler.read_rows = lambda file: file.is_file()\n"  # what follows the preparation maps its files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sft.errors import UserError
-from sft.tokenizers import add_special_tokens, set_pad_token
+from sft.model.tokenizer import add_special_tokens, set_pad_token
 from tests.builders import byte_level_tokenizer
 
 

@@ -15,12 +15,12 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
 import sft_main
-from sft import compilation
-from sft.activation_memory import checkpoint_activations
-from sft.compilation import CompileSettings, compile_layers, compile_settings
 from sft.data.loading.boundaries import Boundaries
 from sft.errors import UserError
+from sft.model import compile as compilation
+from sft.model.activation_checkpointing import checkpoint_activations
 from sft.model.attention import document_attention
+from sft.model.compile import CompileSettings, compile_layers, compile_settings
 from sft.trainer_arguments import training_arguments
 from tests.builders import tiny_llama
 from tests.runs import arithmetic, log_history, losses, run, write_config, write_rows
