@@ -154,7 +154,7 @@ def router_aux_loss_coef(model: PreTrainedModel | PeftModel, asked: float | None
     Raises:
         UserError: it is asked for and the model has no router.
     """
-    from sft.router_loss import router_coefficient
+    from sft.loss.load_balancing import router_coefficient
 
     if asked is None:
         return router_coefficient(model.config)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sft.config.schema import Config
     from sft.data.formats.conversation import Conversation
     from sft.data.preparation.auto_packing import AutoPacking
-    from sft.losses import Objective
+    from sft.loss.token_loss import Objective
     from sft.model.precision import Precision
     from sft.run_estimate import RunEstimate
     from trainer_utils import SFTTrainer
@@ -218,7 +218,7 @@ def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: boo
 
 
 def _objective(config: Config, model: Any) -> Objective:
-    from sft.losses import Objective
+    from sft.loss.token_loss import Objective
 
     return Objective(
         loss_type=config.loss_type,

@@ -21,7 +21,8 @@ from sft.data.streaming.stream import TrainingStream
 from sft.errors import RankStopped, TrainingStopped
 from sft.flops import operations_a_token
 from sft.guarded_step import GuardedStep, StepSettings
-from sft.losses import TokenLoss
+from sft.loss.forward import TokenForward
+from sft.loss.token_loss import TokenLoss
 from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
 from sft.nonfinite import require_finite
@@ -31,7 +32,6 @@ from sft.resumed_optimizer import require_schedule_of
 from sft.run_records import RunRecords
 from sft.stream_state import StreamProgress
 from sft.token_evaluation import TokenEvaluation
-from sft.token_forward import TokenForward
 from sft.trainer_arguments import training_arguments
 
 logger = logging.getLogger("sft")
@@ -138,7 +138,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
     def measure(
         self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: torch.Tensor | None = None
     ) -> TokenLoss:
-        """The sums of one batch on the device (see `sft.token_forward`)."""
+        """The sums of one batch on the device (see `sft.loss.forward`)."""
         return self._forward(model, inputs, gradient_scale)
 
     def go_on_from(self, checkpoint: Path) -> None:

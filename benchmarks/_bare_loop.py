@@ -20,7 +20,7 @@ def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
     """
     from transformers import AutoModelForCausalLM
 
-    from sft import fused_head
+    from sft.loss import fused_linear
     from sft.model.attention import document_attention
     from sft.model.precision import choose_precision, device_facts
 
@@ -35,7 +35,7 @@ def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
         from peft import get_peft_model
 
         model = get_peft_model(causal_lm, adapter)
-    if reason := fused_head.install(causal_lm):
+    if reason := fused_linear.install(causal_lm):
         raise RuntimeError(f"the head stays apart from the loss: {reason}")
     return model.train(), causal_lm, precision.bf16
 
@@ -73,7 +73,7 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     import torch
 
     from sft.distributed import kernel_caches
-    from sft.losses import Objective
+    from sft.loss.token_loss import Objective
     from sft.model.attention.document_attention import attention_inputs
     from sft.optimizers import with_master_weights
 

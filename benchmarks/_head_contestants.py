@@ -26,12 +26,12 @@ Loss = Callable[[Any, Any, Any], Any]  # hidden (N, D), weight (V, D), targets (
 
 
 def ours() -> Loss:
-    """`sft.fused_head`, as the trainer calls it."""
+    """`sft.loss.fused_linear`, as the trainer calls it."""
     import torch
 
-    from sft.fused_head import head_loss
-    from sft.losses import Objective
-    from sft.output_head import LogitTransform, OutputHead
+    from sft.loss.fused_linear import head_loss
+    from sft.loss.output_head import LogitTransform, OutputHead
+    from sft.loss.token_loss import Objective
 
     def loss(hidden: Any, weight: Any, targets: Any) -> Any:
         where = OutputHead(decoder="", linear="lm_head", transform=LogitTransform(), vocab_size=len(weight))

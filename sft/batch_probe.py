@@ -18,9 +18,9 @@ from sft.distributed.gpus import training_device
 from sft.distributed.memory import memory_limit
 from sft.errors import UserError
 from sft.estimate import optimizer_memory
-from sft.losses import Objective
+from sft.loss.forward import TokenForward
+from sft.loss.token_loss import Objective
 from sft.model.precision import Precision
-from sft.token_forward import TokenForward
 
 logger = logging.getLogger("sft")
 

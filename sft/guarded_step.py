@@ -16,9 +16,9 @@ from sft.data.streaming.stream import STEP
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
 from sft.gradients import clip_factor, clip_gradients, gradient_norms, total_norm
-from sft.losses import Objective, TokenLoss
+from sft.loss.metrics import TokenSums
+from sft.loss.token_loss import Objective, TokenLoss
 from sft.master_weights import MasterWeights
-from sft.metrics import TokenSums
 from sft.model.compile import CompileSettings
 from sft.optimizers import skipping, with_master_weights
 from sft.out_of_memory import ShrinkingPasses

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sft.data.loading.boundaries import Boundaries
-from sft.losses import trained_positions
+from sft.loss.token_loss import trained_positions
 
 
 def halves(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:

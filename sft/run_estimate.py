@@ -28,12 +28,12 @@ from sft.distributed.cpu import operations_a_second
 from sft.distributed.memory import held_bytes, memory_limit
 from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
 from sft.flops import operations_a_token, peak_of
-from sft.losses import Objective
+from sft.loss.forward import TokenForward
+from sft.loss.output_head import assume_output_head
+from sft.loss.token_loss import Objective
 from sft.model.lora import without_adapter
 from sft.optimizers import splits_masters
-from sft.output_head import assume_output_head
 from sft.split_masters import summed_in_a_pass
-from sft.token_forward import TokenForward
 
 logger = logging.getLogger("sft")
 

@@ -18,7 +18,7 @@ from sft.data.loading.collator import row_lengths
 from sft.distributed.memory import peak_memory_gb
 from sft.flops import peak_of
 from sft.guarded_step import StepSettings
-from sft.metrics import TokenCounts, TokenSums
+from sft.loss.metrics import TokenCounts, TokenSums
 from sft.model.saving import save_companions
 from sft.nonfinite import require_finite
 from sft.row_order import RowOrder

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sft.errors import Problem, UserError
-from sft.metrics import TokenCounts
+from sft.loss.metrics import TokenCounts
 from sft.model.quantization import held_as
 from sft.resume import RUN_SHAPE
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from sft.loss.metrics import TokenSums
+from sft.loss.token_loss import TokenLoss
 from sft.loss_spikes import LossSpikes
-from sft.losses import TokenLoss
-from sft.metrics import TokenSums
 from sft.neftune import Neftune
 from sft.nonfinite import NonfiniteGuard
 from sft.trust_checks import TrustChecks

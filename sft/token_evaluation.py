@@ -12,8 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.data.loading.collator import EvenRows, even_multiple
-from sft.losses import TokenLoss
-from sft.metrics import TokenCounts, TokenSums
+from sft.loss.metrics import TokenCounts, TokenSums
+from sft.loss.token_loss import TokenLoss
 from sft.out_of_memory import measuring
 
 

@@ -15,8 +15,8 @@ import torch
 
 from sft.errors import Problem, TrainingStopped
 from sft.first_gradients import Gradients, count_gradients
-from sft.losses import TokenLoss
-from sft.metrics import TokenCounts
+from sft.loss.metrics import TokenCounts
+from sft.loss.token_loss import TokenLoss
 
 logger = logging.getLogger("sft")
 

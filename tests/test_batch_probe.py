@@ -17,7 +17,7 @@ import sft_main
 from sft import batch_probe
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator
-from sft.losses import Objective
+from sft.loss.token_loss import Objective
 from sft.model.precision import Precision
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.runs import arithmetic, losses, run, write_config, write_rows
@@ -132,7 +132,7 @@ def test_all_ranks_take_the_same_number(config_file: Path, tmp_path: Path) -> No
 RUN = """
 import os, resource, sys
 import sft.batch_probe
-import sft.chunked_loss
+import sft.loss.chunked
 import distributed_utils
 import sft_main
 import trainer_utils
@@ -159,7 +159,7 @@ class Limit(TrainerCallback):
             room = held() + round(share * (most - held()))
             resource.setrlimit(resource.RLIMIT_AS, (room, room))
 
-score, sft.chunked_loss.score_in_place = sft.chunked_loss.score_in_place, scored
+score, sft.loss.chunked.score_in_place = sft.loss.chunked.score_in_place, scored
 make = trainer_utils.SFTTrainer.__init__
 
 def with_limit(self, *args, **options):

@@ -159,7 +159,7 @@ RUN = """
 import json, resource, sys
 import torch
 from sft.data.loading.collator import Collator
-from sft.losses import token_loss
+from sft.loss.token_loss import token_loss
 from sft.out_of_memory import ShrinkingPasses
 from sft.pass_halves import halves
 from tests.builders import tiny_llama

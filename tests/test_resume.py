@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sft import run_shape
 from sft.errors import UserError
-from sft.metrics import TokenCounts
+from sft.loss.metrics import TokenCounts
 from sft.resume import checkpoints, find_checkpoint, find_damage, require_best, where_to_go_on
 from sft.run_shape import RunShape
 

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from sft import run_shape
 from sft.errors import UserError
-from sft.metrics import TokenCounts
+from sft.loss.metrics import TokenCounts
 from sft.run_shape import RunShape, adapter_facts, describe_adapter, digest_lengths
 from tests.builders import tiny_llama
 

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.distributed.dtensor import whole
 from sft.gradients import gradient_norms, total_norm
-from sft.losses import Objective
+from sft.loss.forward import TokenForward
+from sft.loss.token_loss import Objective
 from sft.optimizers import skipping, with_master_weights
-from sft.token_forward import TokenForward
 from tests.ranks import spawn_ranks
 from tests.test_fused_head import batch, llama
 from tests.test_sharded_head import fully_sharded, tensor_parallel

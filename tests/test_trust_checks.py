@@ -18,8 +18,8 @@ import sft_main
 from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
 from sft.first_gradients import Gradients, count_gradients
-from sft.losses import TokenLoss, token_loss
-from sft.metrics import TokenCounts
+from sft.loss.metrics import TokenCounts
+from sft.loss.token_loss import TokenLoss, token_loss
 from sft.trust_checks import FirstStep, TrustChecks, doubts, noise_sources
 from tests.builders import tiny_llama
 from tests.by_hand import model_in, rows_of, summed_nll

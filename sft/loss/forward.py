@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from sft import fused_head
 from sft.errors import Problem, UserError
-from sft.losses import Objective, TokenLoss, token_loss
+from sft.loss import fused_linear
+from sft.loss.output_head import OutputHead
+from sft.loss.token_loss import Objective, TokenLoss, token_loss
 from sft.model.attention.document_attention import attention_inputs
 from sft.model.lora import without_adapter
-from sft.output_head import OutputHead
 
 logger = logging.getLogger("sft")
 
@@ -41,7 +41,7 @@ class TokenForward:
         self.causal_lm: Any = without_adapter(model)
         self._config = self.causal_lm.config
         self._objective, self._eval_objective = objective, Objective(entropy=objective.entropy)
-        self._reason_for_logits = fused_head.install(self.causal_lm, chunk_size, head, outermost=model)
+        self._reason_for_logits = fused_linear.install(self.causal_lm, chunk_size, head, outermost=model)
         if self._reason_for_logits and objective.router_aux:
             message = f"the experts of {type(self.causal_lm).__name__} cannot be balanced: {self._reason_for_logits}"
             hint = "Set it to 0: the loss is then that of the tokens alone."

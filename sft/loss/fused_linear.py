@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sft.chunked_loss import linear_chunks, module_chunks, score_rows
 from sft.distributed.dtensor import gathered, local_part, vocabulary_shard, whole
-from sft.known_gradients import KnownGradients, gradient_dtype
-from sft.losses import Objective, TokenLoss, add_up, trained_positions
-from sft.output_head import OutputHead, find_output_head
-from sft.router_loss import load_balancing_loss
-from sft.vocabulary_loss import score_slice, tokens_of_a_chunk
+from sft.loss.chunked import linear_chunks, module_chunks, score_rows
+from sft.loss.known_gradients import KnownGradients, gradient_dtype
+from sft.loss.load_balancing import load_balancing_loss
+from sft.loss.output_head import OutputHead, find_output_head
+from sft.loss.token_loss import Objective, TokenLoss, add_up, trained_positions
+from sft.loss.vocab_parallel import score_slice, tokens_of_a_chunk
 
 _STATE = "_fused_head"
 

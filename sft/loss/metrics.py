@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 import torch
 import torch.distributed as dist
 
-from sft.losses import TokenLoss
+from sft.loss.token_loss import TokenLoss
 
 _SUMMED = ("objective", "nll", "entropy", "router_aux")
 _COUNTED = ("tokens", "correct", "answers", "answers_correct")

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from sft.chunked_loss import gradient_in_place, score_rows
 from sft.distributed.dtensor import VocabularyShard
-from sft.losses import Objective, TokenScores
-from sft.output_head import LogitTransform
+from sft.loss.chunked import gradient_in_place, score_rows
+from sft.loss.output_head import LogitTransform
+from sft.loss.token_loss import Objective, TokenScores
 
 # Logits of a rank's chunk. All ranks must choose the same, so that it does not depend on what one has free.
 _CPU_LOGITS, _CUDA_LOGITS = 2**24, 2**27

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from sft import fused_head
 from sft.errors import UserError
-from sft.losses import Objective, TokenLoss
-from sft.router_loss import load_balancing_loss, router_coefficient
-from sft.token_forward import TokenForward
+from sft.loss import fused_linear
+from sft.loss.forward import TokenForward
+from sft.loss.load_balancing import load_balancing_loss, router_coefficient
+from sft.loss.token_loss import Objective, TokenLoss
 
 COEFFICIENT = 0.05
 
@@ -73,7 +73,7 @@ def tiny_moe(kind: str) -> Any:
         output_router_logits=True,
     )
     model = AutoModelForCausalLM.from_config(config)
-    assert fused_head.install(model) is None
+    assert fused_linear.install(model) is None
     return model
 
 

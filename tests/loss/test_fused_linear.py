@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from sft import chunked_loss, fused_head
-from sft.chunked_loss import linear_chunks, tokens_of_a_chunk
-from sft.known_gradients import KnownGradients
-from sft.losses import Objective, TokenLoss, token_loss, trained_positions
-from sft.output_head import LogitTransform, OutputHead, find_output_head
+from sft.loss import chunked as chunked_loss
+from sft.loss import fused_linear
+from sft.loss.chunked import linear_chunks, tokens_of_a_chunk
+from sft.loss.known_gradients import KnownGradients
+from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
+from sft.loss.token_loss import Objective, TokenLoss, token_loss, trained_positions
 from tests.builders import tiny_llama
 from tests.ranks import spawn_ranks
 from tests.test_losses import OBJECTIVES, assert_sums, by_hand
@@ -147,7 +148,7 @@ def test_every_head_gives_the_plain_paths_sums_and_gradients(kind: str, chunk_si
     expected = plain(model, inputs, objective)
     expected.objective.backward()
     of_plain = gradients(model)
-    assert fused_head.install(base_of(model), chunk_size) is None
+    assert fused_linear.install(base_of(model), chunk_size) is None
     loss = fused(model, inputs, objective)
     loss.objective.backward()
     assert_same_loss(loss, expected)
@@ -234,13 +235,13 @@ def test_a_models_choice_is_the_first_of_its_largest_logits(vocab_size: int) -> 
 def test_a_model_gives_the_sums_of_a_float64_computation_over_its_logits() -> None:
     model, inputs, objective = llama(), batch(), Objective(entropy=True)
     logits = model(input_ids=inputs["input_ids"]).logits
-    assert fused_head.install(model, 5) is None
+    assert fused_linear.install(model, 5) is None
     assert_sums(fused(model, inputs, objective), by_hand(logits, inputs["labels"], objective), objective)
 
 
 def test_the_gradient_of_a_tied_head_adds_up_with_that_of_the_embeddings() -> None:
     model, inputs = HEADS["tied"](), batch()
-    assert fused_head.install(model) is None
+    assert fused_linear.install(model) is None
     fused(model, inputs, Objective()).objective.backward()
     both = gradients(model)["model.embed_tokens.weight"]
     unused = torch.ones(VOCAB, dtype=torch.bool)
@@ -255,7 +256,7 @@ def test_the_gradient_of_a_tied_head_adds_up_with_that_of_the_embeddings() -> No
 
 def test_a_frozen_head_gets_no_gradient_and_hands_one_on() -> None:
     model = HEADS["frozen"]()
-    assert fused_head.install(model) is None
+    assert fused_linear.install(model) is None
     fused(model, batch(), Objective()).objective.backward()
     assert model.lm_head.weight.grad is None
     assert model.model.embed_tokens.weight.grad is not None
@@ -264,14 +265,14 @@ def test_a_frozen_head_gets_no_gradient_and_hands_one_on() -> None:
 def test_evaluation_makes_no_gradient_and_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = llama(), batch()
     expected = plain(model, inputs, Objective())
-    assert fused_head.install(model, 7) is None
+    assert fused_linear.install(model, 7) is None
     needed: list[Any] = []
 
     def watched(*arguments: Any) -> Any:
         needed.append(arguments[4])
         return linear_chunks(*arguments)
 
-    monkeypatch.setattr(fused_head, "linear_chunks", watched)
+    monkeypatch.setattr(fused_linear, "linear_chunks", watched)
     with torch.no_grad():
         loss = fused(model, inputs, Objective())
     assert needed == [[None, None]]
@@ -283,7 +284,7 @@ def test_evaluation_makes_no_gradient_and_no_graph(monkeypatch: pytest.MonkeyPat
 def test_a_batch_without_a_trained_token_gives_zeros(kind: str) -> None:
     """Gradients of zero, not none: DDP waits for each trainable parameter."""
     model, inputs = HEADS[kind](), batch()
-    assert fused_head.install(base_of(model)) is None
+    assert fused_linear.install(base_of(model)) is None
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     loss = fused(model, inputs, Objective(entropy=True))
     assert {value.item() for value in loss.as_dict().values()} == {0}
@@ -296,7 +297,7 @@ def test_a_batch_without_a_trained_token_gives_zeros(kind: str) -> None:
 
 def test_positions_that_the_collator_knows_spare_the_search() -> None:
     model, inputs = llama(), batch()
-    assert fused_head.install(model) is None
+    assert fused_linear.install(model) is None
     known = fused(model, inputs, Objective(), trained_positions=trained_positions(inputs["labels"]))
     assert known.as_dict() == fused(model, inputs, Objective()).as_dict()
 
@@ -347,7 +348,7 @@ def test_a_scale_that_is_known_beforehand_changes_no_number() -> None:
     found = []
     for scale in (None, torch.tensor(0.25)):
         model = HEADS["lora on the head"]()
-        assert fused_head.install(base_of(model), 7) is None
+        assert fused_linear.install(base_of(model), 7) is None
         loss = fused(model, batch(), Objective(), gradient_scale=scale)
         (loss.objective * 0.25).backward()
         found.append((loss.objective.item(), gradients(model)))
@@ -361,7 +362,7 @@ def test_autocast_multiplies_in_its_dtype_and_hands_back_the_weights() -> None:
         expected = plain(model, inputs, Objective())
     expected.objective.backward()
     of_plain = gradients(model)
-    assert fused_head.install(model, 7) is None
+    assert fused_linear.install(model, 7) is None
     with torch.autocast("cpu", torch.bfloat16):
         loss = fused(model, inputs, Objective())
     loss.objective.backward()
@@ -376,7 +377,7 @@ def test_a_model_in_bfloat16_gets_gradients_in_bfloat16() -> None:
     expected = plain(model, inputs, Objective())
     expected.objective.backward()
     of_plain = gradients(model)
-    assert fused_head.install(model, 7) is None
+    assert fused_linear.install(model, 7) is None
     loss = fused(model, inputs, Objective())
     loss.objective.backward()
     assert loss.nll.item() == pytest.approx(expected.nll.item(), rel=1e-6)
@@ -394,7 +395,7 @@ def test_without_an_objective_the_model_is_untouched(tmp_path: Path) -> None:
     names, logits = list(model.state_dict()), model(input_ids=ids).logits
     signature = inspect.signature(model.forward)
     generated = model.generate(ids, max_new_tokens=5, do_sample=False)
-    assert fused_head.install(model) is None
+    assert fused_linear.install(model) is None
     assert list(model.state_dict()) == names
     assert inspect.signature(model.forward) == signature
     assert model(input_ids=ids).logits.equal(logits)
@@ -406,7 +407,7 @@ def test_without_an_objective_the_model_is_untouched(tmp_path: Path) -> None:
 
 def test_a_copy_of_the_model_uses_its_own_weights() -> None:
     model, inputs = llama(), batch()
-    assert fused_head.install(model) is None
+    assert fused_linear.install(model) is None
     other = copy.deepcopy(model)
     other.lm_head.weight.data.zero_()
     tokens = fused(other, inputs, Objective())
@@ -417,8 +418,8 @@ def test_a_copy_of_the_model_uses_its_own_weights() -> None:
 def test_installing_twice_is_installing_anew() -> None:
     model, inputs = llama(), batch()
     expected = plain(model, inputs, Objective())
-    assert fused_head.install(model, 3) is None
-    assert fused_head.install(model, 5) is None
+    assert fused_linear.install(model, 3) is None
+    assert fused_linear.install(model, 5) is None
     assert_same_loss(fused(model, inputs, Objective()), expected)
     assert model(input_ids=inputs["input_ids"]).logits.shape == (2, 24, VOCAB)
 
@@ -433,14 +434,14 @@ def test_a_model_whose_logits_need_more_than_the_decoders_output_keeps_the_plain
 
     model = llama()
     model.__class__ = Shifted
-    reason = fused_head.install(model)
+    reason = fused_linear.install(model)
     assert reason == "its logits are not a function of what model returns"
     assert "forward" not in model.__dict__
 
 
 def test_dropout_in_an_adapter_on_the_head_is_drawn_in_training() -> None:
     model, inputs = with_lora(llama(), lora_dropout=0.5), batch()
-    assert fused_head.install(base_of(model), 7) is None
+    assert fused_linear.install(base_of(model), 7) is None
     still = [fused(model, inputs, Objective()).nll.item() for _ in range(2)]
     model.train()
     drawn = [fused(model, inputs, Objective()).nll.item() for _ in range(2)]
@@ -453,7 +454,7 @@ def test_checkpointed_layers_give_the_same_gradients(kind: str) -> None:
     found = []
     for checkpointed in (False, True):
         model = HEADS[kind]().train()
-        assert fused_head.install(base_of(model), 7) is None
+        assert fused_linear.install(base_of(model), 7) is None
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         fused(model, batch(), Objective()).objective.backward()
@@ -463,7 +464,7 @@ def test_checkpointed_layers_give_the_same_gradients(kind: str) -> None:
 
 def test_gradients_are_used_up_by_one_backward() -> None:
     model = llama()
-    assert fused_head.install(model) is None
+    assert fused_linear.install(model) is None
     loss = fused(model, batch(), Objective())
     loss.objective.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up"):
@@ -500,7 +501,7 @@ def test_a_gpus_chunks_follow_its_size_and_not_what_is_free(
 def test_no_more_than_a_chunk_of_logits_is_ever_held(kind: str) -> None:
     """The largest tensor that is made is the head's own gradient, or a chunk of logits."""
     model, inputs = HEADS[kind](), batch(tokens=200)
-    assert fused_head.install(base_of(model), 4) is None
+    assert fused_linear.install(base_of(model), 4) is None
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -526,7 +527,7 @@ def _rank(rank: int, folder: Path) -> None:
     found = []
     for kind in RANK_HEADS:
         model = HEADS[kind]()
-        assert fused_head.install(base_of(model), 7) is None
+        assert fused_linear.install(base_of(model), 7) is None
         wrapped = DistributedDataParallel(model)
         for seed in (0, 2):  # twice: DDP complains in the second pass about what it missed in the first
             loss = TokenLoss(**wrapped(**batch(seed + rank), objective=Objective(), use_cache=False))

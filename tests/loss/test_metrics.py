@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sft.losses import TokenLoss
-from sft.metrics import TokenCounts, TokenSums
+from sft.loss.metrics import TokenCounts, TokenSums
+from sft.loss.token_loss import TokenLoss
 
 
 def loss(objective: float, tokens: int, correct: int, answers: int, right: int) -> TokenLoss:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft.losses import Objective, TokenLoss, token_loss, trained_positions
+from sft.loss.token_loss import Objective, TokenLoss, token_loss, trained_positions
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

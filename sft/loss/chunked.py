@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sft.distributed.dtensor import local_gradient, local_part
-from sft.losses import Objective, TokenScores
-from sft.output_head import LogitTransform, OutputHead
+from sft.loss.output_head import LogitTransform, OutputHead
+from sft.loss.token_loss import Objective, TokenScores
 
 Gradients = list[torch.Tensor | None]
 
