@@ -9,13 +9,14 @@ import data_handler
 import model_manager
 import stages
 from config_manager import Config
-from sft import artifacts, earlier_runs
+from sft import artifacts
 from sft.checking import Report
+from sft.checkpoint import output_dir as earlier_runs
+from sft.checkpoint.discovery import find_checkpoint
 from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
 from sft.console import quiet_libraries
 from sft.data.loading.batch_plan import plan_batches
 from sft.distributed.gpus import require_gpus, require_tf32
-from sft.resume import find_checkpoint
 from sft.schedules import require_schedule
 from sft.trackers import require_trackers
 

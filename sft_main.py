@@ -79,9 +79,9 @@ def train(argv: list[str]) -> int:
     import training_run
     from readiness import require_apart
     from sft import artifacts
-    from sft.earlier_runs import set_aside
+    from sft.checkpoint.discovery import find_checkpoint, where_to_go_on
+    from sft.checkpoint.output_dir import set_aside
     from sft.model import system_prompt
-    from sft.resume import find_checkpoint, where_to_go_on
     from sft.schedules import require_schedule
 
     require_schedule(config.section(TrainingKeys))

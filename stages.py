@@ -118,9 +118,9 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
     """The model as the config describes it, and the Trainer that holds it."""
     import trainer_utils
     from sft.callbacks import ConsoleProgress, MetricsFile
+    from sft.checkpoint.stream_state import StreamProgress
     from sft.model.compile import compile_settings
     from sft.optimizers import require_optimizer
-    from sft.stream_state import StreamProgress
 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
@@ -191,7 +191,7 @@ def _choose_batch_size(
 
 
 def _precision(config: Config, checkpoint: Path | None = None) -> Precision:
-    from sft.run_shape import dtype_of_checkpoint
+    from sft.checkpoint.compatibility import dtype_of_checkpoint
 
     return model_manager.plan_precision(
         config.section(ModelKeys),

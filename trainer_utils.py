@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.callbacks import ConsoleProgress, FollowConfig
+from sft.checkpoint.discovery import require_best
+from sft.checkpoint.stream_state import StreamProgress
 from sft.config.best_metric import WATCHING
 from sft.data.loading.collator import PACKED, Collator
 from sft.data.streaming.stream import TrainingStream
@@ -27,10 +29,8 @@ from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
 from sft.nonfinite import require_finite
 from sft.out_of_memory import first_line, is_out_of_memory, out_of_memory
-from sft.resume import require_best
 from sft.resumed_optimizer import require_schedule_of
 from sft.run_records import RunRecords
-from sft.stream_state import StreamProgress
 from sft.token_evaluation import TokenEvaluation
 from sft.trainer_arguments import training_arguments
 

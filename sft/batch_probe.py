@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sft import run_shape
 from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, longest_rows
+from sft.checkpoint import compatibility
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator, row_lengths
 from sft.distributed.gpus import training_device
@@ -34,7 +34,7 @@ def with_rows(keys: TrainingKeys, rows: int) -> TrainingKeys:
 
 def rows_of_checkpoint(checkpoint: Path) -> int | None:
     """The rows of a pass that the run which left this checkpoint had chosen: a run that goes on keeps them."""
-    file = checkpoint / run_shape.FILE
+    file = checkpoint / compatibility.FILE
     return int(json.loads(file.read_text())["shape"][_KEY]) if file.is_file() else None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
+from sft.checkpoint.stream_state import StreamProgress
 from sft.data.streaming.stream import STEP
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
@@ -26,7 +27,6 @@ from sft.pass_halves import halves
 from sft.resumed_optimizer import PEAK, ConfiguredOptimizer
 from sft.split_masters import summed_in_a_pass
 from sft.step_watch import StepWatch
-from sft.stream_state import StreamProgress
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sft import artifacts, run_shape, stream_state
+from sft import artifacts
+from sft.checkpoint import compatibility, stream_state
+from sft.checkpoint.compatibility import RunShape, adapter_facts, describe_adapter, digest_lengths
 from sft.data.loading.collator import row_lengths
 from sft.distributed.memory import peak_memory_gb
 from sft.flops import peak_of
@@ -22,7 +24,6 @@ from sft.loss.metrics import TokenCounts, TokenSums
 from sft.model.saving import save_companions
 from sft.nonfinite import require_finite
 from sft.row_order import RowOrder
-from sft.run_shape import RunShape, adapter_facts, describe_adapter, digest_lengths
 from sft.step_watch import StepWatch
 
 logger = logging.getLogger("sft")
@@ -47,8 +48,8 @@ class RunRecords(RowOrder):
         self._clock = time.perf_counter()
 
     def _restore_counts(self, checkpoint: Path) -> None:
-        """Goes on counting where the run that left the checkpoint was; see `sft.run_shape.load`."""
-        self._counts, self._watch.skipped = run_shape.load(checkpoint, self._shape())
+        """Goes on counting where the run that left the checkpoint was; see `sft.checkpoint.compatibility.load`."""
+        self._counts, self._watch.skipped = compatibility.load(checkpoint, self._shape())
         self._tokens_before = self._counts.input_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -131,7 +132,7 @@ class RunRecords(RowOrder):
         if self.args.save_on_each_node:  # on its own disk, by its first rank, which this is
             first = self.args.process_index
             ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        run_shape.save(folder, self._shape(), self._counts, self._watch.skipped, ranks, self._settings.dtype)
+        compatibility.save(folder, self._shape(), self._counts, self._watch.skipped, ranks, self._settings.dtype)
 
     def _leave_logs(self) -> None:
         """Logs the steps since the last log, and leaves the curve up to here; every rank must call it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sft_main
-from sft.resume import find_damage
+from sft.checkpoint.discovery import find_damage
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.runs import arithmetic, run, write_config, write_rows
 

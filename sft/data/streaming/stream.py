@@ -151,7 +151,8 @@ class TrainingStream(IterableDataset):
         return self.plan.packing is not None
 
     def identity(self) -> dict[str, Any]:
-        """What a run that goes on from another must have in common with it, as `sft.run_shape.RunShape` names it."""
+        """What a run that goes on from another must have in common with it, as `sft.checkpoint.compatibility.RunShape`
+        names it."""
         keys = self.keys
         parts = {
             "keys": [keys.system_prompt, keys.max_seq_length, keys.truncation, keys.special_tokens_in_content],

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from sft import stream_state
+from sft.checkpoint import stream_state
+from sft.checkpoint.stream_state import StreamProgress
 from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX
 from sft.data.encoding.row_encoder import RowEncoder, Seen
@@ -28,7 +29,6 @@ from sft.data.sources.dataset_source import training_sources
 from sft.data.streaming.dataloader import StreamLoader
 from sft.data.streaming.stream import STEP, Account, Place, StreamPlan, TrainingStream
 from sft.errors import UserError
-from sft.stream_state import StreamProgress
 from tests.builders import byte_level_tokenizer
 from tests.runs import arithmetic, write_rows
 

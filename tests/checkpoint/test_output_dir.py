@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sft.earlier_runs import require_apart, set_aside
+from sft.checkpoint.discovery import checkpoints
+from sft.checkpoint.output_dir import require_apart, set_aside
 from sft.errors import UserError
 from sft.model.paths import is_adapter, is_model
-from sft.resume import checkpoints
 
 ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json"]
 MODEL = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from sft.checkpoint.discovery import RUN_SHAPE
 from sft.errors import Problem, UserError
 from sft.loss.metrics import TokenCounts
 from sft.model.quantization import held_as
-from sft.resume import RUN_SHAPE
 
 logger = logging.getLogger("sft")
 

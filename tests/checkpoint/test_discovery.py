@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft import run_shape
+from sft.checkpoint import compatibility
+from sft.checkpoint.compatibility import RunShape
+from sft.checkpoint.discovery import checkpoints, find_checkpoint, find_damage, require_best, where_to_go_on
 from sft.errors import UserError
 from sft.loss.metrics import TokenCounts
-from sft.resume import checkpoints, find_checkpoint, find_damage, require_best, where_to_go_on
-from sft.run_shape import RunShape
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:
@@ -127,12 +127,12 @@ def test_nodes_without_a_common_disk_each_hold_the_random_states_of_their_own_ra
     """As with `save_on_each_node`: the second of two nodes with two ranks each."""
     checkpoint = make_checkpoint(tmp_path, 10)
     shape = RunShape(4, 2, 3, 40, "3f", 0, None, "random")
-    run_shape.save(checkpoint, shape, TokenCounts.zero(), 0, ranks=range(2, 4))
+    compatibility.save(checkpoint, shape, TokenCounts.zero(), 0, ranks=range(2, 4))
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_2.pth")
     assert find_damage(checkpoint) == "rng_state_3.pth is missing"
     shutil.copy(checkpoint / "rng_state_2.pth", checkpoint / "rng_state_3.pth")
     assert find_damage(checkpoint) is None
-    run_shape.save(checkpoint, shape, TokenCounts.zero(), 0)
+    compatibility.save(checkpoint, shape, TokenCounts.zero(), 0)
     assert find_damage(checkpoint) == "rng_state_0.pth is missing"
 
 

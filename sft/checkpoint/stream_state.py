@@ -12,12 +12,12 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sft.checkpoint.discovery import STREAM_STATE
 from sft.data.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state
 from sft.data.lost_rows import require_enough_rows
 from sft.data.streaming.shard_reader import Cursor
 from sft.data.streaming.stream import Account, Place, Step, TrainingStream
 from sft.errors import Problem, UserError
-from sft.resume import STREAM_STATE
 
 FILE = STREAM_STATE
 _ENOUGH_TO_JUDGE = 1000  # rows; before that, a few bad ones at the start would look like many

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.checkpoint.discovery import checkpoints, step_of
 from sft.errors import Problem, UserError
-from sft.resume import checkpoints, step_of
 
 logger = logging.getLogger("sft")
 

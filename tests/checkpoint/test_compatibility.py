@@ -13,10 +13,10 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from sft import run_shape
+from sft.checkpoint import compatibility
+from sft.checkpoint.compatibility import RunShape, adapter_facts, describe_adapter, digest_lengths
 from sft.errors import UserError
 from sft.loss.metrics import TokenCounts
-from sft.run_shape import RunShape, adapter_facts, describe_adapter, digest_lengths
 from tests.builders import tiny_llama
 
 
@@ -39,18 +39,18 @@ def test_a_whole_model_has_no_adapter() -> None:
 def test_what_is_counted_comes_back(tmp_path: Path) -> None:
     shape = RunShape(1, 2, 3, 40, "3f", 0, None, "random")
     counts = TokenCounts(1.5, 1.25, 7, 3, 2, 1, 30)
-    run_shape.save(tmp_path, shape, counts, skipped=4)
-    assert run_shape.load(tmp_path, shape) == (counts, 4)
+    compatibility.save(tmp_path, shape, counts, skipped=4)
+    assert compatibility.load(tmp_path, shape) == (counts, 4)
     with pytest.raises(UserError, match="seed: was 0"):
-        run_shape.load(tmp_path, replace(shape, seed=1))
-    (tmp_path / run_shape.FILE).unlink()
-    assert run_shape.load(tmp_path, shape) == (TokenCounts.zero(), 0)
+        compatibility.load(tmp_path, replace(shape, seed=1))
+    (tmp_path / compatibility.FILE).unlink()
+    assert compatibility.load(tmp_path, shape) == (TokenCounts.zero(), 0)
 
 
 def test_the_format_of_the_weights_comes_back(tmp_path: Path) -> None:
     shape = RunShape(1, 2, 3, 40, "3f", 0, "r=4", "random")
-    run_shape.save(tmp_path, shape, TokenCounts.zero(), 0, dtype="bfloat16")
-    assert run_shape.dtype_of_checkpoint(tmp_path) == "bfloat16"
+    compatibility.save(tmp_path, shape, TokenCounts.zero(), 0, dtype="bfloat16")
+    assert compatibility.dtype_of_checkpoint(tmp_path) == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -63,17 +63,17 @@ def test_the_format_of_the_weights_comes_back(tmp_path: Path) -> None:
     ],
 )
 def test_an_older_checkpoint_tells_the_format_by_its_optimizer(tmp_path: Path, shape: Any, dtype: str | None) -> None:
-    assert run_shape.dtype_of_checkpoint(tmp_path) is None, "another trainer's"
-    (tmp_path / run_shape.FILE).write_text(json.dumps({"shape": shape, "counts": {}}))
-    assert run_shape.dtype_of_checkpoint(tmp_path) == dtype
+    assert compatibility.dtype_of_checkpoint(tmp_path) is None, "another trainer's"
+    (tmp_path / compatibility.FILE).write_text(json.dumps({"shape": shape, "counts": {}}))
+    assert compatibility.dtype_of_checkpoint(tmp_path) == dtype
 
 
 @pytest.mark.parametrize(("was", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_an_optimizer_that_does_not_fit_names_the_key_to_set(tmp_path: Path, was: bool, dtype: str) -> None:
     shape = RunShape(1, 2, 3, 40, "3f", 0, None, "random", master_weights=was)
-    run_shape.save(tmp_path, shape, TokenCounts.zero(), 0)
+    compatibility.save(tmp_path, shape, TokenCounts.zero(), 0)
     with pytest.raises(UserError) as caught:
-        run_shape.load(tmp_path, replace(shape, master_weights=not was))
+        compatibility.load(tmp_path, replace(shape, master_weights=not was))
     assert [(problem.key, problem.hint) for problem in caught.value.problems[1:]] == [
         ("dtype", f"set `dtype: {dtype}`")
     ]
@@ -99,9 +99,9 @@ def adapted(base: str = "/models/base", quantization: Any = None, commit: str | 
 
 def refused(folder: Path, before: Any, now: Any) -> list[tuple[str | None, str]]:
     """The keys and messages with which a run with the model `now` is refused a checkpoint of one with `before`."""
-    run_shape.save(folder, replace(SHAPE, adapter_facts=adapter_facts(before)), TokenCounts.zero(), 0)
+    compatibility.save(folder, replace(SHAPE, adapter_facts=adapter_facts(before)), TokenCounts.zero(), 0)
     try:
-        run_shape.load(folder, replace(SHAPE, adapter_facts=adapter_facts(now)))
+        compatibility.load(folder, replace(SHAPE, adapter_facts=adapter_facts(now)))
     except UserError as error:
         return [(p.key, p.message) for p in error.problems[1:]]
     return []
@@ -163,11 +163,11 @@ def test_what_an_older_checkpoint_does_not_tell_is_not_compared(tmp_path: Path) 
     content = {"world_size": 1, "seed": 0, "adapter": "r=4", "adapter_facts": {"lora_config.use_rslora": False}}
     now = replace(SHAPE, adapter_facts=adapter_facts(adapted(use_dora=True)))
     for facts in (content, {k: v for k, v in content.items() if k != "adapter_facts"}):
-        (tmp_path / run_shape.FILE).write_text(json.dumps({"shape": facts, "counts": asdict(TokenCounts.zero())}))
-        assert run_shape.load(tmp_path, now) == (TokenCounts.zero(), 0)
+        (tmp_path / compatibility.FILE).write_text(json.dumps({"shape": facts, "counts": asdict(TokenCounts.zero())}))
+        assert compatibility.load(tmp_path, now) == (TokenCounts.zero(), 0)
         with pytest.raises(UserError, match="adapter: was r=4"):
-            run_shape.load(tmp_path, replace(now, adapter="r=8"))
+            compatibility.load(tmp_path, replace(now, adapter="r=8"))
     whole = replace(SHAPE, adapter=None)
     with pytest.raises(UserError) as caught:
-        run_shape.load(tmp_path, whole)
+        compatibility.load(tmp_path, whole)
     assert [problem.key for problem in caught.value.problems[1:]] == ["adapter"]

@@ -1,0 +1,1 @@
+"""Finding, checking and matching checkpoints; the output folder; the state of a stream."""
