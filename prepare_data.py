@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.console import console, show_error, speak
 from sft.data.formats.conversation import Conversation, RowLost, Text, require_characters
 from sft.data.formats.normalize import EXCHANGE_KEYS, normalize
 from sft.data.sources.files import Row, find_files, read_files
 from sft.data.sources.table_readers import as_given
 from sft.errors import Problem, UserError
+from sft.report.console import console, show_error, speak
 
 if TYPE_CHECKING:
     import pyarrow as pa

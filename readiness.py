@@ -9,16 +9,16 @@ import data_handler
 import model_manager
 import stages
 from config_manager import Config
-from sft import artifacts
-from sft.checking import Report
 from sft.checkpoint import output_dir as earlier_runs
 from sft.checkpoint.discovery import find_checkpoint
 from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
-from sft.console import quiet_libraries
 from sft.data.loading.batch_plan import plan_batches
 from sft.distributed.gpus import require_gpus, require_tf32
+from sft.report import run_files
+from sft.report.check_report import Report
+from sft.report.console import quiet_libraries
+from sft.report.trackers import require_trackers
 from sft.schedules import require_schedule
-from sft.trackers import require_trackers
 
 
 def check_run(config: Config, report: Report) -> None:
@@ -29,7 +29,7 @@ def check_run(config: Config, report: Report) -> None:
     report.attempt(lambda: require_gpus(config.num_gpus or 0))
     on_cpu = config.use_cpu or config.num_gpus == 0
     report.attempt(lambda: require_tf32(config.section(TrainingKeys), on_cpu=on_cpu))
-    report.attempt(lambda: artifacts.require_writable(Path(config.output_dir)))
+    report.attempt(lambda: run_files.require_writable(Path(config.output_dir)))
     report.attempt(lambda: require_apart(config))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
     if config.torch_compile:

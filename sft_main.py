@@ -41,8 +41,8 @@ _LET_FIRST_RANK_SPEAK = 5.0  # seconds
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    from sft.console import console, show_error
     from sft.distributed import kernel_caches
+    from sft.report.console import console, show_error
 
     kernel_caches.limit(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -67,7 +67,7 @@ def train(argv: list[str]) -> int:
     import config_manager
     import distributed_utils as distributed
     from sft.config.schema import ModelKeys, TrainingKeys
-    from sft.trackers import require_trackers
+    from sft.report.trackers import require_trackers
 
     started = time.perf_counter()
     config, _ = _config("train", argv)
@@ -78,17 +78,17 @@ def train(argv: list[str]) -> int:
     import stages
     import training_run
     from readiness import require_apart
-    from sft import artifacts
     from sft.checkpoint.discovery import find_checkpoint, where_to_go_on
     from sft.checkpoint.output_dir import set_aside
     from sft.model import system_prompt
+    from sft.report import run_files
     from sft.schedules import require_schedule
 
     require_schedule(config.section(TrainingKeys))
     output_dir = Path(config.output_dir)
     require_apart(config)
     if distributed.is_main_process():
-        artifacts.claim(output_dir)
+        run_files.claim(output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
     if checkpoint:
         logger.info("Going on from %s", checkpoint)
@@ -106,7 +106,7 @@ def train(argv: list[str]) -> int:
     if distributed.is_main_process():
         set_aside(output_dir, checkpoint)
         config_manager.write_config(config, output_dir / "config.yaml")
-        artifacts.write_ledger(output_dir, data.ledger)
+        run_files.write_ledger(output_dir, data.ledger)
     try:
         training_run.carry_out(config, trainer, tokenizer, data, checkpoint, started)
     except KeyboardInterrupt as stop:
@@ -120,8 +120,8 @@ def train(argv: list[str]) -> int:
 def check(argv: list[str]) -> int:
     """Tells everything that can be wrong: the config, the model's files, the tokenizer, every row of the data."""
     options, overrides = make_parser("check", _summary(check)).parse_known_args(argv)
-    from sft.checking import Report
-    from sft.console import show_report, speak
+    from sft.report.check_report import Report
+    from sft.report.console import show_report, speak
 
     speak(is_main_process=True)
     with Report() as report:
@@ -140,7 +140,7 @@ def check(argv: list[str]) -> int:
 def preview(argv: list[str]) -> int:
     """Shows the first rows as the model will see them, with the tokens that are trained."""
     config, options = _config("preview", argv)
-    from sft.console import show_packed, show_sample, speak
+    from sft.report.console import show_packed, show_sample, speak
 
     speak(is_main_process=True)
     import data_handler
@@ -172,7 +172,7 @@ def estimate(argv: list[str]) -> int:
     import model_manager
     import stages
     from sft.config.schema import ModelKeys
-    from sft.console import show_estimate
+    from sft.report.console import show_estimate
 
     model_manager.check_model(config.section(ModelKeys), config.lora_config)
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
@@ -187,7 +187,7 @@ def estimate(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     """Measures a model on the config's validation data."""
     from sft.config.schema import ModelKeys, TrainingKeys
-    from sft.trackers import require_trackers
+    from sft.report.trackers import require_trackers
 
     config, options = _config("evaluate", argv)
     require_trackers(config.section(TrainingKeys))
@@ -197,11 +197,11 @@ def evaluate(argv: list[str]) -> int:
     import stages
     import trainer_utils
     from sft.callbacks import ConsoleProgress
-    from sft.console import console
     from sft.data.preparation.auto_packing import AutoPacking
     from sft.model.attention.document_attention import takes_documents
     from sft.model.embeddings import resize_embeddings
     from sft.model.lora import without_adapter
+    from sft.report.console import console
 
     folder = Path(options.model or config.output_dir).expanduser()
     _say_what_is_measured(folder, config, is_named=options.model is not None)
@@ -246,7 +246,7 @@ def _say_what_is_measured(folder: Path, config: Config, *, is_named: bool) -> No
 def generate(argv: list[str]) -> int:
     """Answers a file of prompts, or chats."""
     options = make_parser("generate", _summary(generate)).parse_args(argv)
-    from sft.console import quiet_libraries, speak
+    from sft.report.console import quiet_libraries, speak
 
     speak(is_main_process=True)
     quiet_libraries()
@@ -265,7 +265,7 @@ def generate(argv: list[str]) -> int:
 def merge(argv: list[str]) -> int:
     """Merges an adapter into its base model and verifies the result."""
     options = make_parser("merge", _summary(merge)).parse_args(argv)
-    from sft.console import quiet_libraries, speak
+    from sft.report.console import quiet_libraries, speak
 
     speak(is_main_process=True)
     quiet_libraries()
@@ -325,8 +325,8 @@ def _take_machine(config: Config) -> None:
     """This process's device and voice, before anything asks CUDA for its devices."""
     import distributed_utils as distributed
     from sft.config.schema import TrainingKeys
-    from sft.console import quiet_libraries, speak
     from sft.distributed.gpus import require_tf32
+    from sft.report.console import quiet_libraries, speak
 
     speak(distributed.is_main_process())
     distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)

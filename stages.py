@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import data_handler
 import distributed_utils as distributed
 import model_manager
-from sft import artifacts
 from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
-from sft.console import console, counting, show_ledger, show_sample
 from sft.data.loading.batch_plan import BatchPlan, plan_batches, rows_a_step
 from sft.distributed.gpus import visible_gpus
 from sft.errors import UserError
+from sft.report import run_files
+from sft.report.console import console, counting, show_ledger, show_sample
 
 # torch and the Trainer take seconds to import: what needs them imports them where they are used, so that `check` and a
 # mistake in the data do without.
@@ -104,7 +104,7 @@ def streamed_account(config: Config, trainer: SFTTrainer, data: PreparedData) ->
     ledger, end_token_ids = trainer.stream_account()
     if distributed.is_main_process():
         show_ledger(ledger)
-        artifacts.write_ledger(Path(config.output_dir), ledger)
+        run_files.write_ledger(Path(config.output_dir), ledger)
     return dataclasses.replace(data, ledger=ledger, end_token_ids=end_token_ids)
 
 

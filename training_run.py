@@ -12,10 +12,10 @@ import distributed_utils as distributed
 import stages
 from data_handler import PreparedData
 from model_manager import save_final_model
-from sft import artifacts
 from sft.config.schema import Config
-from sft.console import show_conclusion
 from sft.data.preparation.serving_check import check_end_tokens
+from sft.report import run_files
+from sft.report.console import show_conclusion
 from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")
@@ -61,11 +61,11 @@ def _conclude(
     """The results of the run, and the model's card."""
     output_dir = Path(config.output_dir)
     trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
-    artifacts.write_results(output_dir, results)
+    run_files.write_results(output_dir, results)
     stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
     made = {
         name: getattr(trainer.args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     }
-    artifacts.write_card(output_dir, config.model_copy(update=made), data.ledger, results, stop_tokens)
+    run_files.write_card(output_dir, config.model_copy(update=made), data.ledger, results, stop_tokens)
     last = {"train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)}
     show_conclusion(output_dir, last | results, seconds)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sft import artifacts
 from sft.checkpoint import compatibility, stream_state
 from sft.checkpoint.compatibility import RunShape, adapter_facts, describe_adapter, digest_lengths
 from sft.data.loading.collator import row_lengths
@@ -23,6 +22,7 @@ from sft.guarded_step import StepSettings
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.model.saving import save_companions
 from sft.nonfinite import require_finite
+from sft.report import run_files
 from sft.row_order import RowOrder
 from sft.step_watch import StepWatch
 
@@ -95,7 +95,7 @@ class RunRecords(RowOrder):
         super()._save_checkpoint(model, trial)
         if self.progress and self._streamed:
             if self.is_world_process_zero():
-                artifacts.write_ledger(Path(str(self.args.output_dir)), self.progress.document(self._streamed))
+                run_files.write_ledger(Path(str(self.args.output_dir)), self.progress.document(self._streamed))
             self.progress.judge(stream_state.account_in(self._streamed))
         self._clock += time.perf_counter() - started
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from sft.model_card import CardDataset, CardFacts, write_model_card
+from sft.report.model_card import CardDataset, CardFacts, write_model_card
 
 
 def facts(**changes: object) -> CardFacts:

@@ -10,9 +10,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sft.config.schema import Config
-from sft.console import write_log_file
 from sft.errors import Problem, UserError
-from sft.model_card import CardDataset, CardFacts, write_model_card
+from sft.report.console import write_log_file
+from sft.report.model_card import CardDataset, CardFacts, write_model_card
 
 LEDGER_FILE = Path("logs") / "data_report.json"
 RESULTS_FILE = Path("logs") / "eval_results.json"

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from config_manager import load_config
-from sft import trackers
 from sft.config.schema import TrainingKeys
 from sft.config.upstream_schema import trackers as known_trackers
 from sft.errors import UserError
+from sft.report import trackers
 from tests.runs import arithmetic, log_history, refused_before_data, run, write_config, write_rows
 
 METRICS = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "learning_rate", "grad_norm", "num_tokens")

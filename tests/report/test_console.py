@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft.console import console, show_lengths, show_packed
+from sft.report.console import console, show_lengths, show_packed
 
 
 def test_the_bars_are_as_long_as_their_counts_and_none_that_counts_is_empty():

@@ -22,7 +22,7 @@ from rich.text import Text
 from sft.errors import UserError
 
 if TYPE_CHECKING:
-    from sft.checking import Report
+    from sft.report.check_report import Report
     from sft.run_estimate import RunEstimate
 
 logger = logging.getLogger("sft")
