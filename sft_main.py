@@ -250,8 +250,8 @@ def generate(argv: list[str]) -> int:
 
     speak(is_main_process=True)
     quiet_libraries()
-    from sft import generation
-    from sft.replies import Sampling
+    from sft.inference import batch as generation
+    from sft.inference.generate import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     asking: dict[str, Any] = {"system": options.system, "trust_remote_code": options.trust_remote_code}

@@ -290,7 +290,7 @@ def measure_exact_match(
     """The share of `rows` that the model answers exactly, said aloud; nothing when there is none to ask."""
     import torch
 
-    from sft.exact_match import exact_match
+    from sft.inference.exact_match import exact_match
     from sft.model.saving import stop_tokens
 
     if not rows:

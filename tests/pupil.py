@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from sft.replies import encode_prompt
+from sft.inference.generate import encode_prompt
 from tests.builders import byte_level_tokenizer, tiny_llama
 
 IM_END = 2

@@ -19,10 +19,10 @@ from safetensors import safe_open
 import sft.run_records
 import sft_main
 import trainer_utils
-from sft import replies
 from sft.data.loading.sampler import EpochSampler
+from sft.inference import generate as replies
+from sft.inference.generate import encode_prompt
 from sft.model.saving import load_trained
-from sft.replies import encode_prompt
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.by_hand import rows_of
 from tests.runs import ROOT, arithmetic, log_history, losses, run, write_config, write_rows

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.data.formats.conversation import Message
 from sft.errors import Problem, UserError
-from sft.replies import (
+from sft.inference.generate import (
     GREEDY,
     Sampling,
     answering,

@@ -11,7 +11,7 @@ import pytest
 from sft.data.formats.conversation import Conversation
 from sft.data.formats.normalize import normalize
 from sft.errors import UserError
-from sft.prompts import read_prompts
+from sft.inference.prompts import read_prompts
 from tests.runs import write_rows
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}

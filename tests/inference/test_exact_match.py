@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft.data.formats.conversation import Conversation
-from sft.exact_match import exact_match
+from sft.inference.exact_match import exact_match
 from tests import pupil as pupils
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from sft import chat, generation
 from sft.data.formats.conversation import Conversation
 from sft.errors import UserError
-from sft.generation import Sampling, generate_replies
+from sft.inference import batch as generation
+from sft.inference import chat
+from sft.inference.batch import Sampling, generate_replies
+from sft.inference.generate import encode_prompt
 from sft.model import system_prompt
-from sft.replies import encode_prompt
 from tests.pupil import FACTS, IM_END, ask, make_pupil, with_answer
 
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.chat import talk
 from sft.data.formats.conversation import Conversation, Message
 from sft.data.formats.normalize import with_system
 from sft.errors import Problem, UserError
+from sft.inference.chat import talk
+from sft.inference.generate import GREEDY, Sampling, generate_replies
+from sft.inference.prompts import read_prompts
 from sft.model import system_prompt
 from sft.model.saving import load_trained
-from sft.prompts import read_prompts
-from sft.replies import GREEDY, Sampling, generate_replies
 
 __all__ = ["Sampling", "chat", "generate_replies", "run_batch"]
 logger = logging.getLogger("sft")

@@ -1,0 +1,1 @@
+"""Generation, chat, prompt files, exact match."""
