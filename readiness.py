@@ -18,7 +18,7 @@ from sft.report import run_files
 from sft.report.check_report import Report
 from sft.report.console import quiet_libraries
 from sft.report.trackers import require_trackers
-from sft.schedules import require_schedule
+from sft.training.optim.lr_schedule import require_schedule
 
 
 def check_run(config: Config, report: Report) -> None:

@@ -82,7 +82,7 @@ def train(argv: list[str]) -> int:
     from sft.checkpoint.output_dir import set_aside
     from sft.model import system_prompt
     from sft.report import run_files
-    from sft.schedules import require_schedule
+    from sft.training.optim.lr_schedule import require_schedule
 
     require_schedule(config.section(TrainingKeys))
     output_dir = Path(config.output_dir)

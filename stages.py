@@ -120,7 +120,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
     from sft.callbacks import ConsoleProgress, MetricsFile
     from sft.checkpoint.stream_state import StreamProgress
     from sft.model.compile import compile_settings
-    from sft.optimizers import require_optimizer
+    from sft.training.optim.factory import require_optimizer
 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())

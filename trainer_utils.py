@@ -29,10 +29,10 @@ from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
 from sft.nonfinite import require_finite
 from sft.out_of_memory import first_line, is_out_of_memory, out_of_memory
-from sft.resumed_optimizer import require_schedule_of
 from sft.run_records import RunRecords
 from sft.token_evaluation import TokenEvaluation
 from sft.trainer_arguments import training_arguments
+from sft.training.optim.resume import require_schedule_of
 
 logger = logging.getLogger("sft")
 

@@ -75,7 +75,7 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     from sft.distributed import kernel_caches
     from sft.loss.token_loss import Objective
     from sft.model.attention.document_attention import attention_inputs
-    from sft.optimizers import with_master_weights
+    from sft.training.optim.factory import with_master_weights
 
     kernel_caches.limit(os.environ)
     device = torch.device(arguments["device"])

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sft.allocation_trace import Event, PassTrace, peak_of, trace_pass
 from sft.heap_model import held_at_most
-from sft.optimizers import splits_masters
-from sft.split_masters import LARGEST_PIECE
+from sft.training.optim.factory import splits_masters
+from sft.training.optim.split_master_weights import LARGEST_PIECE
 
 logger = logging.getLogger("sft")
 
@@ -100,7 +100,8 @@ def optimizer_memory(
     Args:
         optim: e.g. `adamw_torch_fused`, `paged_adamw_8bit`, `sgd`; another family than those known is said aloud and
             counted as Adam's.
-        master_weights: the optimizer keeps float32 values of 16-bit weights, split or whole (`sft.optimizers`), and
+        master_weights: the optimizer keeps float32 values of 16-bit weights, split or whole
+        (`sft.training.optim.factory`), and
             its states in float32.
     """
     weights = list(trainable)
@@ -168,7 +169,8 @@ def estimate_memory(
         accumulation_steps: passes of one optimizer step; the gradients of the first are held during the others.
         world_size: ranks; several have DDP's buckets, as large as all trainable weights, beside the gradients.
         master_weights: the gradients of 16-bit weights are float32, as those of their master values.
-        summed: of which weights only that is so (see `sft.split_masters.SplitMasters`); None is of all.
+        summed: of which weights only that is so (see `sft.training.optim.split_master_weights.SplitMasters`); None is
+        of all.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if master_weights:

@@ -16,17 +16,17 @@ from sft.checkpoint.stream_state import StreamProgress
 from sft.data.streaming.stream import STEP
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
-from sft.gradients import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import Objective, TokenLoss
-from sft.master_weights import MasterWeights
 from sft.model.compile import CompileSettings
-from sft.optimizers import skipping, with_master_weights
 from sft.out_of_memory import ShrinkingPasses
 from sft.pass_halves import halves
-from sft.resumed_optimizer import PEAK, ConfiguredOptimizer
-from sft.split_masters import summed_in_a_pass
 from sft.step_watch import StepWatch
+from sft.training.optim.factory import skipping, with_master_weights
+from sft.training.optim.grad_norm import clip_factor, clip_gradients, gradient_norms, total_norm
+from sft.training.optim.master_weights import MasterWeights
+from sft.training.optim.resume import PEAK, ConfiguredOptimizer
+from sft.training.optim.split_master_weights import summed_in_a_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class GuardedStep(Trainer):
         return self.optimizer  # type: ignore[return-value]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads their states; their settings are the config's (see `sft.resumed_optimizer`)."""
+        """Loads their states; their settings are the config's (see `sft.training.optim.resume`)."""
         if checkpoint is None:
             return
         assert self.optimizer is not None

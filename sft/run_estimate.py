@@ -32,8 +32,8 @@ from sft.loss.forward import TokenForward
 from sft.loss.output_head import assume_output_head
 from sft.loss.token_loss import Objective
 from sft.model.lora import without_adapter
-from sft.optimizers import splits_masters
-from sft.split_masters import summed_in_a_pass
+from sft.training.optim.factory import splits_masters
+from sft.training.optim.split_master_weights import summed_in_a_pass
 
 logger = logging.getLogger("sft")
 

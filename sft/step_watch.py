@@ -122,7 +122,8 @@ class StepWatch:
             norms: of each of them.
             made, left: optimizer steps of the run, before this one and from this one on.
             rates: learning rates of the step.
-            skipping: an optimizer that leaves the step out itself, on the device (`sft.optimizers.skipping`): it is
+            skipping: an optimizer that leaves the step out itself, on the device
+            (`sft.training.optim.factory.skipping`): it is
                 told whether it must, and `settle` what that was.
             scaled: whether an fp16 scaler judges the gradients as well.
 

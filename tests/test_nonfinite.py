@@ -19,10 +19,10 @@ import sft_main
 from sft.data.loading.collator import Collator
 from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
-from sft.gradients import clip_gradients, gradient_norms, total_norm
 from sft.nonfinite import NonfiniteGuard, nonfinite_parameters, require_finite
 from sft.nonfinite_diagnosis import documents_alone
-from sft.optimizers import skipping, with_master_weights
+from sft.training.optim.factory import skipping, with_master_weights
+from sft.training.optim.grad_norm import clip_gradients, gradient_norms, total_norm
 from tests.builders import save_model_dir
 from tests.by_hand import rows_of
 from tests.runs import arithmetic, log_history, run, write_config, write_rows

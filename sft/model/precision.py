@@ -39,7 +39,8 @@ class Precision:
         dtype: of the weights at rest: `float32`, `bfloat16` or `float16`.
         bf16, fp16: whether the Trainer is to compute under autocast in that format.
         reason: in words, for the console.
-        master_weights: whether the optimizer is to keep float32 values of the weights (`sft.master_weights`).
+        master_weights: whether the optimizer is to keep float32 values of the weights
+        (`sft.training.optim.master_weights`).
     """
 
     dtype: str

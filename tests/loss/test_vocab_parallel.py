@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.data.loading.collator import Collator
 from sft.distributed.dtensor import VocabularyShard, whole
-from sft.gradients import clip_gradients, gradient_norms, total_norm
 from sft.loss.chunked import score_rows
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import LogitTransform
@@ -30,6 +29,7 @@ from sft.loss.token_loss import Objective, TokenLoss
 from sft.loss.vocab_parallel import score_slice, tokens_of_a_chunk
 from sft.model.attention import document_attention
 from sft.model.attention.document_attention import takes_documents
+from sft.training.optim.grad_norm import clip_gradients, gradient_norms, total_norm
 from tests.ranks import spawn_ranks
 from tests.test_fused_head import HEADS, SIZES, VOCAB, assert_same_gradients, base_of
 from tests.test_losses import OBJECTIVES, by_hand

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from sft.distributed.dtensor import local_part
 from sft.errors import Problem, UserError
-from sft.master_weights import MASTERS, MasterWeights, require_masters
+from sft.training.optim.master_weights import MASTERS, MasterWeights, require_masters
 
 SUMS = "master_weight_sums"  # the key in a checkpoint's optimizer state: of each piece of a weight, its bits' sum
 LARGEST_PIECE = (

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.distributed.dtensor import whole
-from sft.gradients import gradient_norms, total_norm
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import Objective
-from sft.optimizers import skipping, with_master_weights
+from sft.training.optim.factory import skipping, with_master_weights
+from sft.training.optim.grad_norm import gradient_norms, total_norm
 from tests.ranks import spawn_ranks
 from tests.test_fused_head import batch, llama
 from tests.test_sharded_head import fully_sharded, tensor_parallel

@@ -11,8 +11,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Adafactor, Trainer, TrainingArguments
 
 from sft.errors import Problem, UserError
-from sft.master_weights import MasterWeights
-from sft.split_masters import SplitMasters
+from sft.training.optim.master_weights import MasterWeights
+from sft.training.optim.split_master_weights import SplitMasters
 
 logger = logging.getLogger("sft")
 
@@ -82,13 +82,15 @@ def with_master_weights(
 ) -> MasterWeights:
     """`optimizer` over float32 values of its bfloat16 parameters.
 
-    Where its states take less room than those values would, these are split (`sft.split_masters`).
+    Where its states take less room than those values would, these are split
+    (`sft.training.optim.split_master_weights`).
 
     bitsandbytes remembers by parameter which ones keep their states in 32 bits (the embeddings, by the Trainer's
     wish); their masters do likewise.
 
     Args:
-        summed: see `sft.split_masters.SplitMasters`; whole values want float32 gradients of all weights.
+        summed: see `sft.training.optim.split_master_weights.SplitMasters`; whole values want float32 gradients of all
+        weights.
     """
     has_small_states = isinstance(optimizer, Adafactor) or getattr(optimizer, "name2qmap", {}) != {}
     masters = SplitMasters(optimizer, summed) if has_small_states else MasterWeights(optimizer)

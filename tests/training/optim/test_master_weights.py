@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from sft.errors import UserError
-from sft.master_weights import MasterWeights
+from sft.training.optim.master_weights import MasterWeights
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.ranks import spawn_ranks
 

@@ -12,7 +12,7 @@ from sft.config.schema import Config, TrainingKeys
 from sft.config.upstream_schema import facts
 from sft.config.validation import broken_rules
 from sft.errors import Problem, UserError
-from sft.schedules import require_schedule
+from sft.training.optim.lr_schedule import require_schedule
 from tests.runs import arithmetic, refused_before_data, write_config, write_rows
 
 NEEDED: dict[str, dict[str, Any]] = {

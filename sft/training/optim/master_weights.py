@@ -81,7 +81,7 @@ class MasterWeights(torch.optim.Optimizer):
         """Multiplies the gradients of the step that comes next, before it is made.
 
         Args:
-            factor: a scalar on the device, as clipping finds it (`sft.gradients.clip_factor`).
+            factor: a scalar on the device, as clipping finds it (`sft.training.optim.grad_norm.clip_factor`).
         """
         weights = [*dict.fromkeys(weight for weight, _ in self.pairs), *self._unpaired()]
         if gradients := [weight.grad for weight in weights if weight.grad is not None]:

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from sft.errors import UserError
-from sft.optimizers import require_optimizer, with_master_weights
+from sft.training.optim.factory import require_optimizer, with_master_weights
 from tests.builders import tiny_llama
 
 

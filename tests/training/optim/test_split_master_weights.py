@@ -18,10 +18,10 @@ from transformers import Adafactor
 
 import sft_main
 import trainer_utils
-from sft import split_masters
 from sft.errors import UserError
-from sft.master_weights import MASTERS, MasterWeights
-from sft.split_masters import SplitMasters, join, split
+from sft.training.optim import split_master_weights
+from sft.training.optim.master_weights import MASTERS, MasterWeights
+from sft.training.optim.split_master_weights import SplitMasters, join, split
 from tests import builders
 from tests.ranks import spawn_ranks
 from tests.runs import arithmetic, write_config, write_rows
@@ -143,9 +143,9 @@ def values_in(masters: MasterWeights) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit, in buckets of a few weights and slices of a few rows."""
-    monkeypatch.setattr(split_masters, "_CPU_TOGETHER", 1000)
+    monkeypatch.setattr(split_master_weights, "_CPU_TOGETHER", 1000)
     if "8 bits" not in name:  # whose blocks of 256 numbers would be others
-        monkeypatch.setattr(split_masters, "LARGEST_PIECE", 640)
+        monkeypatch.setattr(split_master_weights, "LARGEST_PIECE", 640)
     model, twin = layers(), layers()
     ours = SplitMasters(OPTIMIZERS[name](groups(model)), summed=[] if is_one_pass else None)
     whole = MasterWeights(OPTIMIZERS[name](groups(twin)))

@@ -1,0 +1,1 @@
+"""The collaborators of a training step and what surrounds it: evaluation, callbacks, NEFTune, MFU."""

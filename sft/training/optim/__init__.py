@@ -1,0 +1,1 @@
+"""Optimizer factory, master weights, gradient norm, learning rate schedules, resuming their settings."""
