@@ -196,12 +196,12 @@ def evaluate(argv: list[str]) -> int:
     import model_manager
     import stages
     import trainer_utils
-    from sft.callbacks import ConsoleProgress
     from sft.data.preparation.auto_packing import AutoPacking
     from sft.model.attention.document_attention import takes_documents
     from sft.model.embeddings import resize_embeddings
     from sft.model.lora import without_adapter
     from sft.report.console import console
+    from sft.training.callbacks import ConsoleProgress
 
     folder = Path(options.model or config.output_dir).expanduser()
     _say_what_is_measured(folder, config, is_named=options.model is not None)

@@ -117,9 +117,9 @@ def join(config: Config) -> None:
 def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint: Path | None) -> SFTTrainer:
     """The model as the config describes it, and the Trainer that holds it."""
     import trainer_utils
-    from sft.callbacks import ConsoleProgress, MetricsFile
     from sft.checkpoint.stream_state import StreamProgress
     from sft.model.compile import compile_settings
+    from sft.training.callbacks import ConsoleProgress, MetricsFile
     from sft.training.optim.factory import require_optimizer
 
     keys = config.section(TrainingKeys)

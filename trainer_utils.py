@@ -14,25 +14,25 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft.callbacks import ConsoleProgress, FollowConfig
 from sft.checkpoint.discovery import require_best
 from sft.checkpoint.stream_state import StreamProgress
 from sft.config.best_metric import WATCHING
 from sft.data.loading.collator import PACKED, Collator
 from sft.data.streaming.stream import TrainingStream
 from sft.errors import RankStopped, TrainingStopped
-from sft.flops import operations_a_token
-from sft.guarded_step import GuardedStep, StepSettings
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import TokenLoss
 from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
-from sft.nonfinite import require_finite
-from sft.out_of_memory import first_line, is_out_of_memory, out_of_memory
-from sft.run_records import RunRecords
-from sft.token_evaluation import TokenEvaluation
-from sft.trainer_arguments import training_arguments
+from sft.training.arguments import training_arguments
+from sft.training.callbacks import ConsoleProgress, FollowConfig
+from sft.training.evaluation import TokenEvaluation
+from sft.training.mfu import operations_a_token
+from sft.training.nonfinite import require_finite
+from sft.training.oom_retry import first_line, is_out_of_memory, out_of_memory
 from sft.training.optim.resume import require_schedule_of
+from sft.training.run_log import RunRecords
+from sft.training.step import GuardedStep, StepSettings
 
 logger = logging.getLogger("sft")
 

@@ -30,7 +30,7 @@ from benchmarks._gpu_report import all_figures, device_line
 from benchmarks._measure import ROOT, machine, run_worker
 from benchmarks._models import GPU_SHAPES, Shape
 from benchmarks._report import write_section
-from sft.flops import peak_operations
+from sft.training.mfu import peak_operations
 
 METHODS = ("full", "full 8-bit", "lora", "qlora")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger_kernel", "cut_cross_entropy", "flash_attn")

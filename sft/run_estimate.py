@@ -1,8 +1,8 @@
 """What a run takes, told before it starts: the peak of each rank's memory, its passes, tokens, steps, and a least time.
 
-The time is a floor, not a forecast: the operations of all tokens (`sft.flops`) at the speed of one large product, which
-is measured on a CPU and read from the data sheet of a GPU that is known. Attention, the loss, the optimizer, padding,
-recomputation, evaluation and the start of the process come on top of it.
+The time is a floor, not a forecast: the operations of all tokens (`sft.training.mfu`) at the speed of one large
+product, which is measured on a CPU and read from the data sheet of a GPU that is known. Attention, the loss, the
+optimizer, padding, recomputation, evaluation and the start of the process come on top of it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from sft.data.streaming.stream import TrainingStream
 from sft.distributed.cpu import operations_a_second
 from sft.distributed.memory import held_bytes, memory_limit
 from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
-from sft.flops import operations_a_token, peak_of
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import assume_output_head
 from sft.loss.token_loss import Objective
 from sft.model.lora import without_adapter
+from sft.training.mfu import operations_a_token, peak_of
 from sft.training.optim.factory import splits_masters
 from sft.training.optim.split_master_weights import summed_in_a_pass
 

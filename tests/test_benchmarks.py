@@ -25,7 +25,7 @@ from benchmarks._training_report import targets as training_targets
 from benchmarks.data import targets
 from benchmarks.gpu import added, earlier
 from benchmarks.profile_step import imports
-from sft.flops import peak_operations
+from sft.training.mfu import peak_operations
 from tests.builders import tiny_llama
 
 

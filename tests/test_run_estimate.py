@@ -107,13 +107,16 @@ def test_the_batch_size_that_is_not_known_yet_is_said(
 def test_a_time_below_which_no_run_can_be_is_told(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """6 operations for each weight but the input embedding's and each token, 4 for frozen ones (see sft.flops)."""
+    """6 operations for each weight but the input embedding's and each token, 4 for frozen ones (see
+    sft.training.mfu)."""
     monkeypatch.setattr(run_estimate, "operations_a_second", lambda *_: 1e9)
-    told = estimated(tmp_path, keys, capsys)
-    model: Any = LlamaForCausalLM.from_pretrained(keys["model_name_or_path"])
-    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    assert told["seconds_at_least"] == pytest.approx(6 * weights * told["total_tokens"] / 1e9)
-    assert not told["assumes_batch_size"]
+    told = estimated(tmp_path, keys,
+    capsys)
+    model: Any = LlamaForCausalLM.from_pretrained(keys["model_name_or_path"]) weights = sum(p.numel()
+    for p in model.parameters())
+    -
+    model.get_input_embeddings().weight.numel() assert told["seconds_at_least"] == pytest.approx(6 * weights
+    * told["total_tokens"] / 1e9) assert not told["assumes_batch_size"]
 
 
 def test_check_tells_the_memory_too(keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 from safetensors import safe_open
 
-import sft.run_records
+import sft.training.run_log
 import sft_main
 import trainer_utils
 from sft.data.loading.sampler import EpochSampler
@@ -239,7 +239,7 @@ def test_the_speed_behind_a_resume_is_that_of_the_tokens_since_then(
         seconds[0] += 2
         return step(self, *args)
 
-    for module in (sft.run_records, trainer_utils):
+    for module in (sft.training.run_log, trainer_utils):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
     monkeypatch.setattr(SFTTrainer, "training_step", two_seconds)
     whole, again = tmp_path / "whole", tmp_path / "again"

@@ -8,7 +8,7 @@ from typing import Any
 
 from sft.data.formats.conversation import Conversation, Message
 from sft.inference.generate import Sampling, generate_replies
-from sft.out_of_memory import measuring
+from sft.training.oom_retry import measuring
 
 
 @dataclass(frozen=True)

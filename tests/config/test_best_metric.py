@@ -12,7 +12,7 @@ import sft_main
 from config_manager import load_config
 from sft.config.best_metric import greater_is_better, metric_names
 from sft.errors import UserError
-from sft.trainer_arguments import training_arguments
+from sft.training.arguments import training_arguments
 from tests.runs import arithmetic, write_config, write_rows
 
 VALIDATION = "eval_strategy: steps\nvalidation_split: 0.1\n"

@@ -21,7 +21,7 @@ from sft.model import compile as compilation
 from sft.model.activation_checkpointing import checkpoint_activations
 from sft.model.attention import document_attention
 from sft.model.compile import CompileSettings, compile_layers, compile_settings
-from sft.trainer_arguments import training_arguments
+from sft.training.arguments import training_arguments
 from tests.builders import tiny_llama
 from tests.runs import arithmetic, log_history, losses, run, write_config, write_rows
 

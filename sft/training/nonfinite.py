@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sft.distributed.dtensor import local_part
 from sft.errors import Problem, TrainingStopped
-from sft.nonfinite_diagnosis import Pass, describe, look, some
+from sft.training.nonfinite_report import Pass, describe, look, some
 
 logger = logging.getLogger("sft")
 

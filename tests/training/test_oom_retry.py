@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,9 @@ import torch
 
 from sft.data.loading.collator import Collator
 from sft.errors import RankStopped
-from sft.out_of_memory import ShrinkingPasses, is_out_of_memory, measuring, out_of_memory
-from sft.pass_halves import halves
-
-ROOT = Path(__file__).resolve().parents[1]
+from sft.training.oom_retry import ShrinkingPasses, is_out_of_memory, measuring, out_of_memory
+from sft.training.split_batch import halves
+from tests.runs import ROOT
 
 
 def rows(*lengths: int) -> list[dict[str, Any]]:
@@ -160,8 +158,8 @@ import json, resource, sys
 import torch
 from sft.data.loading.collator import Collator
 from sft.loss.token_loss import token_loss
-from sft.out_of_memory import ShrinkingPasses
-from sft.pass_halves import halves
+from sft.training.oom_retry import ShrinkingPasses
+from sft.training.split_batch import halves
 from tests.builders import tiny_llama
 from tests.test_out_of_memory import rows
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.data.loading.collator import EvenRows, even_multiple
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.loss.token_loss import TokenLoss
-from sft.out_of_memory import measuring
+from sft.training.oom_retry import measuring
 
 
 class TokenEvaluation(Trainer):

@@ -17,10 +17,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 import sft_main
 from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
-from sft.first_gradients import Gradients, count_gradients
 from sft.loss.metrics import TokenCounts
 from sft.loss.token_loss import TokenLoss, token_loss
-from sft.trust_checks import FirstStep, TrustChecks, doubts, noise_sources
+from sft.training.first_step_checks import FirstStep, TrustChecks, doubts, noise_sources
+from sft.training.gradient_coverage import Gradients, count_gradients
 from tests.builders import tiny_llama
 from tests.by_hand import model_in, rows_of, summed_nll
 from tests.runs import arithmetic, write_config, write_rows

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from sft.flops import operations_a_token, peak_of, peak_operations
+from sft.training.mfu import operations_a_token, peak_of, peak_operations
 from tests.builders import tiny_llama
 
 # Of `tiny_llama`: width 64, 2 layers, 4 heads of 16 with 2 for keys and values, 128 in the middle.

@@ -17,14 +17,14 @@ from sft.checkpoint import compatibility, stream_state
 from sft.checkpoint.compatibility import RunShape, adapter_facts, describe_adapter, digest_lengths
 from sft.data.loading.collator import row_lengths
 from sft.distributed.memory import peak_memory_gb
-from sft.flops import peak_of
-from sft.guarded_step import StepSettings
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.model.saving import save_companions
-from sft.nonfinite import require_finite
 from sft.report import run_files
-from sft.row_order import RowOrder
-from sft.step_watch import StepWatch
+from sft.training.dataloader import RowOrder
+from sft.training.mfu import peak_of
+from sft.training.nonfinite import require_finite
+from sft.training.step import StepSettings
+from sft.training.step_monitor import StepWatch
 
 logger = logging.getLogger("sft")
 

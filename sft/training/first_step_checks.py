@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from sft.errors import Problem, TrainingStopped
-from sft.first_gradients import Gradients, count_gradients
 from sft.loss.metrics import TokenCounts
 from sft.loss.token_loss import TokenLoss
+from sft.training.gradient_coverage import Gradients, count_gradients
 
 logger = logging.getLogger("sft")
 

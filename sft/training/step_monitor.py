@@ -10,10 +10,10 @@ import torch
 
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import TokenLoss
-from sft.loss_spikes import LossSpikes
-from sft.neftune import Neftune
-from sft.nonfinite import NonfiniteGuard
-from sft.trust_checks import TrustChecks
+from sft.training.first_step_checks import TrustChecks
+from sft.training.loss_spikes import LossSpikes
+from sft.training.neftune import Neftune
+from sft.training.nonfinite import NonfiniteGuard
 
 Inputs = dict[str, Any]
 
@@ -26,7 +26,7 @@ class StepWatch:
         device: of the sums.
         decode: token ids to text, for messages.
         evaluate: the sums of one batch in evaluation mode, on this rank alone.
-        on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
+        on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
         from_scratch: whether the model's weights are random on purpose.
         noise_alpha: of NEFTune; 0 for none.
         seed, rank: of NEFTune's noise.

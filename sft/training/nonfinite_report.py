@@ -56,7 +56,7 @@ def look(
     Args:
         passes: of the step.
         norms: of each gradient, by its parameter's name.
-        decode, measure: see `sft.nonfinite.NonfiniteGuard`.
+        decode, measure: see `sft.training.nonfinite.NonfiniteGuard`.
     """
     bad = [number for number, (is_finite, _) in enumerate(passes, 1) if not bool(is_finite)]
     suspects = [passes[number - 1][1] for number in bad] or [inputs for _, inputs in passes]

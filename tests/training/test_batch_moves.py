@@ -11,7 +11,7 @@ import torch
 
 from sft.data.loading.boundaries import Boundaries
 from sft.data.loading.collator import Collator
-from sft.row_order import RowOrder
+from sft.training.dataloader import RowOrder
 
 
 class Pinned(torch.Tensor):

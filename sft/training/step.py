@@ -19,14 +19,14 @@ from sft.errors import TrainingStopped
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import Objective, TokenLoss
 from sft.model.compile import CompileSettings
-from sft.out_of_memory import ShrinkingPasses
-from sft.pass_halves import halves
-from sft.step_watch import StepWatch
+from sft.training.oom_retry import ShrinkingPasses
 from sft.training.optim.factory import skipping, with_master_weights
 from sft.training.optim.grad_norm import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.training.optim.master_weights import MasterWeights
 from sft.training.optim.resume import PEAK, ConfiguredOptimizer
 from sft.training.optim.split_master_weights import summed_in_a_pass
+from sft.training.split_batch import halves
+from sft.training.step_monitor import StepWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class StepSettings:
         loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
         dtype: of the weights at rest, noted in checkpoints.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
-        on_nonfinite, nonfinite_limit: see `sft.nonfinite.NonfiniteGuard`.
+        on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
         from_scratch: whether the model's weights are random on purpose.
         compiling: how the decoder layers are compiled; None is not at all.
         shrinks: whether a step that runs out of memory is made again in smaller passes, by the rank that ran out of

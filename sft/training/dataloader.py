@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from sft.callbacks import FollowEpoch
 from sft.checkpoint.stream_state import StreamProgress
 from sft.data.loading.boundaries import Boundaries
 from sft.data.loading.collator import EvenRows, even_multiple, row_lengths
 from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.dataloader import StreamLoader
+from sft.training.callbacks import FollowEpoch
 
 
 class RowOrder(Trainer):

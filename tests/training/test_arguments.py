@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from sft import trainer_arguments
+from sft.training import arguments
 
 
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_gpu: bool, **given: Any) -> dict[str, Any]:
     """The keys that upstream's class would be called with."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(trainer_arguments, "TrainingArguments", dict)
+    monkeypatch.setattr(arguments, "TrainingArguments", dict)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     given = {"output_dir": str(tmp_path), **given}
-    return trainer_arguments.training_arguments(given, bf16=False, fp16=False, plan=None)  # type: ignore[return-value]
+    return arguments.training_arguments(given, bf16=False, fp16=False, plan=None)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft.loss_spikes import LossSpikes, Spike
+from sft.training.loss_spikes import LossSpikes, Spike
 
 
 def spikes_of(curve: np.ndarray | list[float]) -> list[Spike]:

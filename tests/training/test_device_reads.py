@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sft_main
-from sft import nonfinite
 from sft.data.loading.collator import Collator
+from sft.training import nonfinite
 from tests.runs import arithmetic, write_config, write_rows
 from trainer_utils import SFTTrainer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from sft.callbacks import METRICS_FILE, FollowConfig, MetricsFile
+from sft.training.callbacks import METRICS_FILE, FollowConfig, MetricsFile
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-import sft.guarded_step
+import sft.training.step
 import sft_main
 from sft.data.loading.collator import Collator
 from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
-from sft.nonfinite import NonfiniteGuard, nonfinite_parameters, require_finite
-from sft.nonfinite_diagnosis import documents_alone
+from sft.training.nonfinite import NonfiniteGuard, nonfinite_parameters, require_finite
+from sft.training.nonfinite_report import documents_alone
 from sft.training.optim.factory import skipping, with_master_weights
 from sft.training.optim.grad_norm import clip_gradients, gradient_norms, total_norm
 from tests.builders import save_model_dir
@@ -401,7 +401,7 @@ def test_what_is_heard_a_step_later_is_what_is_heard_at_once(
     step = step_of_the_row()
     for when in ("later", "at_once"):
         if when == "at_once":
-            monkeypatch.setattr(sft.guarded_step, "skipping", lambda _: None)
+            monkeypatch.setattr(sft.training.step, "skipping", lambda _: None)
         out = config_file.parent / f"{action}_{when}"
         arguments = ["--config_file", str(config_file), f"output_dir={out}", "save_strategy=no", "logging_steps=10"]
         assert sft_main.main([*arguments, f"on_nonfinite={action}"]) == code
