@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from sft.config.schema import Config
     from sft.data.formats.conversation import Conversation
     from sft.data.preparation.auto_packing import AutoPacking
+    from sft.estimate.run import RunEstimate
     from sft.loss.token_loss import Objective
     from sft.model.precision import Precision
-    from sft.run_estimate import RunEstimate
     from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")
@@ -168,8 +168,8 @@ def _choose_batch_size(
     config: Config, model: Any, tokenizer: Any, data: PreparedData, precision: Precision, checkpoint: Path | None
 ) -> TrainingKeys:
     """The keys with the rows of a pass that `auto` stands for: those of the checkpoint, or what real passes say."""
-    from sft.batch_probe import probe_batch_size, rows_of_checkpoint, with_rows
     from sft.data.loading.collator import Collator
+    from sft.estimate.batch_size_probe import probe_batch_size, rows_of_checkpoint, with_rows
 
     keys = config.section(TrainingKeys)
     kept = rows_of_checkpoint(checkpoint) if checkpoint else None
@@ -251,7 +251,7 @@ def _arguments(
 def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
     """What the run takes, from an outline of its model and its longest real pass."""
     from sft.data.loading.collator import Collator
-    from sft.run_estimate import estimate_run
+    from sft.estimate.run import estimate_run
 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, processes(config))

@@ -22,8 +22,8 @@ from rich.text import Text
 from sft.errors import UserError
 
 if TYPE_CHECKING:
+    from sft.estimate.run import RunEstimate
     from sft.report.check_report import Report
-    from sft.run_estimate import RunEstimate
 
 logger = logging.getLogger("sft")
 console = Console(stderr=True, highlight=False)

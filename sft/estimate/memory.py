@@ -2,10 +2,10 @@
 
     peak = process + weights + the most that some optimizer steps hold at a moment: passes, gradients, optimizer
 
-The pass is traced with the trainer's own code on fake tensors (see `sft.allocation_trace`), the optimizer's states are
-counted from its kind, and the process is measured: it stands here with its libraries and data already loaded. On a CPU
-blocks that were freed stay with the process (see `sft.heap_model`); a CUDA device's count only until they are freed, as
-in what is measured there (`torch.cuda.max_memory_allocated`).
+The pass is traced with the trainer's own code on fake tensors (see `sft.estimate.memory_trace`), the optimizer's states
+are counted from its kind, and the process is measured: it stands here with its libraries and data already loaded. On a
+CPU blocks that were freed stay with the process (see `sft.estimate.heap_model`); a CUDA device's count only until they
+are freed, as in what is measured there (`torch.cuda.max_memory_allocated`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sft.allocation_trace import Event, PassTrace, peak_of, trace_pass
-from sft.heap_model import held_at_most
+from sft.estimate.heap_model import held_at_most
+from sft.estimate.memory_trace import Event, PassTrace, peak_of, trace_pass
 from sft.training.optim.factory import splits_masters
 from sft.training.optim.split_master_weights import LARGEST_PIECE
 
@@ -161,7 +161,7 @@ def estimate_memory(
     """The estimate for one rank that holds a whole model (alone, or under DDP).
 
     Args:
-        model: from `sft.allocation_trace.as_fake`, in training mode, adapters attached.
+        model: from `sft.estimate.memory_trace.as_fake`, in training mode, adapters attached.
         run_forward: the trainer's forward on the longest real pass, made of fake tensors; returns the loss.
         mode: of the fake tensors.
         optimizer: from `optimizer_memory`.

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -18,16 +17,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Adafactor
 
-from sft.allocation_trace import NODE, AllocationTrace, Event, as_fake, fake_batch, peak_of, trace_pass
 from sft.data.loading.collator import Collator
-from sft.estimate import OptimizerMemory, estimate_memory, optimizer_memory
+from sft.estimate.memory import OptimizerMemory, estimate_memory, optimizer_memory
+from sft.estimate.memory_trace import NODE, AllocationTrace, Event, as_fake, fake_batch, peak_of, trace_pass
 from sft.model.meta_quantization import fake_quantize, packed_bytes
 from tests.builders import tiny_llama
+from tests.runs import ROOT
 from tests.test_out_of_memory import rows
 
 CPU = torch.device("cpu")
 NOTHING = OptimizerMemory()
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def fake_llama(mode: FakeTensorMode, lora: bool = False, **overrides: Any) -> nn.Module:
@@ -261,11 +260,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
-from sft.allocation_trace import as_fake, fake_batch
+from sft.estimate.memory_trace import as_fake, fake_batch
 from sft.data.loading.collator import Collator
-from sft.estimate import estimate_memory, optimizer_memory
+from sft.estimate.memory import estimate_memory, optimizer_memory
 from sft.distributed.memory import peak_bytes
-from sft.run_estimate import process_bytes
+from sft.estimate.run import process_bytes
 from tests.builders import tiny_llama
 from tests.test_out_of_memory import rows
 

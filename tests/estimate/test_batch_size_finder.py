@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, longest_rows, undisturbed
 from sft.distributed.memory import held_bytes
 from sft.errors import UserError
+from sft.estimate.batch_size_finder import BatchChoice, candidate_sizes, choose_batch_size, longest_rows, undisturbed
 from tests.builders import tiny_llama
 from tests.ranks import spawn_ranks
 

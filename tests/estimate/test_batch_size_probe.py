@@ -14,9 +14,9 @@ import yaml
 from datasets import Dataset
 
 import sft_main
-from sft import batch_probe
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator
+from sft.estimate.memory import batch_size_probe
 from sft.loss.token_loss import Objective
 from sft.model.precision import Precision
 from tests.builders import byte_level_tokenizer, tiny_llama
@@ -89,17 +89,17 @@ def test_the_head_is_looked_for_where_the_model_trains(monkeypatch: pytest.Monke
     def forward(model: Any, *_: Any) -> Any:
         raise HeadFoundError(model.device.type)
 
-    monkeypatch.setattr(batch_probe, "training_device", lambda: torch.device("meta"))
-    monkeypatch.setattr(batch_probe, "TokenForward", forward)
+    monkeypatch.setattr(batch_size_probe, "training_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(batch_size_probe, "TokenForward", forward)
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4})
     options: dict[str, Any] = {"loss_chunk_size": None, "world_size": 1, "local_world_size": 1}
     given: list[Any] = [rows, TrainingKeys(), Collator(0), Objective(), Precision("float32", False, False, "")]
     with pytest.raises(HeadFoundError, match="meta"):
-        batch_probe.probe_batch_size(tiny_llama(9), *given, **options)
+        batch_size_probe.probe_batch_size(tiny_llama(9), *given, **options)
     quantized: Any = tiny_llama(9)
     quantized.is_quantized = True  # bitsandbytes has put it where it trains, and it refuses to move
     with pytest.raises(HeadFoundError, match="cpu"):
-        batch_probe.probe_batch_size(quantized, *given, **options)
+        batch_size_probe.probe_batch_size(quantized, *given, **options)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_all_ranks_take_the_same_number(config_file: Path, tmp_path: Path) -> No
 
 RUN = """
 import os, resource, sys
-import sft.batch_probe
+import sft.estimate.batch_size_probe
 import sft.loss.chunked
 import distributed_utils
 import sft_main
@@ -139,7 +139,7 @@ import trainer_utils
 from transformers import TrainerCallback
 
 share = float(sys.argv.pop(1)) * (os.environ.get("RANK", "0") == "0")
-sft.batch_probe.probe_batch_size = lambda *args, **options: 8 // int(os.environ.get("WORLD_SIZE", "1"))
+sft.estimate.batch_size_probe.probe_batch_size = lambda *args, **options: 8 // int(os.environ.get("WORLD_SIZE", "1"))
 most = 0
 
 def held():

@@ -6,8 +6,8 @@ import platform
 
 import pytest
 
-from sft.allocation_trace import NODE, Event, peak_of
-from sft.heap_model import held_at_most
+from sft.estimate.heap_model import held_at_most
+from sft.estimate.memory_trace import NODE, Event, peak_of
 
 MIB = 2**20
 

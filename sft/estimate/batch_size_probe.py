@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from sft.auto_batch import BatchChoice, candidate_sizes, choose_batch_size, longest_rows
 from sft.checkpoint import compatibility
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator, row_lengths
 from sft.distributed.gpus import training_device
 from sft.distributed.memory import memory_limit
 from sft.errors import UserError
-from sft.estimate import optimizer_memory
+from sft.estimate.batch_size_finder import BatchChoice, candidate_sizes, choose_batch_size, longest_rows
+from sft.estimate.memory import optimizer_memory
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import Objective
 from sft.model.precision import Precision

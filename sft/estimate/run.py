@@ -19,14 +19,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
-from sft.allocation_trace import as_fake, fake_batch
 from sft.data.loading.batch_plan import BatchPlan
 from sft.data.loading.collator import Collator, row_lengths
 from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.stream import TrainingStream
 from sft.distributed.cpu import operations_a_second
 from sft.distributed.memory import held_bytes, memory_limit
-from sft.estimate import MemoryEstimate, estimate_memory, optimizer_memory
+from sft.estimate.memory import MemoryEstimate, estimate_memory, optimizer_memory
+from sft.estimate.memory_trace import as_fake, fake_batch
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import assume_output_head
 from sft.loss.token_loss import Objective

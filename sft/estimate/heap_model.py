@@ -20,7 +20,7 @@ import sys
 from array import array
 from collections.abc import Hashable, Iterable
 
-from sft.allocation_trace import Event
+from sft.estimate.memory_trace import Event
 
 _ALIGNMENT = 64  # bytes, of torch's CPU storages (gAlignment in c10)
 # Bytes that torch 2.13 asks for beside a storage and for a node of the graph, as seen under a traced malloc.

@@ -1,0 +1,1 @@
+"""Memory, tokens and time of a run before it starts; the batch size finder."""
