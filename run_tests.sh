@@ -6,7 +6,7 @@
 set -euo pipefail
 
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-. "$root/sft/environment.sh"
+. "$root/sft/launch/environment.sh"
 python="$(environment_python "$root/requirements.txt" "$root/requirements-dev.txt")"
 cd "$root"
 

@@ -23,5 +23,5 @@ environment_python() {
     local python
     python="$(find_python)" || return
     # -P: the folder of the script must not come before the standard library.
-    "$python" -P "$root/sft/environment.py" --default "$root/.venv" "$@"
+    "$python" -P "$root/sft/launch/environment.py" --default "$root/.venv" "$@"
 }

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from sft import launcher, slurm
 from sft.distributed import gpus
 from sft.errors import UserError
-from sft.launch_options import ENVIRONMENT, environment_overrides, override_keys, parse_arguments
-from sft.launcher import ENTRY, Plan, make_plan
+from sft.launch import launcher, slurm
+from sft.launch.launcher import ENTRY, Plan, make_plan
+from sft.launch.options import ENVIRONMENT, environment_overrides, override_keys, parse_arguments
+from tests.runs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 Planner = Callable[..., Plan]
 
 
@@ -373,7 +373,7 @@ def test_mistakes_end_with_2_and_no_traceback(config: Path, words: list[str], me
 def test_mistakes_and_help_come_without_torch(config: Path) -> None:
     script = (
         "import json, sys\n"
-        "from sft.launcher import main\n"
+        "from sft.launch.launcher import main\n"
         f"code = main(['--config', {str(config)!r}, '--gpus', '64'])\n"
         "heavy = sorted({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys())\n"
         "print(json.dumps([code, heavy]))\n"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sft.launcher import Plan
+    from sft.launch.launcher import Plan
 
 logger = logging.getLogger("sft.launch")
 
@@ -45,7 +45,7 @@ def run_agent(plan: Plan) -> dict[int, int]:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
-    from sft.agent import PatientAgent
+    from sft.launch.elastic_agent import PatientAgent
 
     if quiet:
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # the training's own warnings are shown

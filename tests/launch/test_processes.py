@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.agent.server.api import WorkerState
 
-from sft import agent
-from sft.processes import describe, exit_code
+from sft.launch import elastic_agent
+from sft.launch.processes import describe, exit_code
+from tests.runs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = """
-import sys; from pathlib import Path; from sft.launcher import main
+import sys; from pathlib import Path; from sft.launch.launcher import main
 sys.exit(main(sys.argv[2:], entry=Path(sys.argv[1])))
 """
 
@@ -203,10 +203,10 @@ def test_after_ctrl_c_a_process_that_hangs_is_waited_for_a_while(monkeypatch: py
     """Rank 0 has left, rank 1 runs on: the agent's base, which ends it, is asked only once the time is over."""
     now = [100.0]
     endings: dict[int, int | None] = {0: None, 1: None}
-    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(agent, "ending", endings.get)
-    monkeypatch.setattr(agent.LocalElasticAgent, "_monitor_workers", lambda *_: "ends the others")
-    patient: Any = agent.PatientAgent.__new__(agent.PatientAgent)
+    monkeypatch.setattr(elastic_agent, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(elastic_agent, "ending", endings.get)
+    monkeypatch.setattr(elastic_agent.LocalElasticAgent, "_monitor_workers", lambda *_: "ends the others")
+    patient: Any = elastic_agent.PatientAgent.__new__(elastic_agent.PatientAgent)
     group = SimpleNamespace(workers=[SimpleNamespace(id=0), SimpleNamespace(id=1)])
 
     def found() -> Any:
@@ -216,7 +216,7 @@ def test_after_ctrl_c_a_process_that_hangs_is_waited_for_a_while(monkeypatch: py
     assert found() == WorkerState.HEALTHY
     now[0], endings[0] = 200.0, 130
     assert found() == WorkerState.HEALTHY
-    now[0] += agent.LEAVING_SECONDS
+    now[0] += elastic_agent.LEAVING_SECONDS
     assert found() == WorkerState.HEALTHY
     now[0] += 0.1
     assert found() == "ends the others"

@@ -1,7 +1,7 @@
 """What `launch_training.sh` does once its environment stands: how many processes train, here and on other nodes.
 
 A mistake ends here, before a process is started and before torch is imported. The decision is a `Plan`, which
-`sft.processes` runs. This is a program above the stages, as `sft_main` is: it reads the config with
+`sft.launch.processes` runs. This is a program above the stages, as `sft_main` is: it reads the config with
 `config_manager`.
 """
 
@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 from sft.config.overrides import COMMAND_LINE
 from sft.distributed.gpus import require_gpus, visible_gpus
 from sft.errors import Problem, UserError
-from sft.launch_options import DEFAULT_PORT, Arguments, environment_overrides, override_keys, parse_arguments
-from sft.slurm import Job, read_job
+from sft.launch.options import DEFAULT_PORT, Arguments, environment_overrides, override_keys, parse_arguments
+from sft.launch.slurm import Job, read_job
 
 if TYPE_CHECKING:
     from sft.config.schema import Config
 
 logger = logging.getLogger("sft.launch")
 
-ENTRY = Path(__file__).resolve().parents[1] / "sft_main.py"
+ENTRY = Path(__file__).resolve().parents[2] / "sft_main.py"
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None, entry: Path = ENTRY) -> int:
         return 0
     nodes = f" on node {plan.node_rank} of {plan.nodes}, first {plan.master_addr}" if plan.nodes > 1 else ""
     logger.info("starting %d process%s%s", plan.processes, "es" * (plan.processes > 1), nodes)
-    from sft.processes import run
+    from sft.launch.processes import run
 
     return run(plan)
 

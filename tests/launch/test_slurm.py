@@ -16,9 +16,9 @@ import yaml
 
 import config_manager
 from tests.builders import save_model_dir
+from tests.runs import ROOT
 from tests.slurm_cluster import Cluster, logs, one_node_cluster, why_not
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "slurm" / "sft_training.slurm")
 PEFT_SCRIPT = str(ROOT / "slurm" / "sft_peft.slurm")
 # What a user exports before sbatch. The tests' own environment serves, and no thread pool is wider than it need be.

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sft import environment as env
-
-ROOT = Path(__file__).resolve().parents[1]
+from sft.launch import environment as env
+from tests.runs import ROOT
 
 
 def package(folder: Path, version: str) -> Path:

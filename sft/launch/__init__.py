@@ -1,0 +1,1 @@
+"""`launch_training.sh`: options, plan, processes, the elastic agent, SLURM, the virtual environment."""
