@@ -16,7 +16,7 @@ from datasets import Dataset
 import sft_main
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator
-from sft.estimate.memory import batch_size_probe
+from sft.estimate import batch_size_probe
 from sft.loss.token_loss import Objective
 from sft.model.precision import Precision
 from tests.builders import byte_level_tokenizer, tiny_llama

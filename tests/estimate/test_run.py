@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sft_main
-from sft.estimate.memory import run as run_estimate
+from sft.estimate import run as run_estimate
 from tests.builders import byte_level_tokenizer, save_model_dir
 from tests.runs import arithmetic, log_history, run, write_config, write_rows
 
@@ -107,15 +107,11 @@ def test_the_batch_size_that_is_not_known_yet_is_said(
 def test_a_time_below_which_no_run_can_be_is_told(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """6 operations for each weight but the input embedding's and each token, 4 for frozen ones (see
-    sft.training.mfu)."""
+    """6 operations for each weight but the input embedding's and each token, 4 for frozen ones (`sft.training.mfu`)."""
     monkeypatch.setattr(run_estimate, "operations_a_second", lambda *_: 1e9)
-    told = estimated(tmp_path, keys,
-    capsys)
+    told = estimated(tmp_path, keys, capsys)
     model: Any = LlamaForCausalLM.from_pretrained(keys["model_name_or_path"])
-    weights = sum(p.numel() for p in model.parameters())
-    -
-    model.get_input_embeddings().weight.numel()
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     assert told["seconds_at_least"] == pytest.approx(6 * weights * told["total_tokens"] / 1e9)
     assert not told["assumes_batch_size"]
 

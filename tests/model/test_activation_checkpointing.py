@@ -165,7 +165,7 @@ def test_what_attention_over_documents_calls_on_a_gpu_is_kept() -> None:
     document_attention.register()
     costly_operators.cache_clear()
     names = {str(operator) for operator in costly_operators()}
-    assert {"torch_attn._varlen_attn.default", "sft.model.attention.document_attention.default"} <= names
+    assert {"torch_attn._varlen_attn.default", "sft.document_attention.default"} <= names
     assert {"aten.mm.default", "aten._scaled_dot_product_flash_attention.default"} <= names
 
 
