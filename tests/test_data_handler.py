@@ -28,8 +28,8 @@ from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.files import Row
 from sft.errors import UserError
 from tests.builders import CHATML, byte_level_tokenizer
+from tests.data.formats.test_normalize import rows as any_rows
 from tests.template_zoo import tokenizer_of
-from tests.test_formats import rows as any_rows
 
 TOKENIZER = byte_level_tokenizer()
 PARIS = "The capital of France is Paris."

@@ -1,4 +1,4 @@
-"""What malloc makes a process hold; tests/test_run_estimate.py and test_estimate.py compare it with real training."""
+"""What malloc makes a process hold; tests/estimate/test_run.py and test_estimate.py compare it with real training."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from sft.estimate.memory_trace import NODE, AllocationTrace, Event, as_fake, fak
 from sft.model.meta_quantization import fake_quantize, packed_bytes
 from tests.builders import tiny_llama
 from tests.runs import ROOT
-from tests.test_out_of_memory import rows
+from tests.training.test_oom_retry import rows
 
 CPU = torch.device("cpu")
 NOTHING = OptimizerMemory()
@@ -266,7 +266,7 @@ from sft.estimate.memory import estimate_memory, optimizer_memory
 from sft.distributed.memory import peak_bytes
 from sft.estimate.run import process_bytes
 from tests.builders import tiny_llama
-from tests.test_out_of_memory import rows
+from tests.training.test_oom_retry import rows
 
 kind = sys.argv[1]
 cpu = torch.device("cpu")

@@ -23,8 +23,8 @@ from sft.loss.known_gradients import KnownGradients
 from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
 from sft.loss.token_loss import Objective, TokenLoss, token_loss, trained_positions
 from tests.builders import tiny_llama
+from tests.loss.test_token_loss import OBJECTIVES, assert_sums, by_hand
 from tests.ranks import spawn_ranks
-from tests.test_losses import OBJECTIVES, assert_sums, by_hand
 
 VOCAB = 101
 SIZES: dict[str, Any] = {

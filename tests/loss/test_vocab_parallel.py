@@ -30,9 +30,9 @@ from sft.loss.vocab_parallel import score_slice, tokens_of_a_chunk
 from sft.model.attention import document_attention
 from sft.model.attention.document_attention import takes_documents
 from sft.training.optim.grad_norm import clip_gradients, gradient_norms, total_norm
+from tests.loss.test_fused_linear import HEADS, SIZES, VOCAB, assert_same_gradients, base_of
+from tests.loss.test_token_loss import OBJECTIVES, by_hand
 from tests.ranks import spawn_ranks
-from tests.test_fused_head import HEADS, SIZES, VOCAB, assert_same_gradients, base_of
-from tests.test_losses import OBJECTIVES, by_hand
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
 from sft.model import merging
 from tests.builders import byte_level_tokenizer, tiny_llama
-from tests.test_trained_models import IM_END, logits, trained
+from tests.model.test_saving import IM_END, logits, trained
 
 LORA: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -161,7 +161,7 @@ from sft.loss.token_loss import token_loss
 from sft.training.oom_retry import ShrinkingPasses
 from sft.training.split_batch import halves
 from tests.builders import tiny_llama
-from tests.test_out_of_memory import rows
+from tests.training.test_oom_retry import rows
 
 limited = sys.argv[1] == "limited"
 model = tiny_llama(4000)

@@ -18,9 +18,9 @@ from sft.loss.forward import TokenForward
 from sft.loss.token_loss import Objective
 from sft.training.optim.factory import skipping, with_master_weights
 from sft.training.optim.grad_norm import gradient_norms, total_norm
+from tests.loss.test_fused_linear import batch, llama
+from tests.loss.test_vocab_parallel import fully_sharded, tensor_parallel
 from tests.ranks import spawn_ranks
-from tests.test_fused_head import batch, llama
-from tests.test_sharded_head import fully_sharded, tensor_parallel
 
 pytestmark = pytest.mark.slow
 
