@@ -19,7 +19,7 @@ from sft.config.field_types import Path as KeyPath
 from sft.config.field_types import fit
 from sft.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
 from sft.config.schema import GROUPS, SECRET_KEYS, Config
-from sft.config.section import Keys, Place, upwards
+from sft.config.section import ConfigSection, Place, upwards
 from sft.config.training_rules import training_problems
 from sft.config.validation import broken_rules
 from sft.config.yaml_reader import Document, add_core_resolvers, read_yaml
@@ -160,7 +160,7 @@ _Dumper.add_representer(str, _represent_text)
 add_core_resolvers(_Dumper)
 
 
-def _written(keys: Keys) -> dict[str, Any]:
+def _written(keys: ConfigSection) -> dict[str, Any]:
     """The values that a written config shows of one group or section: ours, and those that the user set."""
     own = type(keys).__annotations__.keys()
     return {
@@ -169,7 +169,7 @@ def _written(keys: Keys) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Keys):
+    if isinstance(value, ConfigSection):
         return _written(value)
     if isinstance(value, list):
         return [_plain(item) for item in value]

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sft.config.section import placed
+from sft.config.section import located
 from sft.distributed.gpus import training_device
 from sft.errors import Problem, UserError
 from sft.model.embeddings import embedding_rows, resize_embeddings
 from sft.model.from_scratch import build_config, check_settings
-from sft.model.loading import fresh, model_class, outlined, pretrained, read_config
+from sft.model.loading import init_random, load_meta, model_class, pretrained, read_config
 from sft.model.lora import attach_adapter, count_parameters
 from sft.model.merging import merge
 from sft.model.paths import require_weights, resolve_reference
@@ -34,7 +34,7 @@ from sft.model.quantization import (
     settle,
 )
 from sft.model.saving import load_trained, save_companions, save_final_model
-from sft.model.tokenizer import dress_tokenizer, load_tokenizer, read_tokenizer
+from sft.model.tokenizer import configure_tokenizer, load_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_model",
-    "dress_tokenizer",
+    "configure_tokenizer",
     "load_model",
     "load_tokenizer",
     "load_trained",
@@ -76,7 +76,7 @@ def plan_precision(
     Raises:
         UserError: the settings exclude each other, or the device cannot do it.
     """
-    with placed(keys):
+    with located(keys):
         trains_everything = lora is None and quantization is None
         facts = device_facts(measured=keys.dtype == "auto")
         precision = choose_precision(keys.dtype, trains_everything, bf16, fp16, facts)
@@ -121,7 +121,7 @@ def check_model(keys: ModelKeys, lora: LoraKeys | None = None) -> None:
         UserError: there is no model of that name, it is no causal language model, it has no weights, or quantized ones
             and no adapter to train.
     """
-    with placed(keys):
+    with located(keys):
         _check_combination(keys, None, None, for_training=False)
         if keys.from_scratch is not None:
             check_settings(keys.from_scratch)
@@ -137,7 +137,7 @@ def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> 
     Raises:
         UserError: there is no such model.
     """
-    with placed(keys):
+    with located(keys):
         if keys.from_scratch is not None:
             config: Any = build_config(keys.from_scratch, tokenizer)
         else:
@@ -197,9 +197,9 @@ def _base(
     """The model without an adapter, with a row of its embeddings for each token, and how many rows it had before."""
     with _device(outline):
         if keys.from_scratch is not None:
-            model = fresh(keys, tokenizer, precision)
+            model = init_random(keys, tokenizer, precision)
         elif outline:
-            model = outlined(keys, precision)
+            model = load_meta(keys, precision)
         else:
             model = pretrained(keys, precision, quantization)
         rows_before = embedding_rows(model)
@@ -255,7 +255,7 @@ def load_model(
     Raises:
         UserError: the model cannot be had, is no causal language model, or a setting does not fit it.
     """
-    with placed(keys):
+    with located(keys):
         _check_combination(keys, lora, quantization, for_training)
         if lora is not None or quantization is not None:
             import_bitsandbytes()

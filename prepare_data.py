@@ -25,7 +25,7 @@ from sft.data.formats.normalize import EXCHANGE_KEYS, normalize
 from sft.data.sources.files import Row, find_files, read_files
 from sft.data.sources.table_readers import as_given
 from sft.errors import Problem, UserError
-from sft.report.console import console, show_error, speak
+from sft.report.console import console, setup_logging, show_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +43,7 @@ class Kept:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, or 2 when an argument or the data is wrong."""
-    speak(is_main_process=True)
+    setup_logging(is_main_process=True)
     try:
         return _run(_parser().parse_args(argv))
     except UserError as error:

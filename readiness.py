@@ -67,4 +67,4 @@ def require_apart(config: Config) -> None:
         UserError: it does not.
     """
     keys = ("model_name_or_path", "tokenizer_name_or_path", "from_scratch", "chat_template")
-    earlier_runs.require_apart(Path(config.output_dir), {key: getattr(config, key) for key in keys})
+    earlier_runs.forbid_overlap(Path(config.output_dir), {key: getattr(config, key) for key in keys})

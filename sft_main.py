@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sft.distributed import kernel_caches
     from sft.report.console import console, show_error
 
-    kernel_caches.limit(os.environ)
+    kernel_caches.limit_onednn_cache(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
     try:
@@ -79,7 +79,7 @@ def train(argv: list[str]) -> int:
     import training_run
     from readiness import require_apart
     from sft.checkpoint.discovery import find_checkpoint, where_to_go_on
-    from sft.checkpoint.output_dir import set_aside
+    from sft.checkpoint.output_dir import archive_previous_run
     from sft.model import system_prompt
     from sft.report import run_files
     from sft.training.optim.lr_schedule import require_schedule
@@ -88,7 +88,7 @@ def train(argv: list[str]) -> int:
     output_dir = Path(config.output_dir)
     require_apart(config)
     if distributed.is_main_process():
-        run_files.claim(output_dir)
+        run_files.lock_output_dir(output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
     if checkpoint:
         logger.info("Going on from %s", checkpoint)
@@ -104,7 +104,7 @@ def train(argv: list[str]) -> int:
         trainer.go_on_from(checkpoint)
     # From here on the run is on: what an earlier one left makes room.
     if distributed.is_main_process():
-        set_aside(output_dir, checkpoint)
+        archive_previous_run(output_dir, checkpoint)
         config_manager.write_config(config, output_dir / "config.yaml")
         run_files.write_ledger(output_dir, data.ledger)
     try:
@@ -121,9 +121,9 @@ def check(argv: list[str]) -> int:
     """Tells everything that can be wrong: the config, the model's files, the tokenizer, every row of the data."""
     options, overrides = make_parser("check", _summary(check)).parse_known_args(argv)
     from sft.report.check_report import Report
-    from sft.report.console import show_report, speak
+    from sft.report.console import setup_logging, show_report
 
-    speak(is_main_process=True)
+    setup_logging(is_main_process=True)
     with Report() as report:
         config = report.attempt(lambda: _load(options.config_file, overrides))
         if config is not None:
@@ -140,9 +140,9 @@ def check(argv: list[str]) -> int:
 def preview(argv: list[str]) -> int:
     """Shows the first rows as the model will see them, with the tokens that are trained."""
     config, options = _config("preview", argv)
-    from sft.report.console import show_packed, show_sample, speak
+    from sft.report.console import setup_logging, show_packed, show_sample
 
-    speak(is_main_process=True)
+    setup_logging(is_main_process=True)
     import data_handler
     import model_manager
     from sft.config.schema import DataKeys, ModelKeys
@@ -212,7 +212,7 @@ def evaluate(argv: list[str]) -> int:
         attn_implementation=config.attn_implementation,
     )
     # A base that was never trained here is measured behind the prompts that training on it would make.
-    model_manager.dress_tokenizer(tokenizer, config.section(ModelKeys))
+    model_manager.configure_tokenizer(tokenizer, config.section(ModelKeys))
     resize_embeddings(without_adapter(model), len(tokenizer))
     obstacle = None if takes_documents(model.config) else "the model takes padded rows"
     data = stages.prepare(config, tokenizer, training=False, auto=AutoPacking(obstacle))
@@ -246,9 +246,9 @@ def _say_what_is_measured(folder: Path, config: Config, *, is_named: bool) -> No
 def generate(argv: list[str]) -> int:
     """Answers a file of prompts, or chats."""
     options = make_parser("generate", _summary(generate)).parse_args(argv)
-    from sft.report.console import quiet_libraries, speak
+    from sft.report.console import quiet_libraries, setup_logging
 
-    speak(is_main_process=True)
+    setup_logging(is_main_process=True)
     quiet_libraries()
     from sft.inference import batch as generation
     from sft.inference.generate import Sampling
@@ -265,9 +265,9 @@ def generate(argv: list[str]) -> int:
 def merge(argv: list[str]) -> int:
     """Merges an adapter into its base model and verifies the result."""
     options = make_parser("merge", _summary(merge)).parse_args(argv)
-    from sft.report.console import quiet_libraries, speak
+    from sft.report.console import quiet_libraries, setup_logging
 
-    speak(is_main_process=True)
+    setup_logging(is_main_process=True)
     quiet_libraries()
     import model_manager
 
@@ -326,9 +326,9 @@ def _take_machine(config: Config) -> None:
     import distributed_utils as distributed
     from sft.config.schema import TrainingKeys
     from sft.distributed.gpus import require_tf32
-    from sft.report.console import quiet_libraries, speak
+    from sft.report.console import quiet_libraries, setup_logging
 
-    speak(distributed.is_main_process())
+    setup_logging(distributed.is_main_process())
     distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)
     require_tf32(config.section(TrainingKeys))
     quiet_libraries()

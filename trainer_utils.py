@@ -27,7 +27,7 @@ from sft.model.compile import compile_layers
 from sft.training.arguments import training_arguments
 from sft.training.callbacks import ConsoleProgress, FollowConfig
 from sft.training.evaluation import TokenEvaluation
-from sft.training.mfu import operations_a_token
+from sft.training.mfu import flops_per_token
 from sft.training.nonfinite import require_finite
 from sft.training.oom_retry import first_line, is_out_of_memory, out_of_memory
 from sft.training.optim.resume import require_schedule_of
@@ -101,7 +101,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         noise_alpha, self.neftune_noise_alpha = args.neftune_noise_alpha or 0.0, None  # upstream's hook stays off
         noise_alpha = noise_alpha if train_dataset else 0.0
         self._guard_steps(model, settings, total_steps, noise_alpha, self._measure_evaluating)
-        self._keep_records(end_token_ids, operations_a_token(self._forward.causal_lm))
+        self._keep_records(end_token_ids, flops_per_token(self._forward.causal_lm))
 
     @staticmethod
     def _as_eval_dataset(eval_datasets: Mapping[str, Dataset]) -> Dataset | dict[str, Dataset] | None:

@@ -77,7 +77,7 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     from sft.model.attention.document_attention import attention_inputs
     from sft.training.optim.factory import with_master_weights
 
-    kernel_caches.limit(os.environ)
+    kernel_caches.limit_onednn_cache(os.environ)
     device = torch.device(arguments["device"])
     torch.manual_seed(0)
     model, causal_lm, autocasts = load(arguments, adapter)

@@ -85,7 +85,7 @@ def training_figures(size: str, results: Measured) -> Figures:
         if one["size"] != size:
             continue
         speed, held = tokens_per_second(one), _peak_gb(one["runs"])
-        mfu = f"{speed * one['operations_a_token'] / peak:.1%}" if speed and peak else ""
+        mfu = f"{speed * one['flops_per_token'] / peak:.1%}" if speed and peak else ""
         shown = f"{speed:,.0f}" if speed else _failure(one["runs"])
         lines.append((one["method"], f"{one['length']:,}", one["name"], shown, mfu, f"{held:.1f}" if held else ""))
     return Figures(size, ("", "row", "who", "tokens/s", "MFU", "peak GB"), lines)

@@ -30,7 +30,7 @@ from benchmarks._gpu_report import all_figures, device_line
 from benchmarks._measure import ROOT, machine, run_worker
 from benchmarks._models import GPU_SHAPES, Shape
 from benchmarks._report import write_section
-from sft.training.mfu import peak_operations
+from sft.training.mfu import peak_flops_by_name
 
 METHODS = ("full", "full 8-bit", "lora", "qlora")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger_kernel", "cut_cross_entropy", "flash_attn")
@@ -81,7 +81,7 @@ class Benchmark:
                 if not any("failed" in run for run in runs[contestant.name]):  # it would only fail again
                     runs[contestant.name].append(self._run(contestant, size, method, length))
         operations = shape.operations(frozen=method in ("lora", "qlora"))
-        at = {"size": size, "method": method, "length": length, "operations_a_token": operations}
+        at = {"size": size, "method": method, "length": length, "flops_per_token": operations}
         at["pass_tokens"] = self._options.pass_tokens
         return [{**at, "name": name, "runs": of_it} for name, of_it in runs.items()]
 
@@ -191,7 +191,7 @@ def describe_device(kind: str) -> dict[str, Any]:
         raise SystemExit("no CUDA GPU is here; `--device cpu --scale tiny` tries the script without one")
     facts = torch.cuda.get_device_properties(0)
     memory = round(facts.total_memory / 2**30, 1)
-    return {"name": facts.name, "memory_gib": memory, "peak": peak_operations(facts.name)}
+    return {"name": facts.name, "memory_gib": memory, "peak": peak_flops_by_name(facts.name)}
 
 
 def earlier(file: Path | None, device: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from benchmarks._training_report import targets as training_targets
 from benchmarks.data import targets
 from benchmarks.gpu import added, earlier
 from benchmarks.profile_step import imports
-from sft.training.mfu import peak_operations
+from sft.training.mfu import peak_flops_by_name
 from tests.builders import tiny_llama
 
 
@@ -225,14 +225,14 @@ def test_the_sweeps_are_drawn_the_same_each_time(tmp_path):
 
 
 def gpu_results(name, **changed):
-    one = {"size": "8B", "length": 4096, "pass_tokens": 8192, "operations_a_token": 40_000_000_000}
+    one = {"size": "8B", "length": 4096, "pass_tokens": 8192, "flops_per_token": 40_000_000_000}
 
     def of(method, who, speed, peak_gb):
         run = {**run_of(speed), "device_peak_mib": peak_gb * 1e9 / 2**20}
         return {**one, "method": method, "name": who, "runs": [run]}
 
     return {
-        "device": {"name": name, "memory_gib": 79.2, "peak": peak_operations(name)},
+        "device": {"name": name, "memory_gib": 79.2, "peak": peak_flops_by_name(name)},
         "train": [
             of("lora", "ours", 12_000, 30),
             of("lora", "TRL", 6_000, 30),
@@ -281,7 +281,7 @@ def test_the_gpu_benchmark_goes_on_with_the_figures_of_an_earlier_piece(tmp_path
 
 
 def test_a_target_that_ours_had_no_memory_for_is_missed_and_not_left_out():
-    full = {"size": "8B", "method": "full 8-bit", "length": 4096, "pass_tokens": 8192, "operations_a_token": 1}
+    full = {"size": "8B", "method": "full 8-bit", "length": 4096, "pass_tokens": 8192, "flops_per_token": 1}
     ours = {**full, "name": "ours", "runs": [{"failed": "out of memory"}]}
     results = gpu_results("NVIDIA H100 80GB HBM3", train=[ours])
     assert gpu_targets(results) == [("8B full 8-bit 4,096: tokens/s", "out of memory", ">=", 8_500)]

@@ -50,7 +50,7 @@ _QUANTIZATION = (
 
 
 @dataclass(frozen=True)
-class RunShape:
+class ResumeFingerprint:
     """What decides which rows a step trains and which weights.
 
     `row_lengths` stands for the data, as a digest; for data that is streamed `dataloader_num_workers`,
@@ -110,7 +110,7 @@ def adapter_facts(model: Any) -> dict[str, Any] | None:
 
 def save(
     folder: Path,
-    shape: RunShape,
+    shape: ResumeFingerprint,
     counts: TokenCounts,
     skipped: int,
     ranks: Sequence[int] | None = None,
@@ -144,7 +144,7 @@ def dtype_of_checkpoint(checkpoint: Path) -> str | None:
     return "bfloat16" if content["shape"].get("master_weights") else "float32"
 
 
-def load(folder: Path, shape: RunShape) -> tuple[TokenCounts, int]:
+def load(folder: Path, shape: ResumeFingerprint) -> tuple[TokenCounts, int]:
     """The counts since the last log and the steps left out so far, from a checkpoint of a run of the same shape.
 
     Raises:

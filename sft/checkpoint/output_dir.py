@@ -54,7 +54,7 @@ _COMPANIONS = (
 _LOGS = ("metrics.jsonl", "eval_results.json", "data_report.json", "tensorboard")
 
 
-def require_apart(output_dir: Path, named: Mapping[str, Any]) -> None:
+def forbid_overlap(output_dir: Path, named: Mapping[str, Any]) -> None:
     """Makes sure that a run writes over nothing that it starts from, and moves nothing of it aside.
 
     Args:
@@ -81,7 +81,7 @@ def require_apart(output_dir: Path, named: Mapping[str, Any]) -> None:
         raise UserError(*problems)
 
 
-def set_aside(output_dir: Path, checkpoint: Path | None) -> None:
+def archive_previous_run(output_dir: Path, checkpoint: Path | None) -> None:
     """Moves what an earlier run left at the top of `output_dir` into a folder of its own, `earlier-run-N`.
 
     Args:

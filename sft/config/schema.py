@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from sft.config.field_types import Bool, Int, Number, PathText
-from sft.config.section import Keys
+from sft.config.section import ConfigSection
 from sft.config.upstream_schema import defaults, module_of, upstream_keys
 
 if TYPE_CHECKING:
 
-    class _Upstream(Keys):
+    class _Upstream(ConfigSection):
         def __getattr__(self, name: str) -> Any: ...
 
     class TrainingArgumentsKeys(_Upstream): ...
@@ -33,7 +33,7 @@ else:
     LoraConfigKeys = upstream_keys("LoraConfig")
     BitsAndBytesConfigKeys = upstream_keys("BitsAndBytesConfig")
 
-Group = TypeVar("Group", bound=Keys)
+Group = TypeVar("Group", bound=ConfigSection)
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
@@ -43,7 +43,7 @@ TrainOn = Literal["assistant", "last_assistant", "all"]
 Packing = Literal["auto", "bfd", "wrapped", False]
 
 
-class ModelKeys(Keys):
+class ModelKeys(ConfigSection):
     """Which model and tokenizer, and how the weights are held."""
 
     model_name_or_path: PathText | None = None
@@ -66,7 +66,7 @@ class ModelKeys(Keys):
     """Tokens to add: a list of texts, or a mapping of roles such as `pad_token` to texts."""
 
 
-class DatasetKeys(Keys):
+class DatasetKeys(ConfigSection):
     """One data set among several."""
 
     path: PathText
@@ -91,7 +91,7 @@ class DatasetKeys(Keys):
         return self.name or Path(self.path).stem or otherwise
 
 
-class DataKeys(Keys):
+class DataKeys(ConfigSection):
     """Which rows, and how they become tokens and labels."""
 
     dataset_name: str | None = None
@@ -148,7 +148,7 @@ class DataKeys(Keys):
     """Folder for prepared data; null is $SFT_CACHE, or sft_pipeline in the user's cache folder."""
 
 
-class ActivationKeys(Keys):
+class ActivationKeys(ConfigSection):
     """What the forward pass keeps for the backward pass."""
 
     mode: Literal["none", "selective", "full"] = "full"
@@ -213,7 +213,7 @@ class TrainingKeys(TrainingArgumentsKeys):
         return arguments
 
 
-class LossKeys(Keys):
+class LossKeys(ConfigSection):
     """What is minimised, besides `label_smoothing_factor` of the Trainer's own keys."""
 
     loss_type: Literal["nll", "dft"] = "nll"
@@ -278,7 +278,7 @@ class QuantizationKeys(BitsAndBytesConfigKeys):
         return _differing("BitsAndBytesConfig", self)
 
 
-class AdapterKeys(Keys):
+class AdapterKeys(ConfigSection):
     """What is trained instead of all the weights, and what the frozen ones are held in."""
 
     lora_config: LoraKeys | None = None
@@ -287,14 +287,14 @@ class AdapterKeys(Keys):
     """Hold the frozen weights quantized; to train, it needs `lora_config`."""
 
 
-class DistributionKeys(Keys):
+class DistributionKeys(ConfigSection):
     """How many devices."""
 
     num_gpus: Count | None = None
     """GPUs to use on this machine; null uses all, 0 the CPU."""
 
 
-class WatchKeys(Keys):
+class WatchKeys(ConfigSection):
     """What a run shows of itself."""
 
     wandb_project: str | None = None
@@ -322,7 +322,7 @@ class Config(ModelKeys, DataKeys, TrainingKeys, LossKeys, AdapterKeys, Distribut
         return part
 
 
-GROUPS: tuple[type[Keys], ...] = (
+GROUPS: tuple[type[ConfigSection], ...] = (
     ModelKeys,
     DataKeys,
     TrainingKeys,
@@ -343,17 +343,17 @@ _RENAMED_UPSTREAM = {
 }
 
 
-def _differing(class_name: str, keys: Keys) -> dict[str, Any]:
+def _differing(class_name: str, keys: ConfigSection) -> dict[str, Any]:
     """The values of `keys` that differ from the defaults of an upstream class, nested sections as its own classes."""
     upstream = defaults(class_name)
     return {
-        name: _instance(value) if isinstance(value, Keys) else value
+        name: _instance(value) if isinstance(value, ConfigSection) else value
         for name, value in keys
         if name in upstream and value != upstream[name]
     }
 
 
-def _instance(section: Keys) -> Any:
+def _instance(section: ConfigSection) -> Any:
     """The upstream object that a nested section describes, e.g. `peft.EvaConfig(rho=1.0)`."""
     class_name = type(section).__name__.removesuffix("Keys")
     home = importlib.import_module(module_of(class_name))

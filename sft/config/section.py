@@ -21,7 +21,7 @@ def upwards(key: str) -> Iterator[str]:
         key = key.rpartition(".")[0]
 
 
-class Keys(BaseModel):
+class ConfigSection(BaseModel):
     """A group of config keys. Unknown keys are refused, values are not converted behind the user's back."""
 
     model_config = ConfigDict(
@@ -41,7 +41,7 @@ class Keys(BaseModel):
         self._places, self._section = places, section
         for name, value in self:
             for suffix, item in enumerate(value) if isinstance(value, list) else [("", value)]:
-                if isinstance(item, Keys):
+                if isinstance(item, ConfigSection):
                     item.locate(places, f"{section}{name}.{suffix}." if suffix != "" else f"{section}{name}.")
 
     def __eq__(self, other: object) -> bool:
@@ -65,7 +65,7 @@ class Keys(BaseModel):
 
 
 @contextmanager
-def placed(keys: Keys) -> Iterator[None]:
+def located(keys: ConfigSection) -> Iterator[None]:
     """Mistakes found inside get the file and the line where the user wrote the key."""
     try:
         yield

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import Field, StringConstraints, create_model
 
 from sft.config.field_types import Bool, Int, Number, branches
-from sft.config.section import Keys
+from sft.config.section import ConfigSection
 from sft.config.upstream_docs import LIMITS, MEANINGS
 
 FACTS_FILE = Path(__file__).with_suffix(".json")
@@ -64,14 +64,14 @@ def defaults(class_name: str) -> dict[str, Any]:
 
 
 @cache
-def upstream_keys(class_name: str) -> type[Keys]:
+def upstream_keys(class_name: str) -> type[ConfigSection]:
     """A model with one field for each key of an upstream class, under its own name and with upstream's default."""
     fields: dict[str, Any] = {}
     for name, fact in facts()[class_name].items():
         words = MEANINGS.get(class_name, {}).get(name) or f"`{class_name}.{name}` of upstream, handed on as it is."
         limits = LIMITS.get(class_name, {}).get(name, {})
         fields[name] = (_annotation(fact, limits), Field(default=fact["default"], description=words))
-    return create_model(f"{class_name}Keys", __base__=Keys, __doc__=f"Every key of `{class_name}`.", **fields)
+    return create_model(f"{class_name}Keys", __base__=ConfigSection, __doc__=f"Every key of `{class_name}`.", **fields)
 
 
 def _annotation(fact: Fact, limits: dict[str, Any]) -> Any:

@@ -119,12 +119,12 @@ def vocabulary_shard(module: nn.Module) -> VocabularyShard | None:
     return VocabularyShard(weight.shape[0], start, width, widest, mesh.get_group())
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of `tensor`: itself where it is not spread over ranks."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def to_full(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as one on each rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -133,11 +133,11 @@ def local_gradient(gradient: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     """This rank's part of what autograd found for `of`; summed first where each rank has found a share of the sum."""
     if isinstance(gradient, DTensor) and isinstance(of, DTensor):
         gradient = gradient.redistribute(of.device_mesh, of.placements)
-    return local_part(gradient)
+    return to_local(gradient)
 
 
 def spreading(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The opposite of `local_part`: a function from what this rank holds to what is spread as `tensor` is."""
+    """The opposite of `to_local`: a function from what this rank holds to what is spread as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return lambda local: local
     mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()

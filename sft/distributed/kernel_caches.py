@@ -17,7 +17,7 @@ _SHAPES = 32
 _CACHES = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",))
 
 
-def limit(environ: MutableMapping[str, str]) -> None:
+def limit_onednn_cache(environ: MutableMapping[str, str]) -> None:
     """Sets both capacities where the user has not; read by the libraries at their first product in half precision."""
     for names in _CACHES:
         if not any(name in environ for name in names):

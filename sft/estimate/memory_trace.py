@@ -78,7 +78,7 @@ def as_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.
 
 
 def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors fake, on `device`; what knows how to move itself (`Boundaries`) moves."""
+    """The batch with its tensors fake, on `device`; what knows how to move itself (`DocumentOffsets`) moves."""
 
     def fake(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -31,7 +31,7 @@ from sft.loss.forward import TokenForward
 from sft.loss.output_head import assume_output_head
 from sft.loss.token_loss import Objective
 from sft.model.lora import without_adapter
-from sft.training.mfu import operations_a_token, peak_of
+from sft.training.mfu import flops_per_token, peak_flops
 from sft.training.optim.factory import splits_masters
 from sft.training.optim.split_master_weights import summed_in_a_pass
 
@@ -144,7 +144,7 @@ def estimate_run(
         trained_tokens=len(batch["trained_positions"]),
         total_tokens=total_tokens,
         seconds_at_least=_least_seconds(
-            operations_a_token(beneath), total_tokens, plan, device, _autocast(arguments) or beneath.dtype
+            flops_per_token(beneath), total_tokens, plan, device, _autocast(arguments) or beneath.dtype
         ),
         assumes_batch_size=assumes_batch_size,
     )
@@ -213,7 +213,7 @@ def _least_seconds(
     if device.type == "cpu":
         speed: float | None = operations_a_second(dtype, lambda: time.process_time() / torch.get_num_threads())
     else:
-        speed = peak_of(device)
+        speed = peak_flops(device)
     if speed is None:
         return None
     return operations * total_tokens / (speed * plan.world_size)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from sft.distributed.dtensor import local_gradient, local_part
+from sft.distributed.dtensor import local_gradient, to_local
 from sft.loss.output_head import LogitTransform, OutputHead
 from sft.loss.token_loss import Objective, TokenScores
 
@@ -25,7 +25,7 @@ _CPU_SLICE, _CUDA_SLICE = 2**22, 2**26
 _CPU_RUN = 256  # logits of which the largest is found at a time
 
 
-def tokens_of_a_chunk(device: torch.device, vocab_size: int, tokens: int) -> int:
+def choose_chunk_size(device: torch.device, vocab_size: int, tokens: int) -> int:
     """How many of `tokens` to take at a time, in chunks of equal size; at least 1."""
     room = _logits_on_gpu(device) if device.type == "cuda" else _CPU_LOGITS
     most = max(room // vocab_size, 1)
@@ -183,7 +183,7 @@ def linear_chunks(
         score: of the logits, with their gradient in their place; another where ranks share a vocabulary.
     """
     hidden, weight, *bias = tensors
-    size = chunk_size or tokens_of_a_chunk(hidden.device, len(weight), len(hidden))
+    size = chunk_size or choose_chunk_size(hidden.device, len(weight), len(hidden))
     gradients = _empty(tensors, dtypes, is_one_chunk=len(hidden) <= size)
     of_hidden, of_weight, *of_bias = gradients
     is_training = any(gradient is not None for gradient in gradients)
@@ -225,13 +225,13 @@ def module_chunks(
     """
     hidden = tensors[0]
     wanted = [i for i, dtype in enumerate(dtypes) if dtype is not None]
-    size = chunk_size or tokens_of_a_chunk(hidden.device, head.vocab_size, len(hidden))
-    gradients = _empty([local_part(t) for t in tensors], dtypes, is_one_chunk=len(hidden) <= size)
+    size = chunk_size or choose_chunk_size(hidden.device, head.vocab_size, len(hidden))
+    gradients = _empty([to_local(t) for t in tensors], dtypes, is_one_chunk=len(hidden) <= size)
     parts = []
     for start in range(0, len(hidden), size):
         with torch.set_grad_enabled(bool(wanted)):
             h = hidden[start : start + size].detach().requires_grad_(0 in wanted)
-            logits = local_part(head.logits(model, h))
+            logits = to_local(head.logits(model, h))
         d = logits.detach().clone() if wanted else logits  # what made the logits may look at them in its backward
         parts += score(d, targets[start : start + size], objective, LogitTransform(), bool(wanted), scale)
         if not wanted:

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sft.distributed.dtensor import gathered, local_part, vocabulary_shard, whole
+from sft.distributed.dtensor import gathered, to_full, to_local, vocabulary_shard
 from sft.loss.chunked import linear_chunks, module_chunks, score_rows
-from sft.loss.known_gradients import KnownGradients, gradient_dtype
+from sft.loss.known_gradients import PrecomputedGradients, gradient_dtype
 from sft.loss.load_balancing import load_balancing_loss
 from sft.loss.output_head import OutputHead, find_output_head
 from sft.loss.token_loss import Objective, TokenLoss, add_up, trained_positions
-from sft.loss.vocab_parallel import score_slice, tokens_of_a_chunk
+from sft.loss.vocab_parallel import choose_chunk_size, vocab_parallel_scores
 
 _STATE = "_fused_head"
 
@@ -122,20 +122,20 @@ def head_loss(
     """
     positions = trained_positions(labels) if positions is None else positions
     targets = labels.flatten()[positions]  # (N,)
-    hidden = whole(hidden).flatten(0, 1)[positions - 1]  # (N, D)
+    hidden = to_full(hidden).flatten(0, 1)[positions - 1]  # (N, D)
     wants_gradient = torch.is_grad_enabled()
     module = model.get_submodule(head.linear)
     with torch.no_grad(), gathered(module):
         shard = vocabulary_shard(module)
-        score: Any = score_rows if shard is None else functools.partial(score_slice, shard=shard)
-        size = chunk_size or (tokens_of_a_chunk(shard, hidden.device) if shard else None)
+        score: Any = score_rows if shard is None else functools.partial(vocab_parallel_scores, shard=shard)
+        size = chunk_size or (choose_chunk_size(shard, hidden.device) if shard else None)
         linear = head.plain_linear(model)
         dtype = _autocast_dtype(hidden) or hidden.dtype
         if linear is not None and head.transform is not None and _multiplies(linear, hidden):
             tensors = [hidden, *(p for p in (linear.weight, linear.bias) if p is not None)]
             dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
             with torch.autocast(hidden.device.type, enabled=False):
-                cast = [local_part(t).to(dtype) for t in tensors]
+                cast = [to_local(t).to(dtype) for t in tensors]
                 scores, gradients = linear_chunks(
                     cast, head.transform, targets, objective, dtypes, size, gradient_scale, score
                 )
@@ -150,7 +150,7 @@ def head_loss(
         result = add_up(scores, positions)
     if not any(dtypes):
         return result
-    return replace(result, objective=KnownGradients.apply(result.objective, gradients, gradient_scale, *tensors))
+    return replace(result, objective=PrecomputedGradients.apply(result.objective, gradients, gradient_scale, *tensors))
 
 
 def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

@@ -15,7 +15,7 @@ def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
     return (tensor.grad_dtype if tensor.is_leaf else None) or tensor.dtype
 
 
-class KnownGradients(torch.autograd.Function):
+class PrecomputedGradients(torch.autograd.Function):
     """A sum whose gradients are known already: the backward multiplies them by what arrives."""
 
     @staticmethod

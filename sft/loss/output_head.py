@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sft.distributed.dtensor import gathered, is_product, shallow_copy, vocabulary_shard, whole, without_hooks
+from sft.distributed.dtensor import gathered, is_product, shallow_copy, to_full, vocabulary_shard, without_hooks
 
 _PROBE = 64.0  # a value of a logit far outside of what soft-capping leaves as it is
 _ROUNDINGS = 8  # units in the last place by which two ways to the same logits may differ, relative to the largest
@@ -182,17 +182,17 @@ def _find(model: Any, forward: Callable[..., Any]) -> OutputHead | str:
         return "its output embeddings are no module of its own"
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     ids = (torch.arange(1, 10, device=model.device) * 7919 % vocab_size)[None]  # (1, 9)
-    expected = whole(forward(input_ids=ids, use_cache=False).logits)[0]
+    expected = to_full(forward(input_ids=ids, use_cache=False).logits)[0]
     reason = "it has no decoder"
     for decoder in dict.fromkeys((model.base_model, model.get_decoder())):
         if decoder is None or decoder is model or id(decoder) not in names:
             continue
-        hidden = whole(decoder(input_ids=ids, use_cache=False)[0])[0]  # (9, D)
+        hidden = to_full(decoder(input_ids=ids, use_cache=False)[0])[0]  # (9, D)
         with gathered(linear):
             shard, width = vocabulary_shard(linear), expected.shape[-1]
             logits = shard.vocab_size if shard and shard.width == width else width
             head = OutputHead(names[id(decoder)], names[id(linear)], logits, None)
-            if _same(whole(head.logits(model, hidden)), expected):
+            if _same(to_full(head.logits(model, hidden)), expected):
                 return replace(head, transform=_confirmed_transform(model, head, hidden, expected))
         reason = f"its logits are not a function of what {names[id(decoder)]} returns"
     return reason
@@ -206,7 +206,7 @@ def _confirmed_transform(
     linear = replace(head, transform=transform).plain_linear(model)
     if transform is None or linear is None or linear.weight.dtype != hidden.dtype:
         return transform  # there is no product of which to ask; where one is formed later, it is of this form
-    return transform if _same(transform(whole(linear(hidden)).float()), expected) else None
+    return transform if _same(transform(to_full(linear(hidden)).float()), expected) else None
 
 
 def _measure_transform(model: Any, head: OutputHead, device: torch.device) -> LogitTransform | None:

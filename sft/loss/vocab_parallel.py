@@ -22,12 +22,12 @@ from sft.loss.token_loss import Objective, TokenScores
 _CPU_LOGITS, _CUDA_LOGITS = 2**24, 2**27
 
 
-def tokens_of_a_chunk(shard: VocabularyShard, device: torch.device) -> int:
+def choose_chunk_size(shard: VocabularyShard, device: torch.device) -> int:
     """How many tokens to take at a time; the same on all ranks."""
     return max((_CUDA_LOGITS if device.type == "cuda" else _CPU_LOGITS) // shard.widest, 1)
 
 
-def score_slice(
+def vocab_parallel_scores(
     logits: torch.Tensor,
     targets: torch.Tensor,
     objective: Objective,

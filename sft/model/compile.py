@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.errors import Problem, UserError
 from sft.model.attention import document_attention
 
@@ -224,10 +224,10 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _TracedBoundaries:
-    """`Boundaries` of tensors alone: numbers and tuples would be compiled in, and each batch would be a new graph.
+    """`DocumentOffsets` of tensors alone: numbers and tuples would be compiled in, and each batch would be a new graph.
 
     Attributes:
-        offsets, cu_seqlens: (documents + 1,), as in `Boundaries`.
+        offsets, cu_seqlens: (documents + 1,), as in `DocumentOffsets`.
         longest: (tokens of the longest document, 0), on the host: a number that is not compiled in.
     """
 
@@ -249,7 +249,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """In the place of a layer's `forward`."""
     state: _Layer = getattr(layer, _STATE)
     plain = type(layer).forward
-    documents: Boundaries | None = kwargs.get("documents")
+    documents: DocumentOffsets | None = kwargs.get("documents")
     hidden = args[0] if args else None
     # A size of one is no dimension that varies, to torch: a row that has nothing longer is not worth a graph.
     if documents is None or hidden is None or documents.max_length < 2:

@@ -136,7 +136,7 @@ def pretrained(keys: ModelKeys, precision: Precision, quantization: Quantization
     return model  # type: ignore[no-any-return]
 
 
-def fresh(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision: Precision) -> PreTrainedModel:
+def init_random(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision: Precision) -> PreTrainedModel:
     """Random weights, drawn from torch's generator as the caller seeded it."""
     from transformers import AutoModelForCausalLM
 
@@ -156,7 +156,7 @@ def fresh(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision: Precis
     return model
 
 
-def outlined(keys: ModelKeys, precision: Precision) -> PreTrainedModel:
+def load_meta(keys: ModelKeys, precision: Precision) -> PreTrainedModel:
     """The model that is named, of weights without numbers."""
     from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sft.config.section import placed
+from sft.config.section import located
 from sft.data.templates import chat_templates
 from sft.errors import Problem, UserError
 from sft.model.fast_tokenizer import load_tokenizer_files
@@ -149,19 +149,19 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
     Raises:
         UserError: the tokenizer cannot be had, or a setting does not fit it.
     """
-    with placed(keys):
+    with located(keys):
         tokenizer = read_tokenizer(keys)
-    dress_tokenizer(tokenizer, keys)
+    configure_tokenizer(tokenizer, keys)
     return tokenizer
 
 
-def dress_tokenizer(tokenizer: PreTrainedTokenizerFast, keys: ModelKeys) -> None:
+def configure_tokenizer(tokenizer: PreTrainedTokenizerFast, keys: ModelKeys) -> None:
     """Gives a tokenizer what the config asks for; one that a run has saved has it already.
 
     Raises:
         UserError: a setting does not fit it.
     """
-    with placed(keys):
+    with located(keys):
         if keys.special_tokens:
             added = add_special_tokens(tokenizer, keys.special_tokens)
             if added:

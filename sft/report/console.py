@@ -42,7 +42,7 @@ class _ConsoleHandler(logging.Handler):
         console.print(text, soft_wrap=not console.is_terminal)
 
 
-def speak(is_main_process: bool) -> None:
+def setup_logging(is_main_process: bool) -> None:
     """Sends the pipeline's log to the console; other ranks than the first only log errors."""
     logger.handlers = [_ConsoleHandler()]
     logger.propagate = False
@@ -147,12 +147,12 @@ def show_packed(samples: list[dict[str, Any]], packing: str, max_seq_length: int
     """How samples share a sequence: the documents of each, with their lengths, as the packing lays these few out."""
     import numpy as np
 
-    from sft.data.preparation.packing import lay_out
+    from sft.data.preparation.packing import pack
 
     lengths = np.array([len(s["input_ids"]) for s in samples if len(s["input_ids"]) <= max_seq_length])
     if not len(lengths):
         return
-    layout = lay_out(lengths, packing, max_seq_length)
+    layout = pack(lengths, packing, max_seq_length)
     console.print(f"packed ({packing}), these samples would fill {len(layout.counts)} sequences:", style="bold")
     for row in np.split(layout.lengths, np.cumsum(layout.counts)[:-1]):
         documents = " | ".join(f"{n:,}" for n in row.tolist())

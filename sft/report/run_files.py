@@ -58,7 +58,7 @@ def require_writable(output_dir: Path) -> None:
         raise UserError(Problem(message, "name another folder", "output_dir")) from None
 
 
-def claim(output_dir: Path) -> None:
+def lock_output_dir(output_dir: Path) -> None:
     """Makes the folder this run's, until the process ends or has another run, and starts its log.
 
     Raises:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from sft.checkpoint.stream_state import StreamProgress
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import EvenRows, even_multiple, row_lengths
 from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.dataloader import StreamLoader
@@ -64,8 +64,8 @@ class RowOrder(Trainer):
         return super().get_batch_samples(map(self._prepare_inputs, epoch_iterator), num_batches, device)
 
     def _prepare_input(self, data: Any) -> Any:
-        """`data` on the device; upstream knows no `Boundaries`, and its copies wait for the passes that are queued."""
-        if isinstance(data, Boundaries) or (isinstance(data, torch.Tensor) and data.is_pinned()):
+        """Moves `data` to the device; upstream has no `DocumentOffsets`, and its copies wait for queued passes."""
+        if isinstance(data, DocumentOffsets) or (isinstance(data, torch.Tensor) and data.is_pinned()):
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 

@@ -16,7 +16,7 @@ import torch
 from sft.errors import Problem, TrainingStopped
 from sft.loss.metrics import TokenCounts
 from sft.loss.token_loss import TokenLoss
-from sft.training.gradient_coverage import Gradients, count_gradients
+from sft.training.gradient_coverage import GradientCoverage, count_gradients
 
 logger = logging.getLogger("sft")
 
@@ -55,7 +55,7 @@ class FirstStep:
     in_training: float | None
     in_evaluation: float | None
     noise: tuple[str, ...]
-    gradients: Gradients
+    gradients: GradientCoverage
 
     def __str__(self) -> str:
         evaluated = "" if self.in_evaluation is None else f"; evaluation mode {self.in_evaluation:.4g}"
@@ -67,7 +67,7 @@ class FirstStep:
         )
 
 
-def doubts(first: FirstStep) -> list[str]:
+def find_warnings(first: FirstStep) -> list[str]:
     """What is wrong, each with what to look at; empty for a sound run."""
     return [text for text in (_level(first), _modes(first), *_gradients(first.gradients)) if text]
 
@@ -105,7 +105,7 @@ def _modes(first: FirstStep) -> str | None:
     )
 
 
-def _gradients(gradients: Gradients) -> list[str]:
+def _gradients(gradients: GradientCoverage) -> list[str]:
     found = []
     if gradients.missing:
         found.append(
@@ -204,7 +204,7 @@ class TrustChecks:
                 )
             )
         logger.info("%s", first)
-        for text in doubts(first):
+        for text in find_warnings(first):
             logger.warning("%s", text)
 
     def look_at_rates(self, made: int, left: int, rates: Sequence[float]) -> None:

@@ -12,7 +12,7 @@ _PARTNERS = (*_MATRICES, *((b, a) for a, b in _MATRICES))
 
 
 @dataclass(frozen=True)
-class Gradients:
+class GradientCoverage:
     """Which trained parameters the first step reaches.
 
     Attributes:
@@ -41,7 +41,7 @@ class Gradients:
         return ", ".join(parts)
 
 
-def count_gradients(model: torch.nn.Module) -> Gradients:
+def count_gradients(model: torch.nn.Module) -> GradientCoverage:
     """Looks at the gradient of every trained parameter: one transfer from the device.
 
     A parameter that is spread over ranks counts as a whole; every rank must call it then.
@@ -57,7 +57,7 @@ def count_gradients(model: torch.nn.Module) -> Gradients:
     idle = [name for name in unreached if _is_expert(name)]
     waiting = [name for name in unreached if name in reached and name not in idle and _waits(name, trained)]
     rest = [name for name in unreached if name not in idle and name not in waiting]
-    return Gradients(
+    return GradientCoverage(
         total=len(trained),
         reached=len(trained) - len(unreached),
         missing=tuple(name for name in rest if name not in reached),

@@ -23,19 +23,19 @@ _PEAKS = {
 }
 
 
-def peak_operations(device_name: str) -> float | None:
+def peak_flops_by_name(device_name: str) -> float | None:
     """Dense bfloat16 operations a second that the data sheet promises; None for a device that is not known here."""
     return next((peak for pattern, peak in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
-def peak_of(device: Any) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """The same for a torch device; None where nobody promises anything, as of a CPU."""
     import torch
 
-    return peak_operations(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def operations_a_token(model: Any) -> int:
+def flops_per_token(model: Any) -> int:
     """Of a forward and a backward pass over one token (Kaplan et al., 2020, arXiv:2001.08361, section 2.1).
 
     2 a weight for the forward, 2 for the gradient of its input, 2 for its own where it is trained: 6 N where all

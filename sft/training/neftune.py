@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 
 
 def noise_scale(
@@ -23,7 +23,7 @@ def noise_scale(
     width: int,
     alpha: float,
     *,
-    documents: Boundaries | None = None,
+    documents: DocumentOffsets | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from sft.distributed.dtensor import local_part
+from sft.distributed.dtensor import to_local
 from sft.errors import Problem, TrainingStopped
 from sft.training.nonfinite_report import Pass, describe, look, some
 
@@ -156,7 +156,7 @@ def nonfinite_parameters(parameters: Named) -> list[str]:
     One number is read from the device where all is well.
     """
     trained = [
-        (name, local_part(p.detach())) for name, p in parameters if p.requires_grad and local_part(p.detach()).numel()
+        (name, to_local(p.detach())) for name, p in parameters if p.requires_grad and to_local(p.detach()).numel()
     ]
     if not trained:
         return []

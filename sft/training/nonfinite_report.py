@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from sft.data.documents import IGNORE_INDEX
-from sft.data.loading.boundaries import Boundaries
-from sft.distributed.dtensor import local_part
+from sft.data.loading.boundaries import DocumentOffsets
+from sft.distributed.dtensor import to_local
 from sft.errors import Problem
 
 Pass = tuple[torch.Tensor, Mapping[str, Any]]  # whether its loss is finite, and its batch
@@ -73,7 +73,7 @@ def look(
         rows=tuple(dict.fromkeys(row for row, _ in listed if row >= 0)),
         texts=tuple(str(text)[:_TEXT] for text in texts),
         alone=bool(guilty),
-        gradients=tuple(name for name, norm in norms.items() if not bool(local_part(norm).isfinite())),
+        gradients=tuple(name for name, norm in norms.items() if not bool(to_local(norm).isfinite())),
         parameters=len(norms),
     )
 
@@ -133,7 +133,7 @@ def _part(inputs: Mapping[str, Any], row: int, start: int, end: int) -> dict[str
     part["lengths"] = torch.tensor([end - start], device=part["labels"].device)
     part["trained_positions"] = (part["labels"].flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
     if "documents" in inputs:
-        part["documents"] = Boundaries.of([end - start]).to(part["labels"].device)
+        part["documents"] = DocumentOffsets.of([end - start]).to(part["labels"].device)
     return part
 
 

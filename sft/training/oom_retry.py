@@ -80,7 +80,7 @@ def measuring(what: str, rows: int) -> Iterator[None]:
         raise RankStopped(Problem(f"{what} ran out of memory: {first_line(error)}", hint, key)) from error
 
 
-class ShrinkingPasses:
+class OomRetry:
     """The passes of optimizer steps, each cut into 2ᵏ pieces, where k grows by one whenever memory runs out.
 
     `begin` stands before each optimizer step and `run` in the place of each pass. Passes must not talk to other ranks,

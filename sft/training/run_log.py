@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 
 from sft.checkpoint import compatibility, stream_state
-from sft.checkpoint.compatibility import RunShape, adapter_facts, describe_adapter, digest_lengths
+from sft.checkpoint.compatibility import ResumeFingerprint, adapter_facts, describe_adapter, digest_lengths
 from sft.data.loading.collator import row_lengths
 from sft.distributed.memory import peak_memory_gb
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.model.saving import save_companions
 from sft.report import run_files
 from sft.training.dataloader import RowOrder
-from sft.training.mfu import peak_of
+from sft.training.mfu import peak_flops
 from sft.training.nonfinite import require_finite
 from sft.training.step import StepSettings
-from sft.training.step_monitor import StepWatch
+from sft.training.step_monitor import StepMonitor
 
 logger = logging.getLogger("sft")
 
@@ -33,15 +33,15 @@ class RunRecords(RowOrder):
     """The logs and checkpoints of the Trainer."""
 
     _settings: StepSettings
-    _watch: StepWatch
+    _watch: StepMonitor
     _sums: TokenSums
     seconds_evaluating: float
 
-    def _keep_records(self, end_token_ids: Sequence[int], operations_a_token: int) -> None:
+    def _keep_records(self, end_token_ids: Sequence[int], flops_per_token: int) -> None:
         """Begins to count."""
         self._end_token_ids = end_token_ids
-        self._operations_a_token = operations_a_token
-        self._peak_operations = peak_of(self.args.device)
+        self._flops_per_token = flops_per_token
+        self._peak_operations = peak_flops(self.args.device)
         self._counts = TokenCounts.zero()
         self._streamed: dict[str, Any] | None = None  # what the stream's ranks gathered for the checkpoint
         self._tokens_before = 0  # of the counts since the last log, the input tokens that an earlier process trained
@@ -68,7 +68,7 @@ class RunRecords(RowOrder):
             logs["tokens_per_second"] = (counts.input_tokens - self._tokens_before) / seconds
             self._tokens_before = 0
             if self._peak_operations:
-                operations = logs["tokens_per_second"] * self._operations_a_token / self.args.world_size
+                operations = logs["tokens_per_second"] * self._flops_per_token / self.args.world_size
                 logs["mfu"] = operations / self._peak_operations
             logs["memory_gb"] = peak_memory_gb(self.args.device)
         super().log(logs, start_time)
@@ -82,7 +82,7 @@ class RunRecords(RowOrder):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 a weight and token; 2 less a frozen weight, whose gradient is not made. Attention is not counted."""
-        return self._operations_a_token * inputs["input_ids"].numel()
+        return self._flops_per_token * inputs["input_ids"].numel()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         started = time.perf_counter()
@@ -150,13 +150,13 @@ class RunRecords(RowOrder):
             own.replace(file)  # at once: ranks that stop together do not write into each other's file
         self.callback_handler.on_train_end(self.args, self.state, self.control)  # trackers write what they hold
 
-    def _shape(self) -> RunShape:
+    def _shape(self) -> ResumeFingerprint:
         data: dict[str, Any] = {"train_rows": 0, "row_lengths": ""}
         if self.progress:
             data |= self.progress.stream.identity()
         else:
             data = {"train_rows": len(self.train_rows), "row_lengths": digest_lengths(row_lengths(self.train_rows))}
-        return RunShape(
+        return ResumeFingerprint(
             world_size=self.args.world_size,
             per_device_train_batch_size=self.args.per_device_train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,

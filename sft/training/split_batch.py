@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.loss.token_loss import trained_positions
 
 
-def halves(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def split_batch(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The two halves; None when there is one row or document, which must stay whole.
 
     A flattened pass is cut between two documents, where both sides come nearest to the same length; a padded one
@@ -25,7 +25,7 @@ def halves(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | Non
             trained tokens.
     """
     documents = batch.get("documents")
-    if isinstance(documents, Boundaries):
+    if isinstance(documents, DocumentOffsets):
         return _between_documents(batch, documents)
     rows = len(batch["input_ids"])
     if rows < 2:
@@ -38,7 +38,9 @@ def _rows(batch: dict[str, Any], side: slice) -> dict[str, Any]:
     return {**part, "trained_positions": trained_positions(part["labels"])}
 
 
-def _between_documents(batch: dict[str, Any], documents: Boundaries) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def _between_documents(
+    batch: dict[str, Any], documents: DocumentOffsets
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     if len(documents.lengths) < 2:
         return None
     ends_of_documents = list(accumulate(documents.lengths))
@@ -63,7 +65,7 @@ def _documents(
     part = {name: batch[name][:, tokens] for name in ("input_ids", "labels", "position_ids")}
     return {
         **part,
-        "documents": Boundaries.of(documents).to(lengths.device),
+        "documents": DocumentOffsets.of(documents).to(lengths.device),
         "lengths": lengths.clamp(min=0),
         "rows": batch["rows"][rows],
         "trained_positions": trained_positions(part["labels"]),

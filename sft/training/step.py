@@ -19,14 +19,14 @@ from sft.errors import TrainingStopped
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import Objective, TokenLoss
 from sft.model.compile import CompileSettings
-from sft.training.oom_retry import ShrinkingPasses
+from sft.training.oom_retry import OomRetry
 from sft.training.optim.factory import skipping, with_master_weights
 from sft.training.optim.grad_norm import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.training.optim.master_weights import MasterWeights
 from sft.training.optim.resume import PEAK, ConfiguredOptimizer
 from sft.training.optim.split_master_weights import summed_in_a_pass
-from sft.training.split_batch import halves
-from sft.training.step_monitor import StepWatch
+from sft.training.split_batch import split_batch
+from sft.training.step_monitor import StepMonitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class GuardedStep(Trainer):
 
     progress: StreamProgress | None = None
     _masters: MasterWeights | None = None
-    _shrinking: ShrinkingPasses | None = None
+    _shrinking: OomRetry | None = None
     _reducer: GradientReducer | None = None
     _settled_at: tuple[int, float] = (0, 0.0)  # steps and epochs before the step asked for last
 
@@ -82,7 +82,7 @@ class GuardedStep(Trainer):
         self._total_steps = total_steps
         self._sums = TokenSums(self.args.device)
         tokenizer: Any = self.processing_class
-        self._watch = StepWatch(
+        self._watch = StepMonitor(
             model,
             self.args.device,
             tokenizer.decode,
@@ -95,7 +95,7 @@ class GuardedStep(Trainer):
             rank=self.args.process_index,
         )
         if settings.shrinks:
-            self._shrinking = ShrinkingPasses(halves, model.zero_grad, self._watch.counts, self._watch.put_back)
+            self._shrinking = OomRetry(split_batch, model.zero_grad, self._watch.counts, self._watch.put_back)
             if self.args.world_size > 1:
                 self._reducer = GradientReducer([p for p in model.parameters() if p.requires_grad])
 
@@ -168,7 +168,7 @@ class GuardedStep(Trainer):
         assert self.optimizer is not None
         norms = gradient_norms(self.model.named_parameters())
         norm = total_norm(norms.values())
-        if self._watch.may_step(
+        if self._watch.should_step(
             norm,
             norms,
             made=self.state.global_step,

@@ -18,7 +18,7 @@ from sft.training.nonfinite import NonfiniteGuard
 Inputs = dict[str, Any]
 
 
-class StepWatch:
+class StepMonitor:
     """The sums of one optimizer step, its rows, the guard against numbers that are not finite, and the first checks.
 
     Args:
@@ -104,7 +104,7 @@ class StepWatch:
         """
         self._guard.answer()
 
-    def may_step(
+    def should_step(
         self,
         norm: torch.Tensor,
         norms: Mapping[str, torch.Tensor],

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from sft.checkpoint import compatibility
-from sft.checkpoint.compatibility import RunShape, adapter_facts, describe_adapter, digest_lengths
+from sft.checkpoint.compatibility import ResumeFingerprint, adapter_facts, describe_adapter, digest_lengths
 from sft.errors import UserError
 from sft.loss.metrics import TokenCounts
 from tests.builders import tiny_llama
@@ -37,7 +37,7 @@ def test_a_whole_model_has_no_adapter() -> None:
 
 
 def test_what_is_counted_comes_back(tmp_path: Path) -> None:
-    shape = RunShape(1, 2, 3, 40, "3f", 0, None, "random")
+    shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, None, "random")
     counts = TokenCounts(1.5, 1.25, 7, 3, 2, 1, 30)
     compatibility.save(tmp_path, shape, counts, skipped=4)
     assert compatibility.load(tmp_path, shape) == (counts, 4)
@@ -48,7 +48,7 @@ def test_what_is_counted_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_format_of_the_weights_comes_back(tmp_path: Path) -> None:
-    shape = RunShape(1, 2, 3, 40, "3f", 0, "r=4", "random")
+    shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, "r=4", "random")
     compatibility.save(tmp_path, shape, TokenCounts.zero(), 0, dtype="bfloat16")
     assert compatibility.dtype_of_checkpoint(tmp_path) == "bfloat16"
 
@@ -70,7 +70,7 @@ def test_an_older_checkpoint_tells_the_format_by_its_optimizer(tmp_path: Path, s
 
 @pytest.mark.parametrize(("was", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_an_optimizer_that_does_not_fit_names_the_key_to_set(tmp_path: Path, was: bool, dtype: str) -> None:
-    shape = RunShape(1, 2, 3, 40, "3f", 0, None, "random", master_weights=was)
+    shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, None, "random", master_weights=was)
     compatibility.save(tmp_path, shape, TokenCounts.zero(), 0)
     with pytest.raises(UserError) as caught:
         compatibility.load(tmp_path, replace(shape, master_weights=not was))
@@ -84,7 +84,7 @@ def test_lengths_are_told_apart_by_their_order_too() -> None:
     assert digest_lengths(np.array([3, 5])) != digest_lengths(np.array([5, 3]))
 
 
-SHAPE = RunShape(1, 2, 3, 40, "3f", 0, "r=4", "random")
+SHAPE = ResumeFingerprint(1, 2, 3, 40, "3f", 0, "r=4", "random")
 
 
 def adapted(base: str = "/models/base", quantization: Any = None, commit: str | None = None, **settings: Any) -> Any:

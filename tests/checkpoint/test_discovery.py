@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sft.checkpoint import compatibility
-from sft.checkpoint.compatibility import RunShape
+from sft.checkpoint.compatibility import ResumeFingerprint
 from sft.checkpoint.discovery import checkpoints, find_checkpoint, find_damage, require_best, where_to_go_on
 from sft.errors import UserError
 from sft.loss.metrics import TokenCounts
@@ -126,7 +126,7 @@ def test_a_checkpoint_needs_the_random_state_of_every_rank_that_wrote_into_it(tm
 def test_nodes_without_a_common_disk_each_hold_the_random_states_of_their_own_ranks(tmp_path: Path) -> None:
     """As with `save_on_each_node`: the second of two nodes with two ranks each."""
     checkpoint = make_checkpoint(tmp_path, 10)
-    shape = RunShape(4, 2, 3, 40, "3f", 0, None, "random")
+    shape = ResumeFingerprint(4, 2, 3, 40, "3f", 0, None, "random")
     compatibility.save(checkpoint, shape, TokenCounts.zero(), 0, ranks=range(2, 4))
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_2.pth")
     assert find_damage(checkpoint) == "rng_state_3.pth is missing"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sft.checkpoint.discovery import checkpoints
-from sft.checkpoint.output_dir import require_apart, set_aside
+from sft.checkpoint.output_dir import archive_previous_run, forbid_overlap
 from sft.errors import UserError
 from sft.model.paths import is_adapter, is_model
 
@@ -32,9 +32,9 @@ def names_in(folder: Path) -> list[str]:
 
 def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> None:
     leave(tmp_path, [], steps=(8,))
-    set_aside(tmp_path, None)
+    archive_previous_run(tmp_path, None)
     leave(tmp_path, [], steps=(4,))
-    set_aside(tmp_path, None)
+    archive_previous_run(tmp_path, None)
     assert checkpoints(tmp_path) == []
     assert (tmp_path / "earlier-run-1" / "checkpoint-8").is_dir()
     assert (tmp_path / "earlier-run-2" / "checkpoint-4").is_dir()
@@ -48,7 +48,7 @@ def test_a_fresh_run_moves_an_earlier_model_aside_with_its_checkpoints_and_says_
     leave(tmp_path, NOT_OF_A_MODEL)
     keep_logs(tmp_path)
     with caplog.at_level(logging.WARNING, "sft"):
-        set_aside(tmp_path, None)
+        archive_previous_run(tmp_path, None)
     assert names_in(tmp_path) == sorted([*NOT_OF_A_MODEL, "logs", "earlier-run-1"])
     earlier = tmp_path / "earlier-run-1"
     assert names_in(earlier) == sorted([*model, "checkpoint-8", "checkpoint-12", "logs"])
@@ -74,22 +74,22 @@ def test_a_fresh_run_moves_what_it_would_write_over_among_the_logs(tmp_path: Pat
     """The log as text is one for all runs; a run that left nothing else, as it was stopped early, counts as well."""
     keep_logs(tmp_path)
     leave(tmp_path, ["config.yaml", "trainer_state.json"])
-    set_aside(tmp_path, None)
+    archive_previous_run(tmp_path, None)
     assert names_in(tmp_path / "logs") == ["slurm-7.out", "training_log.txt"]
     earlier = tmp_path / "earlier-run-1"
     assert names_in(earlier) == ["config.yaml", "logs", "trainer_state.json"]
     assert names_in(earlier / "logs") == LOGS
     assert names_in(earlier / "logs" / "tensorboard") == ["events"]
-    set_aside(tmp_path, None)
+    archive_previous_run(tmp_path, None)
     assert names_in(tmp_path) == ["earlier-run-1", "logs"], "nothing is left to move"
 
 
 def test_a_run_that_goes_on_keeps_its_logs_and_leaves_a_branch_a_copy(tmp_path: Path) -> None:
     keep_logs(tmp_path)
     leave(tmp_path, [], steps=(8, 12))
-    set_aside(tmp_path, tmp_path / "checkpoint-12")
+    archive_previous_run(tmp_path, tmp_path / "checkpoint-12")
     assert names_in(tmp_path / "logs") == sorted([*LOGS, "slurm-7.out", "training_log.txt"])
-    set_aside(tmp_path, tmp_path / "checkpoint-8")
+    archive_previous_run(tmp_path, tmp_path / "checkpoint-8")
     assert names_in(tmp_path / "logs") == sorted([*LOGS, "slurm-7.out", "training_log.txt"])
     assert names_in(tmp_path / "earlier-run-1") == ["checkpoint-12", "logs"]
     assert names_in(tmp_path / "earlier-run-1" / "logs") == LOGS
@@ -99,14 +99,14 @@ def test_a_run_that_goes_on_keeps_its_logs_and_leaves_a_branch_a_copy(tmp_path: 
 def test_a_folder_that_no_run_was_in_stays_as_it_is(tmp_path: Path) -> None:
     leave(tmp_path, [*NOT_OF_A_MODEL, "README.md", "config.yaml"])
     before = names_in(tmp_path)
-    set_aside(tmp_path, None)
+    archive_previous_run(tmp_path, None)
     assert names_in(tmp_path) == before
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_with_their_model(tmp_path: Path) -> None:
     """Else a later `auto` would go on from the newest of them: from the branch that was left."""
     leave(tmp_path, ADAPTER, steps=(8, 12, 90, 100))
-    set_aside(tmp_path, tmp_path / "checkpoint-12")
+    archive_previous_run(tmp_path, tmp_path / "checkpoint-12")
     assert names_in(tmp_path) == ["checkpoint-12", "checkpoint-8", "earlier-run-1"]
     assert names_in(tmp_path / "earlier-run-1") == sorted([*ADAPTER, "checkpoint-90", "checkpoint-100"])
 
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_from_the_newest_checkpoint_moves_nothing(tmp_path: P
     (tmp_path / "link").symlink_to(tmp_path / "checkpoint-12")
     before = names_in(tmp_path)
     for newest in ("checkpoint-12", "link", "checkpoint-8/../checkpoint-12"):
-        set_aside(tmp_path, tmp_path / newest)
+        archive_previous_run(tmp_path, tmp_path / newest)
         assert names_in(tmp_path) == before
 
 
@@ -125,9 +125,9 @@ def test_a_run_that_goes_on_from_another_folders_checkpoint_is_no_run_of_this_on
     for folder in (there, here):
         folder.mkdir()
         leave(folder, ADAPTER, steps=(4, 8))
-    set_aside(here, there / "checkpoint-8")
+    archive_previous_run(here, there / "checkpoint-8")
     assert names_in(here) == ["earlier-run-1"]
-    set_aside(here, here / "earlier-run-1" / "checkpoint-8")
+    archive_previous_run(here, here / "earlier-run-1" / "checkpoint-8")
     assert names_in(here / "earlier-run-1") == sorted([*ADAPTER, "checkpoint-4", "checkpoint-8"])
 
 
@@ -155,12 +155,12 @@ def test_what_a_run_starts_from_is_neither_moved_nor_written_over(
             "from_scratch": {},
         }
         if refused is None:
-            require_apart(output_dir, named)
+            forbid_overlap(output_dir, named)
         else:
             with pytest.raises(UserError, match=f"output_dir: {refused}"):
-                require_apart(output_dir, named)
+                forbid_overlap(output_dir, named)
 
 
 def test_a_hub_name_and_a_template_written_in_the_config_are_no_paths(tmp_path: Path) -> None:
     template = "{% for m in messages %}" + "{{ m.content }}\n" * 400 + "{% endfor %}"
-    require_apart(tmp_path, {"model_name_or_path": "owner/name", "chat_template": template})
+    forbid_overlap(tmp_path, {"model_name_or_path": "owner/name", "chat_template": template})

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from sft.loss import chunked as chunked_loss
 from sft.loss import fused_linear
-from sft.loss.chunked import linear_chunks, tokens_of_a_chunk
-from sft.loss.known_gradients import KnownGradients
+from sft.loss.chunked import choose_chunk_size, linear_chunks
+from sft.loss.known_gradients import PrecomputedGradients
 from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
 from sft.loss.token_loss import Objective, TokenLoss, token_loss, trained_positions
 from tests.builders import tiny_llama
@@ -336,7 +336,7 @@ def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(
     scale, dtypes = torch.tensor(1 / 300), [torch.bfloat16, wanted]
     with torch.no_grad():
         scores, made = linear_chunks(ours, LogitTransform(), targets, Objective(), dtypes, chunk_size, scale)
-    (KnownGradients.apply(scores.loss.sum(), made, scale, *ours) / 300).backward()
+    (PrecomputedGradients.apply(scores.loss.sum(), made, scale, *ours) / 300).backward()
     assert ours[1].grad is not None
     assert ours[1].grad.dtype == wanted
     of_ours, of_plain = ([300 * t.grad.double() for t in tensors if t.grad is not None] for tensors in (ours, plain))
@@ -477,7 +477,7 @@ def test_gradients_are_used_up_by_one_backward() -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 5, 4096, 100_000])
 @pytest.mark.parametrize("vocab_size", [100, 32_000, 151_936, 10**9])
 def test_chunks_are_of_equal_size_and_hold_no_more_than_the_machine_should(tokens: int, vocab_size: int) -> None:
-    size = tokens_of_a_chunk(torch.device("cpu"), vocab_size, tokens)
+    size = choose_chunk_size(torch.device("cpu"), vocab_size, tokens)
     assert 1 <= size <= max(tokens, 1)
     assert size == 1 or size * vocab_size <= 2**26
     chunks = -(-tokens // size)
@@ -493,7 +493,7 @@ def test_a_gpus_chunks_follow_its_size_and_not_what_is_free(
     chunked_loss._logits_on_gpu.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
     most = logits // 32_000
-    assert [tokens_of_a_chunk(device, 32_000, tokens) for tokens in (most, most + 1)] == [most, -(-(most + 1) // 2)]
+    assert [choose_chunk_size(device, 32_000, tokens) for tokens in (most, most + 1)] == [most, -(-(most + 1) // 2)]
     chunked_loss._logits_on_gpu.cache_clear()
 
 

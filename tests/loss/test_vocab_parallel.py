@@ -21,12 +21,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.data.loading.collator import Collator
-from sft.distributed.dtensor import VocabularyShard, whole
+from sft.distributed.dtensor import VocabularyShard, to_full
 from sft.loss.chunked import score_rows
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import LogitTransform
 from sft.loss.token_loss import Objective, TokenLoss
-from sft.loss.vocab_parallel import score_slice, tokens_of_a_chunk
+from sft.loss.vocab_parallel import choose_chunk_size, vocab_parallel_scores
 from sft.model.attention import document_attention
 from sft.model.attention.document_attention import takes_documents
 from sft.training.optim.grad_norm import clip_gradients, gradient_norms, total_norm
@@ -225,7 +225,7 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
             (result.objective * (ranks / count)).backward()
             sums.append(result)
     spread = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: to_full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     norm = total_norm(gradient_norms(model.named_parameters()).values())
     clip_gradients(model.parameters(), float(norm) / 4, norm)
     norms = [float(norm), float(total_norm(gradient_norms(model.named_parameters()).values()))]
@@ -372,7 +372,7 @@ def _slices(rank: int, group: Any) -> list[Any]:
     for objective, transform, dtype in _each():
         logits, targets = _logits(dtype)
         own = logits[:, start : start + width].clone()
-        scores = score_slice(own, targets, objective, transform, True, torch.tensor(0.25), shard=shard)
+        scores = vocab_parallel_scores(own, targets, objective, transform, True, torch.tensor(0.25), shard=shard)
         found.append((scores[0], own))
     return found
 
@@ -403,9 +403,9 @@ def test_ranks_agree_on_the_size_of_a_chunk() -> None:
     shards = [
         VocabularyShard(151_936, start, width, 50_646, group) for start, width in ((0, 50_646), (101_292, 50_644))
     ]
-    sizes = {tokens_of_a_chunk(shard, torch.device("cpu")) for shard in shards}
+    sizes = {choose_chunk_size(shard, torch.device("cpu")) for shard in shards}
     assert sizes == {2**24 // 50_646}
-    assert tokens_of_a_chunk(replace(shards[0], widest=2**40), torch.device("cpu")) == 1
+    assert choose_chunk_size(replace(shards[0], widest=2**40), torch.device("cpu")) == 1
 
 
 # Mixed precision

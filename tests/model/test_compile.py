@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
 import sft_main
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.errors import UserError
 from sft.model import compile as compilation
 from sft.model.activation_checkpointing import checkpoint_activations
@@ -82,7 +82,7 @@ def batches(count: int = 8) -> Iterator[list[int]]:
 def hidden(model: Any, lengths: list[int]) -> torch.Tensor:
     ids = torch.randint(0, VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(sum(lengths)))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    inputs = document_attention.attention_inputs(model.config, Boundaries.of(lengths))
+    inputs = document_attention.attention_inputs(model.config, DocumentOffsets.of(lengths))
     return model(input_ids=ids, position_ids=positions, use_cache=False, **inputs).logits
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import Collator
 from sft.training.dataloader import RowOrder
 
@@ -59,13 +59,13 @@ def test_what_is_pinned_does_not_wait(trainer: Any) -> None:
     labels = torch.arange(4).as_subclass(Pinned)
     offsets = torch.arange(2, dtype=torch.int32).as_subclass(Pinned)
     labels.asked, offsets.asked = [], []
-    moved = trainer._prepare_input({"labels": labels, "documents": Boundaries((4,), offsets)})
+    moved = trainer._prepare_input({"labels": labels, "documents": DocumentOffsets((4,), offsets)})
     assert (labels.asked, offsets.asked) == ([True], [True])
     assert moved["labels"].device.type == moved["documents"].cu_seqlens.device.type == "meta"
 
 
 def test_boundaries_that_are_there_stay_what_they_are(trainer: Any) -> None:
-    there = Boundaries.of([3, 2]).to("meta")
+    there = DocumentOffsets.of([3, 2]).to("meta")
     assert trainer._prepare_input(there) is there
 
 

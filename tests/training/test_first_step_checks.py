@@ -19,8 +19,8 @@ from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
 from sft.loss.metrics import TokenCounts
 from sft.loss.token_loss import TokenLoss, token_loss
-from sft.training.first_step_checks import FirstStep, TrustChecks, doubts, noise_sources
-from sft.training.gradient_coverage import Gradients, count_gradients
+from sft.training.first_step_checks import FirstStep, TrustChecks, find_warnings, noise_sources
+from sft.training.gradient_coverage import GradientCoverage, count_gradients
 from tests.builders import tiny_llama
 from tests.by_hand import model_in, rows_of, summed_nll
 from tests.runs import arithmetic, write_config, write_rows
@@ -35,7 +35,7 @@ SOUND = FirstStep(
     in_training=2.31,
     in_evaluation=2.3101,
     noise=(),
-    gradients=Gradients(224, 224),
+    gradients=GradientCoverage(224, 224),
 )
 
 
@@ -55,7 +55,7 @@ def adapted(**options: Any) -> Any:
 
 
 def test_a_sound_run_is_one_line() -> None:
-    assert doubts(SOUND) == []
+    assert find_warnings(SOUND) == []
     assert str(SOUND) == (
         "step 0: loss 2.31, ln(vocab) 10.37; evaluation mode 2.31; 500 of 2,000 tokens are trained; "
         "224 of 224 parameters have a gradient"
@@ -77,7 +77,7 @@ def test_the_first_loss_beside_that_of_a_model_that_knows_nothing(
     share: float, from_scratch: bool, said: str | None
 ) -> None:
     loss = share * math.log(32_000)
-    found = doubts(replace(SOUND, loss=loss, in_training=loss, in_evaluation=loss, from_scratch=from_scratch))
+    found = find_warnings(replace(SOUND, loss=loss, in_training=loss, in_evaluation=loss, from_scratch=from_scratch))
     assert len(found) == (said is not None)
     if said:
         assert said in found[0]
@@ -96,7 +96,7 @@ def test_the_first_loss_beside_that_of_a_model_that_knows_nothing(
     ],
 )
 def test_training_mode_beside_evaluation_mode(in_training: float, noise: tuple[str, ...], is_doubted: bool) -> None:
-    found = doubts(replace(SOUND, in_training=in_training, in_evaluation=2.3, noise=noise))
+    found = find_warnings(replace(SOUND, in_training=in_training, in_evaluation=2.3, noise=noise))
     assert len(found) == is_doubted
     assert all(f"{in_training:.4g} in training mode and 2.3 in evaluation mode" in text for text in found)
     assert all(name in text for text in found for name in noise)
@@ -104,7 +104,7 @@ def test_training_mode_beside_evaluation_mode(in_training: float, noise: tuple[s
 
 def test_a_pass_without_a_trained_token_has_no_modes_to_compare() -> None:
     first = replace(SOUND, in_training=None, in_evaluation=None)
-    assert doubts(first) == []
+    assert find_warnings(first) == []
     assert "evaluation mode" not in str(first)
 
 
@@ -114,7 +114,7 @@ def test_a_pass_without_a_trained_token_has_no_modes_to_compare() -> None:
 def test_every_parameter_of_a_sound_model_is_reached() -> None:
     model = tiny_llama(100)
     step_of(model)
-    assert count_gradients(model) == Gradients(total=21, reached=21)
+    assert count_gradients(model) == GradientCoverage(total=21, reached=21)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}])
@@ -124,20 +124,20 @@ def test_an_adapter_starts_with_one_matrix_waiting(options: dict[str, Any]) -> N
     found = count_gradients(model)
     assert found.waiting == 14  # lora_A of seven layers in two blocks
     assert found.reached == found.total - 14
-    assert doubts(replace(SOUND, gradients=found)) == []
+    assert find_warnings(replace(SOUND, gradients=found)) == []
     assert str(found).endswith("14 start with none by design")
 
 
 def test_an_adapter_that_has_been_trained_waits_for_nothing() -> None:
     model = adapted(init_lora_weights=False)
     step_of(model)
-    assert count_gradients(model) == Gradients(total=28, reached=28)
+    assert count_gradients(model) == GradientCoverage(total=28, reached=28)
 
 
 def test_an_adapter_on_embeddings_starts_with_its_other_matrix_waiting() -> None:
     model = get_peft_model(tiny_llama(100), LoraConfig(r=4, target_modules=["embed_tokens"]))
     step_of(model)
-    assert count_gradients(model) == Gradients(total=2, reached=1, waiting=1)
+    assert count_gradients(model) == GradientCoverage(total=2, reached=1, waiting=1)
 
 
 def test_an_adapter_whose_two_matrices_are_zero_is_dead() -> None:
@@ -148,7 +148,7 @@ def test_an_adapter_whose_two_matrices_are_zero_is_dead() -> None:
     step_of(model)
     found = count_gradients(model)
     assert found.zero == (f"{dead}.lora_A.default.weight", f"{dead}.lora_B.default.weight")
-    (text,) = doubts(replace(SOUND, gradients=found))
+    (text,) = find_warnings(replace(SOUND, gradients=found))
     assert f"{dead}.lora_B.default.weight" in text
 
 
@@ -165,8 +165,8 @@ def test_parameters_that_the_forward_pass_leaves_out_are_named() -> None:
     model.model.spare = nn.Linear(3, 3)
     step_of(model)
     found = count_gradients(model)
-    assert found == Gradients(total=23, reached=21, missing=("model.spare.weight", "model.spare.bias"))
-    (text,) = doubts(replace(SOUND, gradients=found))
+    assert found == GradientCoverage(total=23, reached=21, missing=("model.spare.weight", "model.spare.bias"))
+    (text,) = find_warnings(replace(SOUND, gradients=found))
     assert "2 trained parameters are not used by the forward pass" in text
     assert "model.spare.weight, model.spare.bias" in text
 
@@ -184,7 +184,7 @@ def test_frozen_parameters_are_not_asked_for() -> None:
     model = tiny_llama(100)
     model.get_input_embeddings().requires_grad_(False)
     step_of(model)
-    assert count_gradients(model) == Gradients(total=20, reached=20)
+    assert count_gradients(model) == GradientCoverage(total=20, reached=20)
 
 
 def test_experts_that_got_no_token_are_legal() -> None:
@@ -196,8 +196,8 @@ def test_experts_that_got_no_token_are_legal() -> None:
     model = Experts()
     model.experts[1](torch.ones(4)).sum().backward()
     found = count_gradients(model)
-    assert found == Gradients(total=4, reached=1, idle_experts=3)
-    assert doubts(replace(SOUND, gradients=found)) == []
+    assert found == GradientCoverage(total=4, reached=1, idle_experts=3)
+    assert find_warnings(replace(SOUND, gradients=found)) == []
 
 
 def test_a_mixture_of_experts_of_transformers_is_sound() -> None:
@@ -208,7 +208,7 @@ def test_a_mixture_of_experts_of_transformers_is_sound() -> None:
         Qwen3MoeConfig(vocab_size=100, num_experts=16, num_experts_per_tok=1, norm_topk_prob=False, **sizes, **heads)
     )
     step_of(model)
-    assert doubts(replace(SOUND, gradients=count_gradients(model))) == []
+    assert find_warnings(replace(SOUND, gradients=count_gradients(model))) == []
 
 
 # What draws random numbers

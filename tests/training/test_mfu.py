@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from sft.training.mfu import operations_a_token, peak_of, peak_operations
+from sft.training.mfu import flops_per_token, peak_flops, peak_flops_by_name
 from tests.builders import tiny_llama
 
 # Of `tiny_llama`: width 64, 2 layers, 4 heads of 16 with 2 for keys and values, 128 in the middle.
@@ -17,16 +17,16 @@ HEAD = 100 * 64
 
 
 def test_six_a_weight_where_all_are_trained_and_none_for_the_table_of_embeddings() -> None:
-    assert operations_a_token(tiny_llama(100)) == 6 * (LAYERS + HEAD)
+    assert flops_per_token(tiny_llama(100)) == 6 * (LAYERS + HEAD)
 
 
 def test_a_tied_table_is_multiplied_as_the_head() -> None:
-    assert operations_a_token(tiny_llama(100, tie_word_embeddings=True)) == 6 * (LAYERS + HEAD)
+    assert flops_per_token(tiny_llama(100, tie_word_embeddings=True)) == 6 * (LAYERS + HEAD)
 
 
 def test_four_a_frozen_weight_and_six_one_of_the_adapter() -> None:
     model = get_peft_model(tiny_llama(100), LoraConfig(r=4, target_modules=["q_proj"]))
-    assert operations_a_token(model) == 4 * (LAYERS + HEAD) + 6 * 2 * (4 * 64 + 64 * 4)
+    assert flops_per_token(model) == 4 * (LAYERS + HEAD) + 6 * 2 * (4 * 64 + 64 * 4)
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (8, 2)])
@@ -42,12 +42,12 @@ def test_only_the_experts_that_a_token_goes_through_count(experts: int, chosen: 
         num_experts_per_tok=chosen,
     )
     a_layer = ATTENTION + chosen * 3 * 64 * 128 + experts * 64 + 2 * 64
-    assert operations_a_token(MixtralForCausalLM(config)) == 6 * (2 * a_layer + 64 + HEAD)
+    assert flops_per_token(MixtralForCausalLM(config)) == 6 * (2 * a_layer + 64 + HEAD)
 
 
 def test_the_peak_is_that_of_the_data_sheet_or_none() -> None:
-    assert peak_operations("NVIDIA H100 80GB HBM3") == 989.4e12
-    assert peak_operations("NVIDIA H100 PCIe") == 756e12
-    assert peak_operations("NVIDIA L40S") == 362e12
-    assert peak_operations("NVIDIA GeForce GTX 1080") is None
-    assert peak_of(torch.device("cpu")) is None
+    assert peak_flops_by_name("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert peak_flops_by_name("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops_by_name("NVIDIA L40S") == 362e12
+    assert peak_flops_by_name("NVIDIA GeForce GTX 1080") is None
+    assert peak_flops(torch.device("cpu")) is None

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import sft_main
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import Collator
 from sft.training.neftune import Neftune, noise_scale
 from tests.builders import tiny_llama
@@ -164,7 +164,7 @@ def test_it_keeps_the_models_number_format() -> None:
 
 def test_boundaries_of_many_documents_are_one_number_a_token() -> None:
     ids = torch.zeros(1, 6, dtype=torch.int64)
-    scale = noise_scale(ids, 4, 2.0, documents=Boundaries.of([1, 4, 1]))
+    scale = noise_scale(ids, 4, 2.0, documents=DocumentOffsets.of([1, 4, 1]))
     assert scale.flatten().tolist() == pytest.approx([1.0, 0.5, 0.5, 0.5, 0.5, 1.0])
 
 

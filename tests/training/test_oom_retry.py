@@ -14,8 +14,8 @@ import torch
 
 from sft.data.loading.collator import Collator
 from sft.errors import RankStopped
-from sft.training.oom_retry import ShrinkingPasses, is_out_of_memory, measuring, out_of_memory
-from sft.training.split_batch import halves
+from sft.training.oom_retry import OomRetry, is_out_of_memory, measuring, out_of_memory
+from sft.training.split_batch import split_batch
 from tests.runs import ROOT
 
 
@@ -33,7 +33,7 @@ def rows(*lengths: int) -> list[dict[str, Any]]:
 
 def test_a_flattened_pass_is_cut_between_documents() -> None:
     batch = Collator(0, flatten=True)(rows(3, 2, 4, 1))
-    first, second = halves(batch) or ({}, {})
+    first, second = split_batch(batch) or ({}, {})
     assert first["documents"].lengths == (3, 2)
     assert second["documents"].lengths == (4, 1)
     assert second["documents"].cu_seqlens.tolist() == [0, 4, 5]
@@ -46,7 +46,7 @@ def test_a_flattened_pass_is_cut_between_documents() -> None:
 
 def test_a_padded_pass_is_cut_between_rows() -> None:
     batch = Collator(0)(rows(3, 5, 4))
-    first, second = halves(batch) or ({}, {})
+    first, second = split_batch(batch) or ({}, {})
     assert [len(first["input_ids"]), len(second["input_ids"])] == [1, 2]
     assert second["lengths"].tolist() == [5, 4]
     assert second["trained_positions"].tolist() == [2, 3, 4, 7, 8]
@@ -54,7 +54,7 @@ def test_a_padded_pass_is_cut_between_rows() -> None:
 
 @pytest.mark.parametrize("flatten", [True, False])
 def test_a_single_row_stays_whole(flatten: bool) -> None:
-    assert halves(Collator(0, flatten)(rows(4))) is None
+    assert split_batch(Collator(0, flatten)(rows(4))) is None
 
 
 # Doing a step again
@@ -104,7 +104,7 @@ class Step:
     def __init__(self, room: int) -> None:
         self.room, self.gradient, self.counted = room, 0.0, 0
         self.passes: list[list[float]] = []
-        self.shrinking = ShrinkingPasses(self.halves, self.clear, lambda: self.counted, self.put_back)
+        self.shrinking = OomRetry(self.split_batch, self.clear, lambda: self.counted, self.put_back)
 
     def run_pass(self, numbers: list[float]) -> torch.Tensor:
         self.passes.append(numbers)
@@ -116,7 +116,7 @@ class Step:
         return torch.tensor(sum(numbers))
 
     @staticmethod
-    def halves(numbers: list[float]) -> tuple[list[float], list[float]] | None:
+    def split_batch(numbers: list[float]) -> tuple[list[float], list[float]] | None:
         middle = len(numbers) // 2
         return (numbers[:middle], numbers[middle:]) if middle else None
 
@@ -158,8 +158,8 @@ import json, resource, sys
 import torch
 from sft.data.loading.collator import Collator
 from sft.loss.token_loss import token_loss
-from sft.training.oom_retry import ShrinkingPasses
-from sft.training.split_batch import halves
+from sft.training.oom_retry import OomRetry
+from sft.training.split_batch import split_batch
 from tests.builders import tiny_llama
 from tests.training.test_oom_retry import rows
 
@@ -180,7 +180,7 @@ def run_pass(batch):
     loss.backward()
     return loss
 
-passes = ShrinkingPasses(halves, model.zero_grad, lambda: None, lambda _: None)
+passes = OomRetry(split_batch, model.zero_grad, lambda: None, lambda _: None)
 curve, cuts = [], []
 for number, step in enumerate(steps):
     tokens = sum(len(batch["trained_positions"]) for batch in step)

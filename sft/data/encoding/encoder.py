@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX, Documents
 from sft.data.encoding.seams import SeamMerges
-from sft.data.encoding.segments import PieceEncoder, exact, plain
+from sft.data.encoding.segments import SegmentTokenizer, exact, plain
 from sft.data.encoding.word_cache import ID_BYTES, WordIds, packed
 from sft.data.templates.renderer import Rendered
 
@@ -63,7 +63,7 @@ class Batch:
     seam_merges: list[int] = field(default_factory=list)
 
     def add(self, text: str, trained: bool, method: str) -> None:
-        """Notes one piece, to be encoded by the `PieceEncoder` method of that name."""
+        """Notes one piece, to be encoded by the `SegmentTokenizer` method of that name."""
         numbers, texts = self.waiting.setdefault(method, ([], []))
         numbers.append(len(self.ids))
         texts.append(text)
@@ -86,7 +86,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._backend: Tokenizer = exact(tokenizer.backend_tokenizer)
         added = tokenizer.added_tokens_decoder.values()
-        self._encoder = PieceEncoder(self._backend, next((t.content for t in added if not t.rstrip), None))
+        self._encoder = SegmentTokenizer(self._backend, next((t.content for t in added if not t.rstrip), None))
         self._added = tuple(t.content for t in added)
         # These take the blanks behind them, wherever the text is cut.
         self._greedy = tuple(t.content for t in added if t.rstrip)
@@ -208,8 +208,8 @@ class Encoder:
         return encode
 
     @cached_property
-    def _plain(self) -> PieceEncoder:
-        return PieceEncoder(plain(self._backend))
+    def _plain(self) -> SegmentTokenizer:
+        return SegmentTokenizer(plain(self._backend))
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:

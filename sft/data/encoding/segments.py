@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 _ANCHORS = ("\n", "\x02", "=", "a")
 
 
-class PieceEncoder:
+class SegmentTokenizer:
     """Encodes pieces of texts, in batches, with a tokenizer's Rust backend. No special token is added.
 
     Args:
@@ -48,7 +48,7 @@ class PieceEncoder:
             return self.first
         state = json.loads(self._backend.to_str())
         if _stop_prefixing(state.get("pre_tokenizer")):
-            rest = PieceEncoder(Tokenizer.from_str(json.dumps(state)))
+            rest = SegmentTokenizer(Tokenizer.from_str(json.dumps(state)))
             if not rest.prefixes:
                 return rest.first
         return self._anchored

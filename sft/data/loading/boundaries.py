@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Boundaries:
+class DocumentOffsets:
     """The documents of one flattened row.
 
         lengths     3       2    4
@@ -29,7 +29,7 @@ class Boundaries:
     cu_seqlens: torch.Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Boundaries:
+    def of(cls, lengths: Sequence[int]) -> DocumentOffsets:
         """The boundaries of documents of these lengths, on the host."""
         return cls(tuple(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
 
@@ -46,17 +46,17 @@ class Boundaries:
     @cached_property
     def offsets(self) -> torch.Tensor:
         """`cu_seqlens` in the host's memory, made once a batch for all layers."""
-        return self.cu_seqlens if self.cu_seqlens.device.type == "cpu" else Boundaries.of(self.lengths).cu_seqlens
+        return self.cu_seqlens if self.cu_seqlens.device.type == "cpu" else DocumentOffsets.of(self.lengths).cu_seqlens
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Boundaries:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DocumentOffsets:
         """The same with the offsets on `device`; itself where they are there already.
 
         Accelerate calls it as it calls a tensor's. The Trainer calls `to` of tensors alone, so that
         `row_order.RowOrder` does it for batches that do not come through accelerate.
         """
         moved = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        return self if moved is self.cu_seqlens else Boundaries(self.lengths, moved)
+        return self if moved is self.cu_seqlens else DocumentOffsets(self.lengths, moved)
 
-    def pin_memory(self) -> Boundaries:
+    def pin_memory(self) -> DocumentOffsets:
         """The same with the offsets in page-locked memory; the DataLoader calls it."""
-        return Boundaries(self.lengths, self.cu_seqlens.pin_memory())
+        return DocumentOffsets(self.lengths, self.cu_seqlens.pin_memory())

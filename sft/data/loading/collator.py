@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.model.attention.document_attention import takes_documents
 
 FILLER = "filler"
@@ -71,7 +71,7 @@ class Collator:
         joined["labels"][np.cumsum(lengths) - lengths] = IGNORE_INDEX  # what stands before is another document
         joined["position_ids"] = positions(lengths)
         tensors = {name: torch.from_numpy(array[None]) for name, array in joined.items()}
-        return {**tensors, "documents": Boundaries.of(lengths.tolist())}
+        return {**tensors, "documents": DocumentOffsets.of(lengths.tolist())}
 
     def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from sft.data.documents import IGNORE_INDEX, Documents
-from sft.data.preparation.packing import Layout
+from sft.data.preparation.packing import PackedLayout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +66,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> bool:
     return False
 
 
-def write_rows(documents: Documents, layout: Layout, file: Path, *, packed: bool) -> None:
+def write_rows(documents: Documents, layout: PackedLayout, file: Path, *, packed: bool) -> None:
     """Writes a data set's rows as an Arrow stream, a part of the documents at a time.
 
     Columns, all lists of int32: `input_ids` and `labels` of the row; `seq_lengths`, where it is packed, has the tokens

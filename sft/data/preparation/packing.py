@@ -81,7 +81,7 @@ def _add(by_room: dict[int, list[int]], room: int, bins: list[int]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackedLayout:
     """How documents stand in rows.
 
     Attributes:
@@ -101,7 +101,7 @@ class Layout:
         return np.add.reduceat(self.lengths, np.cumsum(self.counts) - self.counts) if len(self.counts) else self.counts
 
 
-def lay_out(lengths: np.ndarray, packing: str | None, capacity: int, order: np.ndarray | None = None) -> Layout:
+def pack(lengths: np.ndarray, packing: str | None, capacity: int, order: np.ndarray | None = None) -> PackedLayout:
     """Arranges documents in rows of at most `capacity` tokens.
 
     Args:
@@ -113,14 +113,14 @@ def lay_out(lengths: np.ndarray, packing: str | None, capacity: int, order: np.n
     if packing == "wrapped":
         return _wrapped(used, capacity, order)
     if packing is None:
-        return Layout(used, np.ones(len(used), dtype=np.int64), order)
+        return PackedLayout(used, np.ones(len(used), dtype=np.int64), order)
     bins = best_fit_decreasing(used, capacity)
     counts = np.array([len(b) for b in bins], dtype=np.int64)
     places = np.concatenate(bins) if bins else np.zeros(0, dtype=np.int64)
-    return Layout(used[places], counts, places if order is None else order[places])
+    return PackedLayout(used[places], counts, places if order is None else order[places])
 
 
-def _wrapped(lengths: np.ndarray, capacity: int, order: np.ndarray | None) -> Layout:
+def _wrapped(lengths: np.ndarray, capacity: int, order: np.ndarray | None) -> PackedLayout:
     """One stream of all documents, cut every `capacity` tokens: for pretraining text.
 
     A document that is cut goes on in the next row as a document of its own, its first token there untrained. The
@@ -131,4 +131,4 @@ def _wrapped(lengths: np.ndarray, capacity: int, order: np.ndarray | None) -> La
     cuts = np.union1d(ends, np.arange(capacity, total, capacity))
     pieces = np.diff(cuts, prepend=0)
     counts = np.bincount((cuts - pieces) // capacity) if total else np.zeros(0, dtype=np.int64)
-    return Layout(pieces, counts, order)
+    return PackedLayout(pieces, counts, order)

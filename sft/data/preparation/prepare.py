@@ -20,7 +20,7 @@ from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger, as_document, as_state, total
 from sft.data.preparation.auto_packing import AutoPacking
 from sft.data.preparation.cache import cache_key, write_rows
-from sft.data.preparation.packing import lay_out
+from sft.data.preparation.packing import pack
 from sft.data.preparation.preview import first_sample
 from sft.data.preparation.selection import draw
 from sft.data.preparation.splits import count_rows, held_out
@@ -207,7 +207,7 @@ class Preparation:
         documents, limit = encoded.documents, self.keys.max_seq_length
         if order is not None and packing == "wrapped":  # a stream is cut as it stands
             documents, order = documents.take(order), None
-        layout = lay_out(documents.lengths, packing, limit, order)
+        layout = pack(documents.lengths, packing, limit, order)
         write_rows(documents, layout, self.folder / file, packed=packing is not None)
         if packing and len(documents):
             # The rows belong to the set as a whole: they stand in the first ledger and so, once, in the total.

@@ -28,7 +28,7 @@ from sft.data.lost_rows import require_enough_rows
 from sft.data.preparation.cache import cache_key
 from sft.data.sources.dataset_source import DataSource
 from sft.data.streaming.shard_reader import Cursor, Shard, ShardReader, too_few_rows
-from sft.data.streaming.window import Window, prepare_window
+from sft.data.streaming.window import StreamWindow, build_window
 from sft.errors import UserError
 
 STEP = "stream"  # the batch's entry that says where the stream stands behind it
@@ -151,8 +151,8 @@ class TrainingStream(IterableDataset):
         return self.plan.packing is not None
 
     def identity(self) -> dict[str, Any]:
-        """What a run that goes on from another must have in common with it, as `sft.checkpoint.compatibility.RunShape`
-        names it."""
+        """What a run that goes on from another must have in common with it, as
+        `sft.checkpoint.compatibility.ResumeFingerprint` names it."""
         keys = self.keys
         parts = {
             "keys": [keys.system_prompt, keys.max_seq_length, keys.truncation, keys.special_tokens_in_content],
@@ -197,7 +197,7 @@ class TrainingStream(IterableDataset):
         reader = ShardReader(plan.sources, plan.weights, Shard(0, 1), (Cursor(),) * len(plan.sources), 0)
         encoder = RowEncoder(self._tokenizer, self.keys, on_rows)
         taken = list(islice(reader.rest_of_epoch(), rows))
-        _, ledgers = prepare_window(
+        _, ledgers = build_window(
             taken, encoder, plan.sources, plan.packing, self.keys.max_seq_length, plan.known, rng=None
         )
         return Account(ledgers, end_token_ids=encoder.end_token_ids, ends_epoch=reader.epoch > 0)
@@ -231,7 +231,7 @@ class TrainingStream(IterableDataset):
         require_enough_rows(self.keys, as_document(account.ledgers))
         raise too_few_rows(self.plan.sources[0], self.plan.shards)
 
-    def _windows(self, place: Place) -> Iterator[tuple[Place, Window, Account]]:
+    def _windows(self, place: Place) -> Iterator[tuple[Place, StreamWindow, Account]]:
         plan, keys = self.plan, self.keys
         shard = Shard(place.shard, plan.shards)
         reader = ShardReader(plan.sources, plan.weights, shard, place.cursors, place.epoch)
@@ -241,7 +241,7 @@ class TrainingStream(IterableDataset):
             start = Place(place.shard, epoch, number, 0, reader.cursors)
             rows = list(islice(reader.rest_of_epoch(), keys.streaming_window))
             rng = np.random.default_rng([plan.seed, place.shard, epoch, number]) if plan.shuffle else None
-            window, ledgers = prepare_window(
+            window, ledgers = build_window(
                 rows, encoder, plan.sources, plan.packing, keys.max_seq_length, plan.known, rng
             )
             ends_epoch = reader.epoch > epoch

@@ -9,13 +9,13 @@ import numpy as np
 from sft.data.documents import IGNORE_INDEX, Documents
 from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger
-from sft.data.preparation.packing import lay_out
+from sft.data.preparation.packing import pack
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.row import Row
 from sft.data.streaming.shard_reader import Taken
 
 
-class Window:
+class StreamWindow:
     """Training rows in the order in which they are given.
 
     Args:
@@ -28,7 +28,7 @@ class Window:
     def __init__(
         self, documents: Documents, packing: str | None, capacity: int, rng: np.random.Generator | None
     ) -> None:
-        layout = lay_out(documents.lengths, packing, capacity)
+        layout = pack(documents.lengths, packing, capacity)
         if layout.order is not None:
             documents = documents.take(layout.order)
         self._is_packed = packing is not None
@@ -55,7 +55,7 @@ class Window:
         return row
 
 
-def prepare_window(
+def build_window(
     rows: Sequence[Taken],
     encoder: RowEncoder,
     sources: Sequence[DataSource],
@@ -63,7 +63,7 @@ def prepare_window(
     capacity: int,
     known: set[bytes],
     rng: np.random.Generator | None,
-) -> tuple[Window, dict[str, Ledger]]:
+) -> tuple[StreamWindow, dict[str, Ledger]]:
     """Encodes and packs rows.
 
     Args:
@@ -89,7 +89,7 @@ def prepare_window(
     documents = Documents.join(parts)
     if len(groups) > 1:
         documents = documents.take(np.argsort(documents.rows, kind="stable"))
-    window = Window(documents, packing, capacity, rng)
+    window = StreamWindow(documents, packing, capacity, rng)
     for document in np.searchsorted(np.cumsum(documents.lengths), window.cuts, side="right").tolist():
         taken = rows[documents.rows[document]]
         ledgers[not taken.is_new, taken.source].tokens_trained -= 1

@@ -22,7 +22,7 @@ from torch import Tensor
 # torch has this one only once it is imported (20 ms).
 from torch.nn.attention.varlen import varlen_attn
 
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.model.attention.kernel import attend
 
 logger = logging.getLogger("sft")
@@ -50,7 +50,7 @@ def takes_documents(config: Any) -> bool:
     return attention == NAME or "flash" in attention
 
 
-def attention_inputs(config: Any, boundaries: Boundaries) -> dict[str, Any]:
+def attention_inputs(config: Any, boundaries: DocumentOffsets) -> dict[str, Any]:
     """What the model is called with beside `input_ids` and `position_ids` (1, N), so that documents stay apart.
 
     For `sft_documents` the boundaries; for flash attention its own names for them, so that no layer derives them; for
@@ -103,7 +103,7 @@ def document_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    documents: Boundaries | None = None,
+    documents: DocumentOffsets | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer.
@@ -181,7 +181,7 @@ def _say_what_is_slow(
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, documents: Boundaries, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, documents: DocumentOffsets, scale: float, window: int | None
 ) -> Tensor:
     """The same on a GPU by torch's own flash attention: (N, H, D)."""
     dtype = _compute_dtype(query)

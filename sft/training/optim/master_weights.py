@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from sft.distributed.dtensor import local_part
+from sft.distributed.dtensor import to_local
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import Problem, UserError
 
@@ -174,6 +174,4 @@ def require_masters(saved: Any, expected: Sequence[torch.Tensor], dtype: torch.d
 def _round(masters: list[torch.nn.Parameter], weights: list[torch.nn.Parameter]) -> None:
     if masters:
         # This rank's parts: one operation cannot span weights that are spread over ranks and others.
-        torch._foreach_copy_(
-            [local_part(weight.detach()) for weight in weights], [local_part(m.detach()) for m in masters]
-        )
+        torch._foreach_copy_([to_local(weight.detach()) for weight in weights], [to_local(m.detach()) for m in masters])

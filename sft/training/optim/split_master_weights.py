@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from sft.distributed.dtensor import local_part
+from sft.distributed.dtensor import to_local
 from sft.errors import Problem, UserError
 from sft.training.optim.master_weights import MASTERS, MasterWeights, require_masters
 
@@ -62,7 +62,7 @@ class Piece:
 
     def rows_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The piece's part of the weight, or of its gradient."""
-        local = local_part(tensor.detach())
+        local = to_local(tensor.detach())
         return local[self.start : self.end] if local.ndim else local
 
 
@@ -128,7 +128,7 @@ class SplitMasters(MasterWeights):
             raise UserError(Problem(problem, "leave `optim` out for AdamW", "optim"))
         if self._summed is None or id(parameter) in self._summed:
             parameter.grad_dtype = torch.float32
-        local = local_part(parameter.detach())
+        local = to_local(parameter.detach())
         rows = len(local) if local.ndim else 1
         most = max(LARGEST_PIECE * rows // max(local.numel(), 1), 1) if self._by_number else max(rows, 1)
         made = []
@@ -143,7 +143,7 @@ class SplitMasters(MasterWeights):
     def master_of(self, weight: torch.nn.Parameter) -> torch.Tensor:
         """The float32 values of a weight, of those rows that are on this rank: a copy."""
         pieces = [piece for piece in self._pieces if piece.weight is weight]
-        values = torch.empty_like(local_part(weight.detach()), dtype=torch.float32)
+        values = torch.empty_like(to_local(weight.detach()), dtype=torch.float32)
         for piece in pieces:
             join(piece.rows_of(weight), piece.remainder, piece.rows_of(values))
         return values

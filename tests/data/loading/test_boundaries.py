@@ -6,11 +6,11 @@ import pickle
 
 import torch
 
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 
 
 def test_offsets_are_the_running_sum_of_the_lengths() -> None:
-    boundaries = Boundaries.of([3, 2, 4])
+    boundaries = DocumentOffsets.of([3, 2, 4])
     assert boundaries.lengths == (3, 2, 4)
     assert boundaries.cu_seqlens.tolist() == [0, 3, 5, 9]
     assert boundaries.cu_seqlens.dtype == torch.int32
@@ -18,7 +18,7 @@ def test_offsets_are_the_running_sum_of_the_lengths() -> None:
 
 
 def test_the_host_keeps_its_offsets_when_the_batch_moves_on() -> None:
-    moved = Boundaries.of([3, 2, 4]).to("meta", non_blocking=True)
+    moved = DocumentOffsets.of([3, 2, 4]).to("meta", non_blocking=True)
     assert moved.cu_seqlens.device.type == "meta"
     assert moved.lengths == (3, 2, 4)
     assert moved.offsets.device.type == "cpu"
@@ -27,6 +27,6 @@ def test_the_host_keeps_its_offsets_when_the_batch_moves_on() -> None:
 
 
 def test_workers_of_a_loader_can_send_them() -> None:
-    sent = pickle.loads(pickle.dumps(Boundaries.of([1, 5])))
+    sent = pickle.loads(pickle.dumps(DocumentOffsets.of([1, 5])))
     assert sent.lengths == (1, 5)
     assert sent.cu_seqlens.tolist() == [0, 1, 6]

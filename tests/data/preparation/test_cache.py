@@ -13,7 +13,7 @@ from datasets import disable_caching
 
 from sft.data.documents import Documents
 from sft.data.preparation.cache import cache_key, cache_root, make_once, read_rows, write_rows
-from sft.data.preparation.packing import lay_out
+from sft.data.preparation.packing import pack
 
 disable_caching()
 
@@ -138,7 +138,7 @@ def some_documents(lengths: list[int], seed: int = 0) -> Documents:
 @pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
 def test_rows_come_back_as_they_were_laid_out(tmp_path, packing):
     made = some_documents([1, 5, 2, 3] * 3000)
-    layout = lay_out(made.lengths, packing, 64)
+    layout = pack(made.lengths, packing, 64)
     write_rows(made, layout, tmp_path / "a.arrow", packed=packing is not None)
     found = read_rows(tmp_path / "a.arrow")
     assert found.column_names == ["input_ids", "labels", "seq_lengths"][: 2 if packing is None else 3]
@@ -157,7 +157,7 @@ def test_rows_come_back_as_they_were_laid_out(tmp_path, packing):
 def test_a_piece_that_begins_in_a_document_begins_untrained(tmp_path):
     ids = np.arange(10, 18, dtype=np.int32)
     made = Documents(ids, np.where(ids == 10, -100, ids).astype(np.int32), np.array([8]), np.array([0]))
-    write_rows(made, lay_out(made.lengths, "wrapped", 5), tmp_path / "a.arrow", packed=True)
+    write_rows(made, pack(made.lengths, "wrapped", 5), tmp_path / "a.arrow", packed=True)
     first, second = read_rows(tmp_path / "a.arrow")
     assert first["labels"].tolist() == [-100, 11, 12, 13, 14]
     assert second["labels"].tolist() == [-100, 16, 17]
@@ -165,6 +165,6 @@ def test_a_piece_that_begins_in_a_document_begins_untrained(tmp_path):
 
 def test_no_rows_are_a_data_set_too(tmp_path):
     for packing in (None, "bfd", "wrapped"):
-        write_rows(Documents.empty(), lay_out(np.zeros(0, np.int64), packing, 8), tmp_path / "a.arrow", packed=False)
+        write_rows(Documents.empty(), pack(np.zeros(0, np.int64), packing, 8), tmp_path / "a.arrow", packed=False)
         found = read_rows(tmp_path / "a.arrow")
         assert (len(found), found.column_names) == (0, ["input_ids", "labels"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.data.preparation.packing import best_fit_decreasing, lay_out
+from sft.data.preparation.packing import best_fit_decreasing, pack
 
 
 def naive_rooms(lengths: list[int], capacity: int) -> list[int]:
@@ -55,7 +55,7 @@ def test_a_hundred_thousand_rows_fill_nearly_all():
 
 
 def test_bins_become_a_layout_of_documents_in_rows():
-    layout = lay_out(np.array([4, 9, 1, 6, 5, 5]), "bfd", 10)
+    layout = pack(np.array([4, 9, 1, 6, 5, 5]), "bfd", 10)
     assert layout.order is not None
     assert layout.order.tolist() == [1, 2, 3, 0, 4, 5]
     assert layout.lengths.tolist() == [9, 1, 6, 4, 5, 5]
@@ -64,18 +64,18 @@ def test_bins_become_a_layout_of_documents_in_rows():
 
 
 def test_a_document_that_is_named_twice_stands_twice():
-    layout = lay_out(np.array([4, 9, 1]), "bfd", 10, order=np.array([0, 2, 0]))
+    layout = pack(np.array([4, 9, 1]), "bfd", 10, order=np.array([0, 2, 0]))
     assert layout.order is not None
     assert layout.order.tolist() == [0, 0, 2]
     assert layout.row_lengths.tolist() == [9]
-    alone = lay_out(np.array([4, 9, 1]), None, 10, order=np.array([2, 2]))
+    alone = pack(np.array([4, 9, 1]), None, 10, order=np.array([2, 2]))
     assert (alone.lengths.tolist(), alone.counts.tolist()) == ([1, 1], [1, 1])
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_packing_loses_and_doubles_no_document(lengths):
-    layout = lay_out(np.array(lengths), "bfd", 12)
+    layout = pack(np.array(lengths), "bfd", 12)
     assert layout.order is not None
     assert sorted(layout.order.tolist()) == list(range(len(lengths)))
     assert layout.lengths.tolist() == [lengths[i] for i in layout.order]
@@ -86,18 +86,18 @@ def test_packing_loses_and_doubles_no_document(lengths):
 
 
 def test_a_stream_is_cut_where_a_row_is_full():
-    layout = lay_out(np.array([3, 4, 1]), "wrapped", 5)
+    layout = pack(np.array([3, 4, 1]), "wrapped", 5)
     # The second document goes on in the second row as one of its own.
     assert (layout.lengths.tolist(), layout.counts.tolist(), layout.order) == ([3, 2, 2, 1], [2, 2], None)
     assert layout.row_lengths.tolist() == [5, 3]
-    long = lay_out(np.array([11, 1]), "wrapped", 5)
+    long = pack(np.array([11, 1]), "wrapped", 5)
     assert (long.lengths.tolist(), long.counts.tolist()) == ([5, 5, 1, 1], [1, 1, 2])
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(2, 12))
 @settings(max_examples=200, deadline=None)
 def test_wrapping_keeps_the_stream_and_every_seam_in_it(lengths, capacity):
-    layout = lay_out(np.array(lengths), "wrapped", capacity)
+    layout = pack(np.array(lengths), "wrapped", capacity)
     full, last = divmod(sum(lengths), capacity)
     assert layout.row_lengths.tolist() == [capacity] * full + [last] * (last > 0)
     ends = set(np.cumsum(layout.lengths).tolist())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils, set_seed
 
-from sft.data.loading.boundaries import Boundaries
+from sft.data.loading.boundaries import DocumentOffsets
 from sft.model.attention import document_attention
 from sft.model.attention import kernel as document_kernel
 from sft.model.attention.document_attention import (
@@ -96,11 +96,11 @@ def twin(model: Any, attention: str) -> Any:
     return other.train(model.training)
 
 
-def row(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[Tensor, Tensor, Boundaries]:
+def row(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[Tensor, Tensor, DocumentOffsets]:
     """Tokens and positions (1, N) of documents of these lengths."""
     ids = torch.randint(VOCAB, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return ids, positions, Boundaries.of(lengths)
+    return ids, positions, DocumentOffsets.of(lengths)
 
 
 def packed_logits(model: Any, **overrides: Any) -> Tensor:
@@ -267,7 +267,7 @@ def test_no_mask_is_built_and_no_positions_are_searched(kind: str, monkeypatch: 
 
 
 def test_the_mask_that_goes_along_takes_no_memory() -> None:
-    mask = attention_inputs(build("llama").config, Boundaries.of([1000, 9000]))["attention_mask"]
+    mask = attention_inputs(build("llama").config, DocumentOffsets.of([1000, 9000]))["attention_mask"]
     assert mask.shape == (1, 1, 1, 10_000)
     assert mask.untyped_storage().nbytes() == 1
 
@@ -433,7 +433,7 @@ def test_boundaries_of_another_row_are_refused() -> None:
     model = build("llama")
     ids, positions, _ = row()
     with pytest.raises(ValueError, match="the boundaries are of a row of 7 tokens, the row has 195"):
-        model(input_ids=ids, position_ids=positions, **attention_inputs(model.config, Boundaries.of([3, 4])))
+        model(input_ids=ids, position_ids=positions, **attention_inputs(model.config, DocumentOffsets.of([3, 4])))
 
 
 def test_documents_with_a_past_or_several_rows_are_refused() -> None:
@@ -453,7 +453,7 @@ def test_documents_with_a_past_or_several_rows_are_refused() -> None:
 def test_flash_attention_is_given_its_own_names() -> None:
     config = tiny_llama(VOCAB).config
     config._attn_implementation_internal = "flash_attention_2"
-    inputs = attention_inputs(config, Boundaries.of([3, 4]))
+    inputs = attention_inputs(config, DocumentOffsets.of([3, 4]))
     assert inputs.keys() == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
     assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 3, 7]
     assert inputs["max_length_q"] == inputs["max_length_k"] == 4
@@ -464,7 +464,7 @@ def test_other_attentions_are_left_as_they_are() -> None:
     config = tiny_llama(VOCAB).config
     for attention in ("sdpa", "eager", "flex_attention"):
         config._attn_implementation_internal = attention
-        assert attention_inputs(config, Boundaries.of([3, 4])) == {}
+        assert attention_inputs(config, DocumentOffsets.of([3, 4])) == {}
         assert not takes_documents(config)
 
 
@@ -521,7 +521,7 @@ def test_torchs_flash_attention_is_called_with_the_same_meaning(
 ) -> None:
     monkeypatch.setattr(document_attention, "varlen_attn", by_documents)
     query, key, value = heads()
-    documents = Boundaries.of([b - a for a, b in pairwise(OFFSETS)])
+    documents = DocumentOffsets.of([b - a for a, b in pairwise(OFFSETS)])
     found = document_attention._varlen(query, key, value, documents, 0.3, window)
     assert (found - attend(query, key, value, documents.offsets, 0.3, window)).abs().max() < 1e-12
 

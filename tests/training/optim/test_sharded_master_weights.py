@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sft.distributed.dtensor import whole
+from sft.distributed.dtensor import to_full
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import Objective
 from sft.training.optim.factory import skipping, with_master_weights
@@ -81,7 +81,7 @@ def _fully_sharded(rank: int, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     trained(model, optimizer, [rank], 2 * SCALE)
     leave_out_a_step(model, optimizer)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return {name: to_full(p.detach()) for name, p in model.named_parameters()}
 
 
 def stepped(model: Any, start: int, state: dict[str, Any] | None = None) -> Any:
@@ -109,7 +109,7 @@ def _tensor_parallel(mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     state = stepped(model, 0).state_dict()
     assert len({type(p) for p in model.parameters()}) == 2
     leave_out_a_step(model, stepped(model, STEPS, state))
-    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return {name: to_full(p.detach()) for name, p in model.named_parameters()}
 
 
 def _on_rank(rank: int, folder: Path) -> None:
