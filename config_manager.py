@@ -20,8 +20,7 @@ from sft.config.field_types import fit
 from sft.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
 from sft.config.schema import GROUPS, SECRET_KEYS, Config
 from sft.config.section import ConfigSection, Place, upwards
-from sft.config.training_rules import training_problems
-from sft.config.validation import broken_rules
+from sft.config.validation import broken_rules, training_problems
 from sft.config.yaml_reader import Document, add_core_resolvers, read_yaml
 from sft.errors import Problem, UserError
 

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
-from sft.data.ledger import Ledger, as_document, from_state
-from sft.data.lost_rows import require_enough_rows
-from sft.data.preparation.auto_packing import NEVER, AutoPacking
+from sft.data.ledger import Ledger, as_document, from_state, require_enough_rows
 from sft.data.preparation.cache import cache_root, make_once, read_rows
+from sft.data.preparation.packing import NEVER, AutoPacking
 from sft.data.preparation.prepare import Preparation, packing_mode
 from sft.data.preparation.preview import first_sample, preview, serving_contract, validation_conversations
 from sft.data.sources.dataset_source import split_seed, training_sources

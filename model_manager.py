@@ -17,15 +17,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sft.config.section import located
-from sft.distributed.gpus import training_device
+from sft.distributed.device import device_facts, training_device
 from sft.errors import Problem, UserError
+from sft.model.attention.selection import choose_attention
 from sft.model.embeddings import embedding_rows, resize_embeddings
 from sft.model.from_scratch import build_config, check_settings
 from sft.model.loading import init_random, load_meta, model_class, pretrained, read_config
 from sft.model.lora import attach_adapter, count_parameters
 from sft.model.merging import merge
 from sft.model.paths import require_weights, resolve_reference
-from sft.model.precision import Precision, choose_attention, choose_precision, device_facts, keep_precision
+from sft.model.precision import Precision, choose_precision, keep_precision
 from sft.model.quantization import (
     import_bitsandbytes,
     quantized_layers,
@@ -33,8 +34,9 @@ from sft.model.quantization import (
     require_trainer_takes,
     settle,
 )
-from sft.model.saving import load_trained, save_companions, save_final_model
+from sft.model.saving import save_companions, save_final_model
 from sft.model.tokenizer import configure_tokenizer, load_tokenizer, read_tokenizer
+from sft.model.trained import load_trained
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -41,10 +41,10 @@ _LET_FIRST_RANK_SPEAK = 5.0  # seconds
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    from sft.distributed import kernel_caches
+    from sft.distributed import onednn_cache
     from sft.report.console import console, show_error
 
-    kernel_caches.limit_onednn_cache(os.environ)
+    onednn_cache.limit_onednn_cache(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
     try:
@@ -80,7 +80,7 @@ def train(argv: list[str]) -> int:
     from readiness import require_apart
     from sft.checkpoint.discovery import find_checkpoint, where_to_go_on
     from sft.checkpoint.output_dir import archive_previous_run
-    from sft.model import system_prompt
+    from sft.model.tokenizer import remember_system_prompt
     from sft.report import run_files
     from sft.training.optim.lr_schedule import require_schedule
 
@@ -96,7 +96,7 @@ def train(argv: list[str]) -> int:
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     data = stages.prepare(config, tokenizer)
     stages.require_served(config, tokenizer)
-    system_prompt.remember(tokenizer, config.system_prompt)
+    remember_system_prompt(tokenizer, config.system_prompt)
     stages.join(config)
     distributed.require_agreement({"checkpoint": str(checkpoint), **data.identity()})
     trainer = stages.build_trainer(config, tokenizer, data, checkpoint)
@@ -196,12 +196,12 @@ def evaluate(argv: list[str]) -> int:
     import model_manager
     import stages
     import trainer_utils
-    from sft.data.preparation.auto_packing import AutoPacking
+    from sft.data.preparation.packing import AutoPacking
     from sft.model.attention.document_attention import takes_documents
     from sft.model.embeddings import resize_embeddings
     from sft.model.lora import without_adapter
     from sft.report.console import console
-    from sft.training.callbacks import ConsoleProgress
+    from sft.report.progress import ConsoleProgress
 
     folder = Path(options.model or config.output_dir).expanduser()
     _say_what_is_measured(folder, config, is_named=options.model is not None)

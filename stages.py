@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from data_handler import PreparedData
     from sft.config.schema import Config
     from sft.data.formats.conversation import Conversation
-    from sft.data.preparation.auto_packing import AutoPacking
+    from sft.data.preparation.packing import AutoPacking
     from sft.estimate.run import RunEstimate
     from sft.loss.token_loss import Objective
     from sft.model.precision import Precision
@@ -80,7 +80,7 @@ def read_data(config: Config, tokenizer: Any, training: bool = True, **options: 
 
 def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
     """What `packing: auto` goes by: the model that the config names, and the rows of a step."""
-    from sft.data.preparation.auto_packing import AutoPacking
+    from sft.data.preparation.packing import AutoPacking
 
     obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
     return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), processes(config)))
@@ -119,7 +119,8 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
     import trainer_utils
     from sft.checkpoint.stream_state import StreamProgress
     from sft.model.compile import compile_settings
-    from sft.training.callbacks import ConsoleProgress, MetricsFile
+    from sft.report.metrics_file import MetricsFile
+    from sft.report.progress import ConsoleProgress
     from sft.training.optim.factory import require_optimizer
 
     keys = config.section(TrainingKeys)

@@ -19,17 +19,18 @@ from sft.checkpoint.stream_state import StreamProgress
 from sft.config.best_metric import WATCHING
 from sft.data.loading.collator import PACKED, Collator
 from sft.data.streaming.stream import TrainingStream
+from sft.distributed.oom import first_line, is_out_of_memory, out_of_memory
 from sft.errors import RankStopped, TrainingStopped
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import TokenLoss
 from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
+from sft.report.progress import ConsoleProgress
 from sft.training.arguments import training_arguments
-from sft.training.callbacks import ConsoleProgress, FollowConfig
+from sft.training.callbacks import FollowConfig
 from sft.training.evaluation import TokenEvaluation
 from sft.training.mfu import flops_per_token
 from sft.training.nonfinite import require_finite
-from sft.training.oom_retry import first_line, is_out_of_memory, out_of_memory
 from sft.training.optim.resume import require_schedule_of
 from sft.training.run_log import RunRecords
 from sft.training.step import GuardedStep, StepSettings

@@ -20,9 +20,10 @@ def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
     """
     from transformers import AutoModelForCausalLM
 
+    from sft.distributed.device import device_facts
     from sft.loss import fused_linear
     from sft.model.attention import document_attention
-    from sft.model.precision import choose_precision, device_facts
+    from sft.model.precision import choose_precision
 
     document_attention.register()
     precision = choose_precision("auto", adapter is None, None, None, device_facts(measured=True))
@@ -72,12 +73,12 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     """Trains for `arguments["steps"]`, the learning rate falling to 0, clipping at 1."""
     import torch
 
-    from sft.distributed import kernel_caches
+    from sft.distributed import onednn_cache
     from sft.loss.token_loss import Objective
     from sft.model.attention.document_attention import attention_inputs
     from sft.training.optim.factory import with_master_weights
 
-    kernel_caches.limit_onednn_cache(os.environ)
+    onednn_cache.limit_onednn_cache(os.environ)
     device = torch.device(arguments["device"])
     torch.manual_seed(0)
     model, causal_lm, autocasts = load(arguments, adapter)

@@ -22,7 +22,7 @@ import trainer_utils
 from sft.data.loading.sampler import EpochSampler
 from sft.inference import generate as replies
 from sft.inference.generate import encode_prompt
-from sft.model.saving import load_trained
+from sft.model.trained import load_trained
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.by_hand import rows_of
 from tests.runs import ROOT, arithmetic, log_history, losses, run, write_config, write_rows

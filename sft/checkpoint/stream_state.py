@@ -13,8 +13,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.checkpoint.discovery import STREAM_STATE
-from sft.data.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state
-from sft.data.lost_rows import require_enough_rows
+from sft.data.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state, require_enough_rows
 from sft.data.streaming.shard_reader import Cursor
 from sft.data.streaming.stream import Account, Place, Step, TrainingStream
 from sft.errors import Problem, UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -39,3 +40,22 @@ def loads(text: str) -> Any:
     except StopIteration:  # blanks in front, or no JSON
         pass
     return DECODER.decode(text)
+
+
+def is_messages(value: Iterable[Any]) -> bool:
+    """Whether all are messages, by OpenAI's keys or ShareGPT's."""
+    keys = ({"role", "content"}, {"role", "tool_calls"}, {"role", "function_call"}, {"from", "value"})
+    return all(isinstance(item, dict) and any(both <= item.keys() for both in keys) for item in value)
+
+
+def kind_of(value: Any) -> str:
+    """A value's type as a message names it."""
+    return "null" if value is None else type(value).__name__
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value as a message shows it."""
+    try:
+        return repr(str(value)[:60])
+    except (RecursionError, ValueError):  # nested too deeply to be written, a number of thousands of digits
+        return kind_of(value)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from sft.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from sft.config.schema import TrainingKeys
 
 DEVICES = Path("/dev")
@@ -33,13 +31,6 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def training_device() -> torch.device:
-    """Where this process trains: on the GPU that it has claimed (`distributed_utils.claim_devices`), or on the CPU."""
-    import torch
-
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def require_gpus(wanted: int, key: str = "num_gpus", file: str | None = None, line: int | None = None) -> None:

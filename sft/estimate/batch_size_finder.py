@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sft.distributed.memory import peak_bytes, reset_peak
+from sft.distributed.oom import is_out_of_memory
 from sft.errors import Problem, UserError
-from sft.training.oom_retry import is_out_of_memory
 
 _KEY = "per_device_train_batch_size"
 _WORTH = 1.03  # a larger pass must be faster by this; less is noise, and its memory is better left free

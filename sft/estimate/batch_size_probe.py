@@ -13,7 +13,7 @@ import torch
 from sft.checkpoint import compatibility
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator, row_lengths
-from sft.distributed.gpus import training_device
+from sft.distributed.device import training_device
 from sft.distributed.memory import memory_limit
 from sft.errors import UserError
 from sft.estimate.batch_size_finder import BatchChoice, candidate_sizes, choose_batch_size, longest_rows

@@ -15,8 +15,8 @@ from sft.errors import Problem, UserError
 from sft.inference.chat import talk
 from sft.inference.generate import GREEDY, Sampling, generate_replies
 from sft.inference.prompts import read_prompts
-from sft.model import system_prompt
-from sft.model.saving import load_trained
+from sft.model.tokenizer import remembered_system_prompt
+from sft.model.trained import load_trained
 
 __all__ = ["Sampling", "chat", "generate_replies", "run_batch"]
 logger = logging.getLogger("sft")
@@ -94,7 +94,7 @@ def _system(tokenizer: Any, asked: str | None) -> str | None:
     """The system prompt that was asked for, else that of the training, which is said aloud."""
     if asked is not None:
         return asked or None
-    trained = system_prompt.remembered(tokenizer)
+    trained = remembered_system_prompt(tokenizer)
     if trained:
         logger.info("System prompt, as in training: %r (--system TEXT gives another, --system '' none)", trained)
     return trained

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.data.formats.conversation import Conversation, Message
+from sft.distributed.oom import measuring
 from sft.inference.generate import Sampling, generate_replies
-from sft.training.oom_retry import measuring
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from sft.launch.processes import INTERRUPTED, PREEMPTED
+from sft.launch.plan import INTERRUPTED, PREEMPTED
 
 LEAVING_SECONDS = 15.0  # that Ctrl-C leaves the slower processes, of which one may wait for a lost partner on its GPU
 

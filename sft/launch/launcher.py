@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.config.overrides import COMMAND_LINE
 from sft.distributed.gpus import require_gpus, visible_gpus
 from sft.errors import Problem, UserError
-from sft.launch.options import DEFAULT_PORT, Arguments, environment_overrides, override_keys, parse_arguments
+from sft.launch.options import Arguments, environment_overrides, override_keys, parse_arguments
+from sft.launch.plan import Plan
 from sft.launch.slurm import Job, read_job
 
 if TYPE_CHECKING:
@@ -29,44 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft.launch")
 
 ENTRY = Path(__file__).resolve().parents[2] / "sft_main.py"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to start on this node.
-
-    Attributes:
-        command: the entry script and its arguments, the same for every process.
-        processes: on this node. Every node runs as many.
-        nodes, node_rank, master_addr, master_port: the other nodes. One node needs neither address nor port.
-        environment: variables to set for the processes.
-    """
-
-    command: tuple[str, ...]
-    processes: int = 1
-    nodes: int = 1
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int = DEFAULT_PORT
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def alone(self) -> bool:
-        """One process in all: plain Python, no process group."""
-        return self.nodes == 1 and self.processes == 1
-
-    def shell(self) -> str:
-        """The plan as a line for the shell."""
-        words = [f"{name}={value}" for name, value in self.environment.items()]
-        if self.alone:
-            words.append(sys.executable)
-        elif self.nodes == 1:
-            words += ["torchrun", "--standalone", f"--nproc_per_node={self.processes}"]
-        else:
-            words += ["torchrun", f"--nnodes={self.nodes}", f"--node_rank={self.node_rank}"]
-            words += [f"--master_addr={self.master_addr}", f"--master_port={self.master_port}"]
-            words += [f"--nproc_per_node={self.processes}"]
-        return shlex.join([*words, *self.command])
 
 
 def count_processes(config: Config, gpus: int | None, env: Mapping[str, str], job: Job | None) -> int:

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sft.launch.plan import INTERRUPTED, PREEMPTED
+
 if TYPE_CHECKING:
-    from sft.launch.launcher import Plan
+    from sft.launch.plan import Plan
 
 logger = logging.getLogger("sft.launch")
 
 RENDEZVOUS_SECONDS = 900  # how long the first node waits for the last; queues and slow disks make them start apart
-PREEMPTED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sft.distributed.dtensor import gathered, to_full, to_local, vocabulary_shard
+from sft.distributed.dtensor import gathered, spreading, to_full, to_local, vocabulary_shard
 from sft.loss.chunked import linear_chunks, module_chunks, score_rows
-from sft.loss.known_gradients import PrecomputedGradients, gradient_dtype
 from sft.loss.load_balancing import load_balancing_loss
 from sft.loss.output_head import OutputHead, find_output_head
 from sft.loss.token_loss import Objective, TokenLoss, add_up, trained_positions
@@ -160,3 +160,42 @@ def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
 
 def _multiplies(linear: nn.Linear, hidden: torch.Tensor) -> bool:
     return _autocast_dtype(hidden) is not None or linear.weight.dtype == hidden.dtype
+
+
+def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What autograd wants `tensor`'s gradient in: float32 for a weight in bfloat16 with float32 master values."""
+    return (tensor.grad_dtype if tensor.is_leaf else None) or tensor.dtype
+
+
+class PrecomputedGradients(torch.autograd.Function):
+    """A sum whose gradients are known already: the backward multiplies them by what arrives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: torch.Tensor,
+        gradients: Sequence[torch.Tensor | None],
+        scale: torch.Tensor | None,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        """`total`, a scalar, with `gradients` for `tensors`, made with `scale`; None where one has none.
+
+        Of a tensor that is spread over ranks the gradient is this rank's part.
+        """
+        ctx.scale = scale
+        ctx.gradients = gradients
+        ctx.dtypes = [gradient_dtype(tensor) for tensor in tensors]
+        ctx.spread = [spreading(tensor) for tensor in tensors]
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> Any:  # type: ignore[override]
+        """In place, once: a copy of the head's gradient would be as large as the head."""
+        if ctx.gradients is None:
+            raise RuntimeError("the head's gradients were used up by an earlier backward through the same graph")
+        factor = factor if ctx.scale is None else factor / ctx.scale
+        found = zip(ctx.gradients, ctx.dtypes, ctx.spread, strict=True)
+        scaled = [None if g is None else spread(g.mul_(factor).to(d)) for g, d, spread in found]
+        ctx.gradients = None
+        return None, None, None, *scaled

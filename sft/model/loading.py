@@ -9,10 +9,12 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from sft.distributed.device import device_facts
 from sft.errors import Problem, UserError
+from sft.model.attention.selection import choose_attention
 from sft.model.from_scratch import build_config
 from sft.model.paths import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
-from sft.model.precision import Precision, choose_attention, device_facts
+from sft.model.precision import Precision
 from sft.model.quantization import bits_and_bytes_config
 
 if TYPE_CHECKING:

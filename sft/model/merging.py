@@ -28,7 +28,7 @@ from sft.model.lora import attach_saved_adapter
 from sft.model.paths import is_adapter, require_trained
 from sft.model.precision import DTYPES
 from sft.model.quantization import dequantize
-from sft.model.saving import find_base, load_base, load_saved_tokenizer
+from sft.model.trained import find_base, load_base, load_saved_tokenizer
 
 if TYPE_CHECKING:
     import torch

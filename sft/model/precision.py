@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sft.distributed.device import DeviceFacts
 from sft.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -14,21 +15,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 WORTHWHILE = 1.3
 """From this speedup on a CPU computes in bfloat16. Native kernels give 3 to 5, emulated ones 0.1 to 0.5: the
 threshold stands where no measurement wavers."""
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """What of the machine decides the precision; a value, so that the choice is tested on any machine.
-
-    Attributes:
-        kind: `cuda` or `cpu`.
-        bf16: whether the device can compute in bfloat16 (on a GPU: natively, not emulated).
-        bf16_speedup: of a CPU: how many times faster its matrix products are in bfloat16 than in float32.
-    """
-
-    kind: str
-    bf16: bool
-    bf16_speedup: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,24 +41,6 @@ class Precision:
 
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
-
-
-def device_facts(measured: bool = False) -> DeviceFacts:
-    """The machine this process runs on.
-
-    Args:
-        measured: whether to time a CPU's matrix products (50 ms, once in a process). The first rank's measurement
-            then holds for all ranks, which all must call it.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        return DeviceFacts("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
-    if not measured:
-        return DeviceFacts("cpu", bf16=True)
-    from sft.distributed.cpu import bf16_speedup
-
-    return DeviceFacts("cpu", bf16=True, bf16_speedup=bf16_speedup())
 
 
 def _check_flags(
@@ -204,36 +172,3 @@ def _half_weights(trains_everything: bool, why: str) -> Precision:
     else:
         held = "bfloat16 weights, which are frozen, under float32 adapters"
     return Precision("bfloat16", False, False, f"{held}: {why}", master_weights=trains_everything)
-
-
-def choose_attention(
-    key: str, config: Any, model_class: Any, half_weights: bool, device: DeviceFacts
-) -> tuple[str, str | None]:
-    """The `attn_implementation` for `auto`: ours, which on a GPU is torch's flash attention; else SDPA.
-
-    The package flash-attn is taken where it is installed and torch's kernel does not take the model's heads, a soft
-    cap's for one: transformers' way to it waits for the device in each pass.
-
-    Args:
-        config: the model's.
-        model_class: the class of the model, or None where only transformers can tell (remote code).
-        half_weights: whether they are held in 16 bits; the package takes no others, and under autocast some calls of
-            a model stand outside of it.
-
-    Returns:
-        The implementation, and why it is one that needs padding and masks; None where it needs neither.
-    """
-    if key != "auto":
-        return key, None
-    from transformers.utils import is_flash_attn_2_available
-
-    from sft.model.attention import document_attention
-
-    reason = document_attention.supports_documents(config, model_class)
-    can_flash = device.kind == "cuda" and device.bf16 and half_weights and is_flash_attn_2_available()
-    takes_flash = can_flash and reason is None and getattr(model_class, "_supports_flash_attn", False)
-    if takes_flash and not document_attention.varlen_takes(config):
-        return "flash_attention_2", None
-    if reason is None:
-        return document_attention.NAME, None
-    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager", reason

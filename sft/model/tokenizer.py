@@ -169,3 +169,19 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerFast, keys: ModelKeys) -> 
         logger.info("Padding with %s", set_pad_token(tokenizer))
         logger.info("Chat template: %s", chat_templates.install(tokenizer, keys.chat_template))
     tokenizer.padding_side = "right"
+
+
+_KEY = "sft_system_prompt"
+
+
+def remember_system_prompt(tokenizer: Any, system_prompt: str | None) -> None:
+    """Has `save_pretrained` write the prompt; without one, what an earlier training left there is taken out."""
+    tokenizer.init_kwargs.pop(_KEY, None)
+    if system_prompt:
+        tokenizer.init_kwargs[_KEY] = system_prompt
+
+
+def remembered_system_prompt(tokenizer: Any) -> str | None:
+    """The system prompt of the last training, None if it had none."""
+    text = tokenizer.init_kwargs.get(_KEY)
+    return text if isinstance(text, str) and text else None

@@ -12,9 +12,9 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.data.loading.collator import EvenRows, even_multiple
+from sft.distributed.oom import measuring
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.loss.token_loss import TokenLoss
-from sft.training.oom_retry import measuring
 
 
 class TokenEvaluation(Trainer):

@@ -15,8 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 import config_manager
 from sft.config.schema import Config, TrainingKeys
-from sft.config.training_rules import REFUSED
 from sft.config.upstream_schema import facts
+from sft.config.validation import REFUSED
 from sft.errors import Problem, UserError
 
 TRAINABLE = {"model_name_or_path": "m", "train_file": "t.jsonl"}

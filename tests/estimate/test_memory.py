@@ -254,8 +254,8 @@ def test_frozen_layers_but_the_head_take_the_memory_of_quantized_ones() -> None:
 
 RUN = """
 import json, os, sys
-from sft.distributed import kernel_caches
-kernel_caches.limit_onednn_cache(os.environ)
+from sft.distributed import onednn_cache
+onednn_cache.limit_onednn_cache(os.environ)
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode

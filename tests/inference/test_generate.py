@@ -18,7 +18,7 @@ from sft.inference import batch as generation
 from sft.inference import chat
 from sft.inference.batch import Sampling, generate_replies
 from sft.inference.generate import encode_prompt
-from sft.model import system_prompt
+from sft.model.tokenizer import remember_system_prompt
 from tests.pupil import FACTS, IM_END, ask, make_pupil, with_answer
 
 
@@ -140,14 +140,14 @@ def test_the_system_prompt_of_the_training_is_used_unless_another_is_given(
         return [row["messages"][0] if "messages" in row else row["prompt"] for row in written]
 
     assert first_messages(None) == ["x", own]
-    system_prompt.remember(tokenizer, "Be brief.")
+    remember_system_prompt(tokenizer, "Be brief.")
     tokenizer.save_pretrained(pupil_dir)
     caplog.set_level("INFO")
     assert first_messages(None) == [{"role": "system", "content": "Be brief."}, own]
     assert caplog.text.count("System prompt, as in training: 'Be brief.'") == 1
     assert first_messages("Sing.") == [{"role": "system", "content": "Sing."}, own]
     assert first_messages("") == ["x", own]
-    system_prompt.remember(tokenizer, None)  # trained once more, without one
+    remember_system_prompt(tokenizer, None)  # trained once more, without one
     tokenizer.save_pretrained(pupil_dir)
     assert first_messages(None) == ["x", own]
 
@@ -155,9 +155,9 @@ def test_the_system_prompt_of_the_training_is_used_unless_another_is_given(
 def test_a_chat_begins_behind_the_system_prompt_of_the_training(
     pupil_dir: Path, pupil: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    system_prompt.remember(pupil[1], "Be brief.")
+    remember_system_prompt(pupil[1], "Be brief.")
     pupil[1].save_pretrained(pupil_dir)
-    system_prompt.remember(pupil[1], None)
+    remember_system_prompt(pupil[1], None)
     for typed, system in [("", None), ("x\n/reset\n", None), ("", "Sing."), ("", "")]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         text = "Be brief." if system is None else system

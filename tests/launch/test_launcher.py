@@ -16,8 +16,9 @@ import pytest
 from sft.distributed import gpus
 from sft.errors import UserError
 from sft.launch import launcher, slurm
-from sft.launch.launcher import ENTRY, Plan, make_plan
+from sft.launch.launcher import ENTRY, make_plan
 from sft.launch.options import ENVIRONMENT, environment_overrides, override_keys, parse_arguments
+from sft.launch.plan import Plan
 from tests.runs import ROOT
 
 Planner = Callable[..., Plan]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from sft.loss import chunked as chunked_loss
 from sft.loss import fused_linear
 from sft.loss.chunked import choose_chunk_size, linear_chunks
-from sft.loss.known_gradients import PrecomputedGradients
+from sft.loss.fused_linear import PrecomputedGradients
 from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
 from sft.loss.token_loss import Objective, TokenLoss, token_loss, trained_positions
 from tests.builders import tiny_llama

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from sft.distributed.device import DeviceFacts, device_facts
 from sft.errors import UserError
-from sft.model.precision import DeviceFacts, choose_attention, choose_precision, device_facts, keep_precision
+from sft.model.attention.selection import choose_attention
+from sft.model.precision import choose_precision, keep_precision
 
 CPU, OLD_GPU, GPU = DeviceFacts("cpu", True, 3.0), DeviceFacts("cuda", False), DeviceFacts("cuda", True)
 SLOW_CPU = DeviceFacts("cpu", True, 0.3)

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig
 import model_manager
 from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
-from sft.model.saving import find_base, generation_config, stop_tokens
+from sft.model.saving import generation_config, stop_tokens
+from sft.model.trained import find_base
 from tests.builders import byte_level_tokenizer, tiny_llama
 
 PROBE = torch.arange(5, 45).reshape(2, 20)

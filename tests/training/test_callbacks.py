@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from sft.training.callbacks import METRICS_FILE, FollowConfig, MetricsFile
+from sft.report.metrics_file import METRICS_FILE, MetricsFile
+from sft.training.callbacks import FollowConfig
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from sft.data.loading.collator import Collator
+from sft.distributed.oom import is_out_of_memory, measuring, out_of_memory
 from sft.errors import RankStopped
-from sft.training.oom_retry import OomRetry, is_out_of_memory, measuring, out_of_memory
+from sft.training.oom_retry import OomRetry
 from sft.training.split_batch import split_batch
 from tests.runs import ROOT
 

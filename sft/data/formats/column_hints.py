@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from sft.data.json_values import is_messages
 
 _QUESTIONS = ("question", "prompt", "query", "instruction", "request", "problem", "input", "user", "human", "q")
 _ANSWERS = (
@@ -40,12 +42,6 @@ def advice(row: Mapping[str, Any]) -> str:
         first, second = texts
         asked, given = (first, second) if given != first and asked != second else (second, first)
     return _columns(question=asked, answer=given)
-
-
-def is_messages(value: Iterable[Any]) -> bool:
-    """Whether all are messages, by OpenAI's keys or ShareGPT's."""
-    keys = ({"role", "content"}, {"role", "tool_calls"}, {"role", "function_call"}, {"from", "value"})
-    return all(isinstance(item, dict) and any(both <= item.keys() for both in keys) for item in value)
 
 
 def _named(names: list[str], words: tuple[str, ...]) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft.data.json_values import loads
+from sft.data.json_values import kind_of, loads
 
 Message = dict[str, Any]
 
@@ -79,19 +79,6 @@ def require_characters(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowLost("bad_encoding", f"{text[error.start]!r} is half of a surrogate pair, and no character") from None
-
-
-def kind_of(value: Any) -> str:
-    """A value's type as a message names it."""
-    return "null" if value is None else type(value).__name__
-
-
-def shown(value: Any) -> str:
-    """The beginning of a value as a message shows it."""
-    try:
-        return repr(str(value)[:60])
-    except (RecursionError, ValueError):  # nested too deeply to be written, a number of thousands of digits
-        return kind_of(value)
 
 
 def keys_of(row: Mapping[str, Any]) -> str:

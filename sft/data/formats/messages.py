@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sft.data.formats.conversation import Conversation, Message, RowLost, as_text, kind_of, parse_json, shown
+from sft.data.formats.conversation import Conversation, Message, RowLost, as_text, parse_json
+from sft.data.json_values import kind_of, shown
 
 _SHAREGPT_ROLES = {
     "human": "user",

@@ -11,18 +11,9 @@ from functools import lru_cache
 from typing import Any
 
 from sft.data.formats.column_hints import advice
-from sft.data.formats.conversation import (
-    Conversation,
-    Message,
-    RowLost,
-    Text,
-    as_text,
-    keys_of,
-    kind_of,
-    parse_json,
-    shown,
-)
+from sft.data.formats.conversation import Conversation, Message, RowLost, Text, as_text, keys_of, parse_json
 from sft.data.formats.messages import read_messages, read_tools
+from sft.data.json_values import kind_of, shown
 
 QUESTION_ANSWER_KEYS = (
     ("question", "answer"),

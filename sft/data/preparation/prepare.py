@@ -18,12 +18,10 @@ from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX, Documents, DocumentStore
 from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger, as_document, as_state, total
-from sft.data.preparation.auto_packing import AutoPacking
 from sft.data.preparation.cache import cache_key, write_rows
-from sft.data.preparation.packing import pack
+from sft.data.preparation.packing import AutoPacking, pack
 from sft.data.preparation.preview import first_sample
-from sft.data.preparation.selection import draw
-from sft.data.preparation.splits import count_rows, held_out
+from sft.data.preparation.selection import count_rows, draw, held_out
 from sft.data.sources.dataset_source import DataSource, training_sources, validation_sources
 from sft.data.sources.files import Wanted
 

@@ -16,10 +16,9 @@ from sft.data.encoding.encoder import Encoded
 from sft.data.encoding.row_encoder import RowEncoder, Sample, Seen
 from sft.data.formats.conversation import Conversation, RowLost, Text
 from sft.data.formats.normalize import normalize
-from sft.data.ledger import Ledger
-from sft.data.lost_rows import as_counts, remedy
+from sft.data.ledger import Ledger, as_counts, remedy
+from sft.data.preparation.selection import count_rows, held_out
 from sft.data.preparation.serving_check import ServingContract, check_prompts, joined
-from sft.data.preparation.splits import count_rows, held_out
 from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
 from sft.data.sources.files import Row
 from sft.data.templates.renderer import Rendered

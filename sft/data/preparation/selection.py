@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from sft.data.sources.dataset_source import DataSource
+
 By = Literal["rows", "tokens"]
 
 
@@ -41,3 +43,16 @@ def draw(lengths: Sequence[np.ndarray], weights: Sequence[float], by: By, seed: 
         chosen = np.sort(shuffled[:part])
         mixture.append(np.concatenate([*[np.arange(len(each))] * passes, chosen]).astype(np.int64))
     return mixture
+
+
+def count_rows(source: DataSource) -> int:
+    """The rows of a source, those that cannot be read among them."""
+    return sum(1 for _ in source.rows())
+
+
+def held_out(count: int, fraction: float, seed: int) -> frozenset[int]:
+    """The indices of `fraction` of `count` rows: at least one, never all."""
+    if count < 2:
+        return frozenset()
+    held = min(max(1, round(count * fraction)), count - 1)
+    return frozenset(np.random.default_rng(seed).permutation(count)[:held].tolist())

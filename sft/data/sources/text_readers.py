@@ -14,9 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sft.data.formats.column_hints import is_messages
-from sft.data.formats.conversation import kind_of, shown
-from sft.data.json_values import DuplicateKey, loads
+from sft.data.json_values import DuplicateKey, is_messages, kind_of, loads, shown
 from sft.data.sources.file_io import COMPRESSIONS, conversion, decoded, not_utf8, open_stream
 from sft.data.sources.json_array import array_values
 from sft.data.sources.row import Parsed, Row, Rows, Wanted, require_distinct

@@ -23,8 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import DataKeys
 from sft.data.encoding.row_encoder import RowEncoder
-from sft.data.ledger import Ledger, as_document
-from sft.data.lost_rows import require_enough_rows
+from sft.data.ledger import Ledger, as_document, require_enough_rows
 from sft.data.preparation.cache import cache_key
 from sft.data.sources.dataset_source import DataSource
 from sft.data.streaming.shard_reader import Cursor, Shard, ShardReader, too_few_rows

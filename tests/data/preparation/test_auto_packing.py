@@ -10,7 +10,7 @@ import pytest
 import data_handler
 import model_manager
 from sft.config.schema import DataKeys, ModelKeys
-from sft.data.preparation.auto_packing import AutoPacking
+from sft.data.preparation.packing import AutoPacking
 from tests.builders import byte_level_tokenizer
 from tests.runs import write_rows
 

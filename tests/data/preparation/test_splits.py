@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sft.data.preparation.splits import held_out
+from sft.data.preparation.selection import held_out
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sft.distributed import kernel_caches
+from sft.distributed import onednn_cache
 from tests.runs import ROOT
 
 MEMORY = """
@@ -28,14 +28,14 @@ print(grown(range(501, 901)))
 
 def test_both_caches_are_limited() -> None:
     environ: dict[str, str] = {}
-    kernel_caches.limit_onednn_cache(environ)
+    onednn_cache.limit_onednn_cache(environ)
     assert environ.keys() == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"}
     assert len(set(environ.values())) == 1
 
 
 def test_what_the_user_set_stays() -> None:
     environ = {"DNNL_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "9"}
-    kernel_caches.limit_onednn_cache(environ)
+    onednn_cache.limit_onednn_cache(environ)
     assert environ == {"DNNL_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "9"}
 
 
@@ -43,7 +43,7 @@ def test_what_the_user_set_stays() -> None:
 def test_memory_does_not_grow_with_each_new_number_of_tokens() -> None:
     """400 shapes take some 200 MiB with the libraries' own limits, where oneDNN multiplies in bfloat16."""
     environ = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
-    kernel_caches.limit_onednn_cache(environ)
+    onednn_cache.limit_onednn_cache(environ)
     command = [sys.executable, "-c", MEMORY]
     ran = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(ran.stdout) <= 30

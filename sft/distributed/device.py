@@ -1,0 +1,49 @@
+"""The device of this process, and what of it decides dtype and attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What of the machine decides the precision; a value, so that the choice is tested on any machine.
+
+    Attributes:
+        kind: `cuda` or `cpu`.
+        bf16: whether the device can compute in bfloat16 (on a GPU: natively, not emulated).
+        bf16_speedup: of a CPU: how many times faster its matrix products are in bfloat16 than in float32.
+    """
+
+    kind: str
+    bf16: bool
+    bf16_speedup: float = 1.0
+
+
+def device_facts(measured: bool = False) -> DeviceFacts:
+    """The machine this process runs on.
+
+    Args:
+        measured: whether to time a CPU's matrix products (50 ms, once in a process). The first rank's measurement
+            then holds for all ranks, which all must call it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return DeviceFacts("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+    if not measured:
+        return DeviceFacts("cpu", bf16=True)
+    from sft.distributed.cpu import bf16_speedup
+
+    return DeviceFacts("cpu", bf16=True, bf16_speedup=bf16_speedup())
+
+
+def training_device() -> torch.device:
+    """Where this process trains: on the GPU that it has claimed (`distributed_utils.claim_devices`), or on the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

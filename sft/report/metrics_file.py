@@ -1,0 +1,67 @@
+"""Appends each log to `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS_FILE = "metrics.jsonl"
+
+logger = logging.getLogger("sft")
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl`, one JSON object a line.
+
+    A fresh run starts the file anew; a resumed one drops the lines behind its checkpoint, which are about to be
+    written again.
+    """
+
+    def __init__(self, logs_dir: Path) -> None:
+        self._file = logs_dir / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keeps the lines up to the step that the run starts from."""
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step and self._file.is_file():
+            steps = [(_step_of(line), line) for line in self._file.read_text(errors="replace").splitlines()]
+            kept = [line for step, line in steps if step is not None and step <= state.global_step]
+            if cut := sum(step is None for step, _ in steps):
+                logger.warning("%s: %d unreadable lines (cut short, most likely) are dropped", self._file, cut)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line; a number that JSON has no word for (NaN, infinity) is written as text."""
+        if state.is_world_process_zero and logs:
+            with self._file.open("a") as stream:
+                stream.write(json.dumps({"step": state.global_step, "time": time.time(), **_finite(logs)}) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of the file; None for one that a process which was killed did not finish."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _finite(logs: dict[str, Any]) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
