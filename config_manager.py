@@ -7,55 +7,18 @@ Nothing here imports torch or transformers: a mistake in the config is told in a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from sft.config.error_messages import bad_keys, problems_of
-from sft.config.field_types import Path as KeyPath
-from sft.config.field_types import fit
-from sft.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
+from sft.config.loading import load_config
 from sft.config.schema import GROUPS, SECRET_KEYS, Config
-from sft.config.section import ConfigSection, Place, upwards
-from sft.config.validation import broken_rules, training_problems
-from sft.config.yaml_reader import Document, add_core_resolvers, read_yaml
-from sft.errors import Problem, UserError
+from sft.config.section import ConfigSection
+from sft.config.validation import require_trainable
+from sft.config.yaml_reader import add_core_resolvers
 
-_SECTION_HINTS = {
-    "lora_config": "Write `lora_config: {}` for every default, or `lora_config: null` to train all weights.",
-    "quantization_config": "Write `load_in_4bit: true` under it, or `quantization_config: null` for none.",
-}
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked config in a YAML file, with `overrides` from the command line on top.
-
-    Args:
-        path: of the YAML file.
-        overrides: words in any of the spellings `--key value`, `--key=value`, `key=value`, `--switch`.
-
-    Raises:
-        UserError: every mistake in the file and the overrides at once.
-    """
-    document = read_yaml(path)
-    assigned, problems = parse_overrides(overrides, Config)
-    problems = [*document.problems, *problems, *_empty_sections(document, assigned)]
-    problems += apply_overrides(document.values, assigned, Config, SECRET_KEYS)
-    return _checked(document, assigned, problems)
-
-
-def require_trainable(config: Config) -> None:
-    """Checks what only a training run needs: a model, training data, and no key that no run honours.
-
-    Raises:
-        UserError: something of it is missing, or is asked for and not honoured.
-    """
-    problems = training_problems(config)
-    if problems:
-        raise UserError(*problems)
+__all__ = ["config_text", "json_schema", "load_config", "require_trainable", "write_config"]
 
 
 def json_schema() -> dict[str, Any]:
@@ -84,65 +47,6 @@ def config_text(config: Config) -> str:
         )
         parts.append(f"# {title}\n{body}")
     return "\n".join(parts)
-
-
-def _checked(document: Document, assigned: Sequence[Override], problems: list[Problem]) -> Config:
-    """The config that the data describes.
-
-    Raises:
-        UserError: `problems`, and whatever else is wrong.
-    """
-    typed = {override.path: override for override in assigned}
-    texts = {path: text for path, text in document.texts.items() if not any(path[: len(p)] == p for p in typed)}
-    for override in assigned:
-        texts.update(override.texts)
-    values = fit(Config, document.values, texts)
-    places: dict[str, Place] = {_dotted(path): (document.file, line) for path, line in document.lines.items()}
-    places.update({override.key: (COMMAND_LINE, None) for override in assigned})
-
-    def at(path: KeyPath) -> tuple[str, Place | tuple[None, None]]:
-        """The key as typed and its place; for a section that an override opened, the override's."""
-        key = _dotted(path)
-        if key not in places:
-            opened_by = next((o.key for o in assigned if o.path[: len(path)] == path), None)
-            key = opened_by or key
-        return key, next((places[k] for k in upwards(key) if k in places), (document.file, None))
-
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        problems = [*problems, *problems_of(errors, values, Config, at)]
-        wrong = bad_keys(errors)
-        config = Config.model_validate({key: value for key, value in values.items() if key not in wrong})
-        config.locate(places)
-        problems += broken_rules(config, frozenset(wrong))
-    else:
-        config.locate(places)
-        problems = [*problems, *broken_rules(config)]
-    if problems:
-        raise UserError(*sorted(problems, key=lambda p: (p.file == COMMAND_LINE, p.line or 0)))
-    return config
-
-
-def _empty_sections(document: Document, assigned: Sequence[Override]) -> list[Problem]:
-    """Sections left empty: `lora_config:` with nothing under it reads as null, and the run would train everything."""
-    opened = {override.path[0] for override in assigned}
-    return [
-        Problem(
-            "the section is empty",
-            hint,
-            key=key,
-            file=document.file,
-            line=document.lines[key,],
-        )
-        for key, hint in _SECTION_HINTS.items()
-        if document.texts.get((key,)) == "" and key not in opened
-    ]
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(map(str, path))
 
 
 class _Dumper(yaml.SafeDumper):

@@ -18,7 +18,7 @@ from sft.distributed.gpus import require_gpus, visible_gpus
 from sft.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 logger = logging.getLogger("sft")
 
@@ -155,32 +155,6 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Waits until every process is here; a process without a group goes on."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return
-    dist.barrier(device_ids=[local_rank()] if dist.get_backend() == "nccl" else None)
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over all processes, of the same shape and on the same device; without a group, a copy.
-
-    It is exact for counts: give them as int64 or float64, for float32 has no odd numbers above 2**24.
-    """
-    import torch
-    import torch.distributed as dist
-
-    total = tensor.detach().clone()
-    if not dist.is_initialized():
-        return total
-    if dist.get_backend() == "nccl" and not total.is_cuda:
-        total = total.to(torch.device("cuda", local_rank()))
-    dist.all_reduce(total)
-    return total.to(tensor.device)
-
-
 def require_agreement(facts: dict[str, object]) -> None:
     """Makes sure that every process is about to do the same.
 
@@ -189,12 +163,9 @@ def require_agreement(facts: dict[str, object]) -> None:
     Raises:
         UserError: on every process, naming what differs and the first two values.
     """
-    import torch.distributed as dist
+    from sft.distributed.collectives import gather_objects
 
-    if not dist.is_initialized():
-        return
-    everybodys: list[dict[str, object]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(everybodys, facts)
+    everybodys = gather_objects(facts)
     problems = [
         Problem(f"{name}: {everybodys[0][name]!r} on rank 0, {other[name]!r} on rank {number}", "use a shared folder")
         for name in facts

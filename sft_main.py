@@ -80,6 +80,7 @@ def train(argv: list[str]) -> int:
     from readiness import require_apart
     from sft.checkpoint.discovery import find_checkpoint, where_to_go_on
     from sft.checkpoint.output_dir import archive_previous_run
+    from sft.distributed.collectives import barrier
     from sft.model.tokenizer import remember_system_prompt
     from sft.report import run_files
     from sft.training.optim.lr_schedule import require_schedule
@@ -112,7 +113,7 @@ def train(argv: list[str]) -> int:
     except KeyboardInterrupt as stop:
         stop.add_note(where_to_go_on(output_dir))
         raise
-    distributed.barrier()
+    barrier()
     distributed.destroy_process_group()
     return 0
 
@@ -309,12 +310,13 @@ def _config(verb: str, argv: list[str]) -> tuple[Config, Any]:
 
 
 def _load(config_file: str | None, overrides: list[str]) -> Config:
-    import config_manager
 
     if config_file is None:
         raise UserError(
             Problem("no config file", "give one: --config_file sample_config.yaml", "--config_file", "command line")
         )
+    import config_manager
+
     config = config_manager.load_config(config_file, overrides)
     if config.hub_token:  # the libraries ask the environment each time they need one
         os.environ["HF_TOKEN"] = config.hub_token

@@ -171,6 +171,7 @@ def _choose_batch_size(
     """The keys with the rows of a pass that `auto` stands for: those of the checkpoint, or what real passes say."""
     from sft.data.loading.collator import Collator
     from sft.estimate.batch_size_probe import probe_batch_size, rows_of_checkpoint, with_rows
+    from sft.model.attention.document_attention import takes_documents
 
     keys = config.section(TrainingKeys)
     kept = rows_of_checkpoint(checkpoint) if checkpoint else None
@@ -181,7 +182,7 @@ def _choose_batch_size(
         model,
         data.train,
         keys,
-        Collator.of(model, tokenizer),
+        Collator(tokenizer.pad_token_id, flatten=takes_documents(model.config)),
         _objective(config, model),
         precision,
         loss_chunk_size=config.loss_chunk_size,
@@ -253,6 +254,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
     """What the run takes, from an outline of its model and its longest real pass."""
     from sft.data.loading.collator import Collator
     from sft.estimate.run import estimate_run
+    from sft.model.attention.document_attention import takes_documents
 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, processes(config))
@@ -264,7 +266,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
         data.train,
         arguments,
         plan,
-        Collator.of(model, tokenizer),
+        Collator(tokenizer.pad_token_id, flatten=takes_documents(model.config)),
         _objective(config, model),
         loss_chunk_size=config.loss_chunk_size,
         master_weights=precision.master_weights,
@@ -291,6 +293,7 @@ def measure_exact_match(
     """The share of `rows` that the model answers exactly, said aloud; nothing when there is none to ask."""
     import torch
 
+    from sft.distributed.collectives import sum_over_ranks
     from sft.inference.exact_match import exact_match
     from sft.model.saving import stop_tokens
 
@@ -308,7 +311,7 @@ def measure_exact_match(
         )
     for example in result.examples[:3]:
         logger.info("  %s", example)
-    total = int(distributed.all_reduce_sum(torch.tensor(result.right)))
+    total = int(sum_over_ranks(torch.tensor(result.right)))
     words = f"Exact match{when.replace('_', ' ')}"
     logger.info("%s: %d of %d (%.1f %%)", words, total, len(rows), 100 * total / len(rows))
     return {f"exact_match{when}": total / len(rows)}

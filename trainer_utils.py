@@ -23,6 +23,7 @@ from sft.distributed.oom import first_line, is_out_of_memory, out_of_memory
 from sft.errors import RankStopped, TrainingStopped
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import TokenLoss
+from sft.model.attention.document_attention import takes_documents
 from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
 from sft.report.progress import ConsoleProgress
@@ -69,7 +70,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         progress: StreamProgress | None = None,
         settings: StepSettings | None = None,
     ) -> None:
-        collator = Collator.of(model, tokenizer)
+        collator = Collator(int(tokenizer.pad_token_id), flatten=takes_documents(model.config))
         super().__init__(
             model=model,
             args=args,

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config_manager import config_text, json_schema, load_config, require_trainable, write_config
+from config_manager import config_text, json_schema, write_config
+from sft.config.loading import load_config
 from sft.config.schema import Config
+from sft.config.validation import require_trainable
 from sft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

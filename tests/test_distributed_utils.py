@@ -17,6 +17,7 @@ import torch.distributed as dist
 import distributed_utils as du
 from sft.config.schema import TrainingKeys
 from sft.distributed import gpus
+from sft.distributed.collectives import barrier, sum_over_ranks
 from sft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,9 +201,9 @@ def test_a_backend_that_cannot_be(monkeypatch: pytest.MonkeyPatch, backend: str,
 def test_alone_there_is_no_group() -> None:
     du.init_process_group("gloo")
     assert not dist.is_initialized()
-    du.barrier()
+    barrier()
     tensor = torch.tensor([1, 2])
-    total = du.all_reduce_sum(tensor)
+    total = sum_over_ranks(tensor)
     assert total.tolist() == [1, 2]
     assert total.data_ptr() != tensor.data_ptr()
     du.destroy_process_group()
@@ -212,15 +213,16 @@ GROUP = """\
 import json, sys
 import torch, torch.distributed as dist
 import distributed_utils as du
+from sft.distributed.collectives import barrier, sum_over_ranks
 assert du.claim_devices() == 0
 du.init_process_group(du.choose_backend(), 60)
 group = dist.group.WORLD
 du.init_process_group("gloo", 60)
 assert dist.group.WORLD is group
 mine = torch.tensor([2**24 + 1, du.rank()])
-total = du.all_reduce_sum(mine)
+total = sum_over_ranks(mine)
 assert mine.tolist() == [2**24 + 1, du.rank()]
-du.barrier()
+barrier()
 du.require_agreement({"rows": 7})
 from sft.errors import UserError
 try:

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.checkpoint.discovery import STREAM_STATE
 from sft.data.ledger import MAX_EXAMPLES, Ledger, as_document, as_state, from_state, require_enough_rows
 from sft.data.streaming.shard_reader import Cursor
 from sft.data.streaming.stream import Account, Place, Step, TrainingStream
+from sft.distributed.collectives import gather_objects
 from sft.errors import Problem, UserError
 
 FILE = STREAM_STATE
@@ -84,10 +84,9 @@ class StreamProgress(TrainerCallback):
         """The state of all ranks together, as it is saved. All ranks must call it."""
         places = [asdict(self.places[shard]) for shard in sorted(self.places)]
         mine = {"batches": self.batches, "places": places, **_account_as_json(self.account)}
-        if not dist.is_initialized():
+        everybodys = gather_objects(mine)
+        if len(everybodys) == 1:
             return mine
-        everybodys: list[dict[str, Any]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everybodys, mine)
         account = Account()
         for one in everybodys:
             account.add(account_in(one))

@@ -10,7 +10,7 @@ from sft.config.best_metric import WATCHING, metric_problems
 from sft.config.overrides import shown
 from sft.config.schema import Config
 from sft.config.upstream_schema import trackers
-from sft.errors import Problem
+from sft.errors import Problem, UserError
 
 TRAIN_SOURCES = ("dataset_name", "dataset_path", "train_file", "datasets")
 VALIDATION_SOURCES = ("validation_file", "validation_split", "eval_datasets")
@@ -292,3 +292,14 @@ def _not_trained_here(config: Config) -> Iterator[Problem]:
     if config.optim.startswith("schedule_free"):
         message = f"{config.optim} holds other weights to train on than to evaluate and save, and is not told which"
         yield config.problem("optim", message, "Leave it out for AdamW, or write another optimizer.")
+
+
+def require_trainable(config: Config) -> None:
+    """Checks what only a training run needs: a model, training data, and no key that no run honours.
+
+    Raises:
+        UserError: something of it is missing, or is asked for and not honoured.
+    """
+    problems = training_problems(config)
+    if problems:
+        raise UserError(*problems)

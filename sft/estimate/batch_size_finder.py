@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from sft.distributed.collectives import max_over_ranks
 from sft.distributed.memory import peak_bytes, reset_peak
 from sft.distributed.oom import is_out_of_memory
 from sft.errors import Problem, UserError
@@ -107,7 +107,7 @@ def choose_batch_size(
         UserError: the smallest size does not fit.
     """
     started = clock()
-    room = -round(_worst([float(reserve - budget)])[0])
+    room = -round(max_over_ranks([float(reserve - budget)])[0])
     probes: list[Probe] = []
     best: Probe | None = None
     unfruitful, reason = 0, "no larger size divides the rows of a step, or there are no more rows"
@@ -127,7 +127,7 @@ def choose_batch_size(
             if unfruitful == _UNFRUITFUL:
                 reason = "larger passes are not faster"
                 break
-            if _worst([clock() - started])[0] > seconds:
+            if max_over_ranks([clock() - started])[0] > seconds:
                 reason = "the time for probing was over"
                 break
     if best is None:
@@ -174,18 +174,8 @@ def _probe(
         if not is_out_of_memory(error):
             raise
         fits = False
-    seconds, peak, failed = _worst([seconds, peak_bytes(device), float(not fits)])
+    seconds, peak, failed = max_over_ranks([seconds, peak_bytes(device), float(not fits)])
     return Probe(rows, max(seconds, 1e-9), int(peak), not failed)
-
-
-def _worst(values: list[float]) -> list[float]:
-    """The largest of each value over all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    numbers = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return numbers.tolist()
 
 
 def _wait(device: torch.device) -> None:

@@ -118,7 +118,8 @@ def make_plan(arguments: Arguments, env: Mapping[str, str], entry: Path = ENTRY)
     Raises:
         UserError: from the options, the environment, SLURM, the config, or the GPUs that are there.
     """
-    from config_manager import load_config, require_trainable
+    from sft.config.loading import load_config
+    from sft.config.validation import require_trainable
 
     explicit = override_keys(arguments.overrides)
     if arguments.gpus is not None and "num_gpus" in explicit:

@@ -6,8 +6,8 @@ import math
 from dataclasses import astuple, dataclass
 
 import torch
-import torch.distributed as dist
 
+from sft.distributed.collectives import sum_over_ranks
 from sft.loss.token_loss import TokenLoss
 
 _SUMMED = ("objective", "nll", "entropy", "router_aux")
@@ -115,9 +115,6 @@ class TokenSums:
 
     def total(self) -> TokenCounts:
         """The sums over all ranks; every rank must call it."""
-        sums = self._sums.clone()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        values = sums.tolist()
+        values = sum_over_ranks(self._sums).tolist()
         summed, counted = values[: len(_SUMMED)], map(round, values[len(_SUMMED) :])
         return TokenCounts(**dict(zip(self._names, [*summed, *counted], strict=True)))

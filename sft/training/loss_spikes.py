@@ -13,7 +13,8 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
+
+from sft.distributed.collectives import gather_objects, sum_over_ranks
 
 _NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 
@@ -75,19 +76,13 @@ class LossSpikes:
         unread, self._unread = self._unread, []
         if not unread:
             return []
-        sums = torch.stack([sums for _, sums, _ in unread])  # (steps, 2)
-        shared = dist.is_initialized() and dist.get_world_size() > 1
-        if shared:
-            dist.all_reduce(sums)
+        sums = sum_over_ranks(torch.stack([sums for _, sums, _ in unread]))  # (steps, 2)
         spikes = []
         for (step, _, rows), (loss, tokens) in zip(unread, sums.tolist(), strict=True):
             spike = self.observe(step, loss / tokens) if tokens else None
             if spike:
                 numbers = sorted({int(row) for each in rows for row in each.tolist() if row >= 0})
-                everywhere: list[list[int]] = [numbers]
-                if shared:  # all ranks see the same losses, and so they meet here
-                    everywhere = [[]] * dist.get_world_size()
-                    dist.all_gather_object(everywhere, numbers)
+                everywhere = gather_objects(numbers)  # all ranks see the same losses, and so they meet here
                 found = tuple(sorted(row for numbers in everywhere for row in numbers))
                 spikes.append(Spike(spike.step, spike.loss, spike.median, spike.deviation, found))
         return spikes

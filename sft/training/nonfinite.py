@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
+from sft.distributed.collectives import gather_objects, sum_over_ranks
 from sft.distributed.dtensor import to_local
 from sft.errors import Problem, TrainingStopped
 from sft.training.nonfinite_report import Pass, describe, look, some
@@ -112,7 +112,7 @@ class NonfiniteGuard:
         if asked is None or not asked.is_bad():
             self._overflows = 0
             return False
-        findings = _gather(look(asked.passes, asked.norms, self._decode, self._measure))
+        findings = gather_objects(look(asked.passes, asked.norms, self._decode, self._measure))
         if scaled and not any(finding.passes for finding in findings) and self._overflows < _OVERFLOWS:
             self._overflows += 1
             return False
@@ -190,19 +190,5 @@ def require_finite(parameters: Named, what: str) -> None:
 
 
 def _gather_if_any(names: list[str]) -> list[list[str]]:
-    """The names of all ranks; where all are well they exchange a single number."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return [names]
-    device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
-    bad = torch.tensor(len(names), device=device)
-    dist.all_reduce(bad)
-    return _gather(names) if bad else [names]
-
-
-def _gather(found: Any) -> list[Any]:
-    """What each rank found, by rank."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return [found]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, found)
-    return everywhere
+    """Gathers the names of all ranks; where all are finite they exchange a single number."""
+    return gather_objects(names) if int(sum_over_ranks(torch.tensor(len(names)))) else [names]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sft.data.documents import IGNORE_INDEX
 from sft.data.loading.boundaries import DocumentOffsets
+from sft.distributed.collectives import current_rank
 from sft.distributed.dtensor import to_local
 from sft.errors import Problem
 
@@ -67,7 +67,7 @@ def look(
     listed = guilty or documents
     texts = [decode(inputs["input_ids"].flatten().tolist()[:_TEXT]) for _, inputs in listed[:_SHOWN]]
     return Finding(
-        rank=dist.get_rank() if dist.is_initialized() else 0,
+        rank=current_rank(),
         passes=tuple(bad),
         passes_made=len(passes),
         rows=tuple(dict.fromkeys(row for row, _ in listed if row >= 0)),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sft.checkpoint import compatibility, stream_state
 from sft.checkpoint.compatibility import ResumeFingerprint, adapter_facts, describe_adapter, digest_lengths
 from sft.data.loading.collator import row_lengths
+from sft.distributed.collectives import barrier
 from sft.distributed.memory import peak_memory_gb
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.model.saving import save_companions
@@ -102,8 +102,7 @@ class RunRecords(RowOrder):
     def _save_rng_state(self, output_dir: str) -> None:
         """Behind it every rank's part of the checkpoint is there, so that the first rank may delete an older one."""
         super()._save_rng_state(output_dir)
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Not of tied weights: they stand in the file once, under one of their names."""

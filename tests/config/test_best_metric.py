@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import sft_main
-from config_manager import load_config
 from sft.config.best_metric import greater_is_better, metric_names
+from sft.config.loading import load_config
 from sft.errors import UserError
 from sft.training.arguments import training_arguments
 from tests.runs import arithmetic, write_config, write_rows

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from config_manager import load_config
 from sft.config.error_messages import all_keys
 from sft.config.field_types import section_of
+from sft.config.loading import load_config
 from sft.config.schema import GROUPS, SECRET_KEYS, Config, DataKeys, LoraKeys, ModelKeys, QuantizationKeys, TrainingKeys
 from sft.config.upstream_docs import LIMITS, MEANINGS
 from sft.config.upstream_schema import FACTS_FILE, facts, installed_facts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from config_manager import load_config, require_trainable
+from sft.config.loading import load_config
+from sft.config.validation import require_trainable
 from tests.runs import ROOT
 
 SHIPPED = sorted([ROOT / "sample_config.yaml", *(ROOT / "configs").rglob("*.y*ml")])

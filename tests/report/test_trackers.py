@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from config_manager import load_config
+from sft.config.loading import load_config
 from sft.config.schema import TrainingKeys
 from sft.config.upstream_schema import trackers as known_trackers
 from sft.errors import UserError

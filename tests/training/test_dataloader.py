@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sft_main
-from config_manager import load_config
+from sft.config.loading import load_config
 from sft.errors import UserError
 from tests.by_hand import rows_of
 from tests.runs import arithmetic, write_config, write_rows

@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX
 from sft.data.loading.boundaries import DocumentOffsets
-from sft.model.attention.document_attention import takes_documents
 
 FILLER = "filler"
 NUMBER = "number"  # of a row in its data set
@@ -41,11 +38,6 @@ class Collator:
 
     pad_token_id: int
     flatten: bool = False
-
-    @classmethod
-    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        """For a model as it is loaded: flat wherever its attention keeps documents apart."""
-        return cls(int(tokenizer.pad_token_id), flatten=takes_documents(model.config))
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch, B = 1 where it is flattened.

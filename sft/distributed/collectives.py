@@ -1,0 +1,75 @@
+"""Collectives over all ranks. Without a process group each returns what this process holds, so callers need no test."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether several ranks train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def current_rank() -> int:
+    """This process's rank in the group; 0 without one."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over all ranks; returns a new tensor of the same shape and on the same device.
+
+    It is exact for counts: give them as int64 or float64, for float32 has no odd numbers above 2**24.
+    """
+    total = tensor.detach().clone()
+    if is_distributed():
+        total = _for_backend(total)
+        dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def max_over_ranks(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks, as float64."""
+    if not is_distributed():
+        return values
+    numbers = _for_backend(torch.tensor(values, dtype=torch.float64))
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def from_first_rank(value: float) -> float:
+    """The first rank's `value` on every rank, as float64."""
+    if not is_distributed():
+        return value
+    number = _for_backend(torch.tensor(value, dtype=torch.float64))
+    dist.broadcast(number, src=0)
+    return float(number)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, in the order of the ranks; it is pickled on its way."""
+    if not is_distributed():
+        return [value]
+    gathered: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if is_distributed():
+        dist.barrier(device_ids=[_local_device().index] if dist.get_backend() == "nccl" else None)
+
+
+def _for_backend(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` where the backend can read it: NCCL moves no memory but the GPU's."""
+    return tensor.to(_local_device()) if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
+
+
+def _local_device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
