@@ -155,6 +155,13 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
+def barrier() -> None:
+    """Waits until every process is here."""
+    from sft.distributed import collectives
+
+    collectives.barrier()
+
+
 def require_agreement(facts: dict[str, object]) -> None:
     """Makes sure that every process is about to do the same.
 

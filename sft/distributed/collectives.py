@@ -21,6 +21,11 @@ def current_rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def group_size() -> int:
+    """The number of ranks in the group; 1 without one."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all ranks; returns a new tensor of the same shape and on the same device.
 

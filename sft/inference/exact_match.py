@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from sft.data.formats.conversation import Conversation, Message
+from sft.distributed.collectives import current_rank, group_size, sum_over_ranks
 from sft.distributed.oom import measuring
 from sft.inference.generate import Sampling, generate_replies
+from sft.model.saving import stop_tokens
+from sft.report.console import counting
+
+logger = logging.getLogger("sft")
 
 
 @dataclass(frozen=True)
@@ -73,3 +81,38 @@ def exact_match(
         )
     examples = tuple(Example(q.messages, a, r.strip()) for q, a, r in zip(questions, answers, replies, strict=True))
     return ExactMatch(sum(e.answer == e.reply for e in examples), examples)
+
+
+def measure_exact_match(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    batch_size: int,
+    end_token_ids: Sequence[int],
+    when: str = "",
+) -> dict[str, float]:
+    """Logs and returns the share of exact replies over all ranks, which all must call it; empty without conversations.
+
+    Args:
+        conversations: the same on every rank; each rank answers its part.
+        batch_size, model, tokenizer: as for `exact_match`.
+        end_token_ids: the tokens that end an answer.
+        when: of the metric's name: "" or e.g. "_before".
+    """
+    if not conversations:
+        return {}
+    with counting("questions answered:") as on_progress:
+        result = exact_match(
+            model,
+            tokenizer,
+            conversations[current_rank() :: group_size()],
+            batch_size=batch_size,
+            stop_token_ids=stop_tokens(tokenizer, end_token_ids),
+            on_progress=on_progress,
+        )
+    for example in result.examples[:3]:
+        logger.info("  %s", example)
+    right, total = int(sum_over_ranks(torch.tensor(result.right))), len(conversations)
+    logger.info("Exact match%s: %d of %d (%.1f %%)", when.replace("_", " "), right, total, 100 * right / total)
+    return {f"exact_match{when}": right / total}

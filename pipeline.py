@@ -1,6 +1,6 @@
-"""From a config to prepared data, a model in its trainer, an estimate: what several verbs of `sft_main` share.
+"""Joins the stages: from a config to prepared data, a model in its Trainer, a trained model, or an estimate.
 
-Each function hands the stages the sections of the config that they use, in the order in which they need each other.
+Each function hands the stages the sections of the config that they use.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import data_handler
 import distributed_utils as distributed
 import model_manager
+from sft.checkpoint import output_dir
 from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
 from sft.data.loading.batch_plan import BatchPlan, plan_batches, rows_a_step
 from sft.distributed.gpus import visible_gpus
-from sft.errors import UserError
+from sft.errors import RankStopped, TrainingStopped, UserError
 from sft.report import run_files
 from sft.report.console import console, counting, show_ledger, show_sample
 
-# torch and the Trainer take seconds to import: what needs them imports them where they are used, so that `check` and a
-# mistake in the data do without.
+# torch and the Trainer take seconds to import, so functions that need them import them: `check` and a mistake in the
+# data do without.
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -32,14 +33,20 @@ if TYPE_CHECKING:
     from sft.data.preparation.packing import AutoPacking
     from sft.estimate.run import RunEstimate
     from sft.loss.token_loss import Objective
+    from sft.model.compile import CompileSettings
     from sft.model.precision import Precision
+    from sft.training.step import StepSettings
     from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")
 
 
-def prepare(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
-    """The prepared data; the first rank shows its ledger and its first sample."""
+def prepare_data(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
+    """Prepares the data of all sets; the first rank shows the ledger and the first sample.
+
+    Raises:
+        UserError: data is missing, cannot be read, or has too few usable rows.
+    """
     keys = config.section(DataKeys)
     with counting("rows prepared:") as on_rows:
         data = read_data(config, tokenizer, training=training, on_rows=on_rows, **options)
@@ -58,7 +65,7 @@ def prepare(config: Config, tokenizer: Any, training: bool = True, **options: An
 
 
 def read_data(config: Config, tokenizer: Any, training: bool = True, **options: Any) -> PreparedData:
-    """The data of all sets; where training rows are streamed, what is known of their beginning."""
+    """Prepares the data of all sets; of a stream, its first rows."""
     keys = config.section(DataKeys)
     if "auto" in (keys.packing, keys.eval_packing):
         options.setdefault("auto", _auto_packing(config, tokenizer))
@@ -79,68 +86,98 @@ def read_data(config: Config, tokenizer: Any, training: bool = True, **options: 
 
 
 def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
-    """What `packing: auto` goes by: the model that the config names, and the rows of a step."""
+    """What decides `packing: auto`: the model that the config names, and the rows of a step."""
     from sft.data.preparation.packing import AutoPacking
 
     obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
-    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), processes(config)))
+    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), process_count(config)))
 
 
-def processes(config: Config) -> int:
-    """How many train together, or will."""
+def process_count(config: Config) -> int:
+    """Returns how many processes train together, or will."""
     return int(os.environ.get("WORLD_SIZE", "0")) or config.num_gpus or max(1, visible_gpus())
 
 
 def require_served(config: Config, tokenizer: Any) -> None:
-    """Stops the run where the model would be asked behind other tokens than it was trained behind."""
+    """Compares the prompts that are trained with the prompts that a server would send.
+
+    Raises:
+        UserError: they differ.
+    """
     contract = data_handler.serving_contract(config.section(DataKeys), tokenizer)
     if not contract.ok:
         raise UserError(*contract.problems)
     logger.info("Serving: %s", contract.message)
 
 
-def streamed_account(config: Config, trainer: SFTTrainer, data: PreparedData) -> PreparedData:
-    """The data with the account of all rows that were streamed, which the first rank shows and saves."""
-    ledger, end_token_ids = trainer.stream_account()
-    if distributed.is_main_process():
-        show_ledger(ledger)
-        run_files.write_ledger(Path(config.output_dir), ledger)
-    return dataclasses.replace(data, ledger=ledger, end_token_ids=end_token_ids)
+def forbid_overlap(config: Config) -> None:
+    """Refuses an `output_dir` that holds what the run starts from: the run would overwrite it.
+
+    Raises:
+        UserError: it does.
+    """
+    keys = ("model_name_or_path", "tokenizer_name_or_path", "from_scratch", "chat_template")
+    output_dir.forbid_overlap(Path(config.output_dir), {key: getattr(config, key) for key in keys})
 
 
-def join(config: Config) -> None:
-    """Joins the process group, once everything is done that takes each process a different time."""
+def join_process_group(config: Config) -> None:
+    """Joins the process group, after everything that takes each process a different time."""
     backend = distributed.choose_backend(config.ddp_backend, use_cpu=config.use_cpu)
     distributed.init_process_group(backend, config.ddp_timeout)
 
 
 def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint: Path | None) -> SFTTrainer:
-    """The model as the config describes it, and the Trainer that holds it."""
-    import trainer_utils
+    """Builds the model that the config describes and the Trainer that holds it.
+
+    Args:
+        checkpoint: the one that the run resumes from; None starts at step 0.
+
+    Raises:
+        UserError: a setting does not fit the model, the machine, the data or the checkpoint.
+    """
+    from transformers import set_seed
+
     from sft.checkpoint.stream_state import StreamProgress
     from sft.model.compile import compile_settings
     from sft.report.metrics_file import MetricsFile
     from sft.report.progress import ConsoleProgress
     from sft.training.optim.factory import require_optimizer
+    from trainer_utils import SFTTrainer
 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
     compiling = compile_settings(config.torch_compile, config.torch_compile_backend, config.torch_compile_mode)
     precision = _precision(config, checkpoint)
-    trainer_utils.set_seed(config.seed)
+    set_seed(config.seed)
     model = _model(config, tokenizer, precision)
-    searches = keys.per_device_train_batch_size == "auto"
-    if searches:
+    if keys.per_device_train_batch_size == "auto":
         keys = _choose_batch_size(config, model, tokenizer, data, precision, checkpoint)
         plan = plan_batches(keys, data.train_rows, data.train_tokens, distributed.world_size())
     logger.info("Batches: %s", plan)
     arguments = _arguments(config, keys, plan, precision, model, data)
     require_optimizer(arguments)
-    callbacks = [
-        MetricsFile(Path(config.output_dir) / "logs"),
-        ConsoleProgress(console, bars=not config.disable_tqdm),
-    ]
-    settings = trainer_utils.StepSettings(
+    logs = Path(config.output_dir) / "logs"
+    trainer = SFTTrainer(
+        model,
+        arguments,
+        tokenizer,
+        data.train,
+        data.evals,
+        data.end_token_ids,
+        [MetricsFile(logs), ConsoleProgress(console, bars=not config.disable_tqdm)],
+        total_steps=plan.total_steps,
+        progress=StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None,
+        settings=_step_settings(config, model, precision, compiling),
+    )
+    if checkpoint:
+        trainer.resume(checkpoint)
+    return trainer
+
+
+def _step_settings(config: Config, model: Any, precision: Precision, compiling: CompileSettings | None) -> StepSettings:
+    from sft.training.step import StepSettings
+
+    return StepSettings(
         objective=_objective(config, model),
         loss_chunk_size=config.loss_chunk_size,
         dtype=precision.dtype,
@@ -149,26 +186,14 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
         nonfinite_limit=config.nonfinite_limit,
         from_scratch=config.from_scratch is not None,
         compiling=compiling,
-        shrinks=searches,
-    )
-    return trainer_utils.SFTTrainer(
-        model,
-        arguments,
-        tokenizer,
-        data.train,
-        data.evals,
-        data.end_token_ids,
-        callbacks,
-        total_steps=plan.total_steps,
-        progress=StreamProgress(data.train, data.end_token_ids, data.eval_ledgers) if config.streaming else None,
-        settings=settings,
+        retries_oom=config.per_device_train_batch_size == "auto",
     )
 
 
 def _choose_batch_size(
     config: Config, model: Any, tokenizer: Any, data: PreparedData, precision: Precision, checkpoint: Path | None
 ) -> TrainingKeys:
-    """The keys with the rows of a pass that `auto` stands for: those of the checkpoint, or what real passes say."""
+    """Replaces `per_device_train_batch_size: auto` by that of the checkpoint, or by what real micro-batches show."""
     from sft.data.loading.collator import Collator
     from sft.estimate.batch_size_probe import probe_batch_size, rows_of_checkpoint, with_rows
     from sft.model.attention.document_attention import takes_documents
@@ -206,7 +231,7 @@ def _precision(config: Config, checkpoint: Path | None = None) -> Precision:
 
 
 def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: bool = False) -> Any:
-    """The model as the config describes it; as an outline it has no numbers and takes no memory."""
+    """Loads the model that the config describes; an outline is on the meta device and takes no memory."""
     return model_manager.load_model(
         config.section(ModelKeys),
         tokenizer,
@@ -234,11 +259,11 @@ def _objective(config: Config, model: Any) -> Objective:
 def _arguments(
     config: Config, keys: TrainingKeys, plan: BatchPlan, precision: Precision, model: Any, data: PreparedData
 ) -> TrainingArguments:
-    """The Trainer's arguments, of `keys` whose batch size may have been chosen since the config was read."""
-    import trainer_utils
+    """The Trainer's arguments from `keys`, whose batch size may have been chosen since the config was read."""
     from sft.model.attention.document_attention import takes_documents
+    from sft.training.arguments import training_arguments
 
-    return trainer_utils.training_arguments(
+    return training_arguments(
         keys.training_arguments(),
         bf16=precision.bf16,
         fp16=precision.fp16,
@@ -251,13 +276,13 @@ def _arguments(
 
 
 def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
-    """What the run takes, from an outline of its model and its longest real pass."""
+    """Estimates memory, tokens and time of the run, from a meta model and the longest micro-batch of the data."""
     from sft.data.loading.collator import Collator
     from sft.estimate.run import estimate_run
     from sft.model.attention.document_attention import takes_documents
 
     keys = config.section(TrainingKeys)
-    plan = plan_batches(keys, data.train_rows, data.train_tokens, processes(config))
+    plan = plan_batches(keys, data.train_rows, data.train_tokens, process_count(config))
     precision = _precision(config)
     model = _model(config, tokenizer, precision, outline=True)
     arguments = _arguments(config, keys, plan, precision, model, data)
@@ -275,8 +300,8 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
     )
 
 
-def questions(config: Config, tokenizer: Any, data: PreparedData) -> list[Conversation]:
-    """The validation rows that `exact_match_samples` asks for; each ends with its right answer."""
+def exact_match_questions(config: Config, tokenizer: Any, data: PreparedData) -> list[Conversation]:
+    """Returns the validation conversations for `exact_match_samples`; each ends with its right answer."""
     if not config.exact_match_samples or not data.evals:
         return []
     rows = data_handler.validation_conversations(
@@ -288,30 +313,58 @@ def questions(config: Config, tokenizer: Any, data: PreparedData) -> list[Conver
 
 
 def measure_exact_match(
-    config: Config, model: Any, tokenizer: Any, data: PreparedData, rows: list[Conversation], when: str
+    config: Config, model: Any, tokenizer: Any, data: PreparedData, questions: list[Conversation], when: str = ""
 ) -> dict[str, float]:
-    """The share of `rows` that the model answers exactly, said aloud; nothing when there is none to ask."""
-    import torch
+    """Logs and returns the share of `questions` that the model answers exactly; empty without questions."""
+    from sft.inference import exact_match
 
-    from sft.distributed.collectives import sum_over_ranks
-    from sft.inference.exact_match import exact_match
-    from sft.model.saving import stop_tokens
+    return exact_match.measure_exact_match(
+        model,
+        tokenizer,
+        questions,
+        batch_size=config.per_device_eval_batch_size,
+        end_token_ids=data.end_token_ids,
+        when=when,
+    )
 
-    if not rows:
-        return {}
-    mine = rows[distributed.rank() :: distributed.world_size()]
-    with counting("questions answered:") as on_progress:
-        result = exact_match(
-            model,
-            tokenizer,
-            mine,
-            batch_size=config.per_device_eval_batch_size,
-            stop_token_ids=stop_tokens(tokenizer, data.end_token_ids),
-            on_progress=on_progress,
-        )
-    for example in result.examples[:3]:
-        logger.info("  %s", example)
-    total = int(sum_over_ranks(torch.tensor(result.right)))
-    words = f"Exact match{when.replace('_', ' ')}"
-    logger.info("%s: %d of %d (%.1f %%)", words, total, len(rows), 100 * total / len(rows))
-    return {f"exact_match{when}": total / len(rows)}
+
+def run_training(config: Config, trainer: SFTTrainer, checkpoint: Path | None) -> None:
+    """Trains, from `checkpoint` or from the start. A run that fails still leaves its curve.
+
+    Raises:
+        TrainingStopped: training went wrong (exit code 3).
+    """
+    from sft.distributed.oom import first_line, is_out_of_memory, out_of_memory
+    from sft.report.progress import ConsoleProgress
+
+    if checkpoint and trainer.load_finished(checkpoint):
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RankStopped:
+        trainer.write_curve()
+        raise
+    except TrainingStopped:
+        trainer.log_remaining()
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        trainer.write_curve()
+        searched = config.per_device_train_batch_size == "auto"
+        message = f"step {trainer.state.global_step + 1} ran out of memory: {first_line(error)}"
+        raise out_of_memory(message, 1 if searched else trainer.args.per_device_train_batch_size) from error
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ConsoleProgress):
+                callback.close()
+
+
+def streamed_account(config: Config, trainer: SFTTrainer, data: PreparedData) -> PreparedData:
+    """Returns the data with the account of all rows that were streamed, which the first rank shows and writes."""
+    assert trainer.progress is not None
+    ledger, end_token_ids = trainer.progress.final_account()
+    if distributed.is_main_process():
+        show_ledger(ledger)
+        run_files.write_ledger(Path(config.output_dir), ledger)
+    return dataclasses.replace(data, ledger=ledger, end_token_ids=end_token_ids)
