@@ -37,9 +37,6 @@ from sft.training.optim.split_master_weights import summed_in_a_pass
 
 logger = logging.getLogger("sft")
 
-# Bytes of a CPU process that are not there before the model is: code and records that loading it, the Trainer and the
-# first passes bring. Fitted: float32 runs of 20M and 100M parameters held 11 to 131 MiB more than was told without it.
-_BROUGHT_LATER = 50 * 2**20
 _EPOCHS = 20  # whose passes are looked through for the longest one; later ones hardly find a longer
 
 
@@ -112,7 +109,7 @@ def estimate_run(
         assumes_batch_size: `plan` has a number in the place of `per_device_train_batch_size: auto`.
     """
     device = arguments.device
-    process = process_bytes(device)
+    process = 0 if device.type == "cuda" else held_bytes(device)  # a GPU's memory holds no libraries
     batch = collator(_longest_pass(rows, arguments, plan, collator, max_seq_length))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     run_forward = _on_fakes(model, batch, mode, arguments, objective, loss_chunk_size)
@@ -130,15 +127,13 @@ def estimate_run(
         master_weights=master_weights,
         summed=summed_in_a_pass(model) if is_one_pass and splits_masters(name) else None,
     )
-    limit = memory_limit(device, plan.world_size)
-    _say(memory, plan, limit, assumes_batch_size)
     total_tokens = _total_tokens(plan)
     beneath = without_adapter(model)
-    return RunEstimate(
+    estimate = RunEstimate(
         memory=memory,
         plan=plan,
         device=device.type,
-        limit=limit,
+        limit=memory_limit(device, plan.world_size),
         rows=len(batch["lengths"]),
         tokens=int(batch["lengths"].sum()),
         trained_tokens=len(batch["trained_positions"]),
@@ -148,6 +143,8 @@ def estimate_run(
         ),
         assumes_batch_size=assumes_batch_size,
     )
+    _log_notes(estimate)
+    return estimate
 
 
 def _on_fakes(
@@ -177,28 +174,25 @@ def _autocast(arguments: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
-def _say(memory: MemoryEstimate, plan: BatchPlan, limit: int, assumes_batch_size: bool) -> None:
-    """What the reader of the numbers must know."""
-    if assumes_batch_size:
-        rows_a_pass, rows_a_step = plan.per_device_train_batch_size, plan.global_batch_size
+def _log_notes(estimate: RunEstimate) -> None:
+    """Logs what the reader of the numbers must know."""
+    plan, peak = estimate.plan, estimate.memory.peak
+    if estimate.assumes_batch_size:
         logger.info(
             "per_device_train_batch_size: auto is chosen when the run starts; counted here: %d rows a pass, %d a step",
-            rows_a_pass,
-            rows_a_step,
+            plan.per_device_train_batch_size,
+            plan.global_batch_size,
         )
-    if memory.peak > limit:
+    if estimate.device == "cpu":
+        logger.info("The peak is a lower bound: malloc keeps more than the tensors that are counted")
+    if peak > estimate.limit:
         logger.warning(
             "The run will hold %.2f GiB at its peak, and there are %.2f: a smaller per_device_train_batch_size or "
             "max_seq_length, activation_checkpoint (mode: selective, then full; the recipes already recompute "
             "everything), or an adapter (lora_config) takes less",
-            memory.peak / 2**30,
-            limit / 2**30,
+            peak / 2**30,
+            estimate.limit / 2**30,
         )
-
-
-def process_bytes(device: torch.device) -> int:
-    """What this process will hold beside the model and its passes; 0 for a CUDA device, whose memory that is not."""
-    return 0 if device.type == "cuda" else held_bytes(device) + _BROUGHT_LATER
 
 
 def _least_seconds(
