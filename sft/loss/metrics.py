@@ -107,7 +107,7 @@ class TokenSums:
         """Starts anew where `flag`, a scalar on the device, is not 0; it is not read."""
         self._sums.masked_fill_(flag.bool(), 0)
 
-    def take(self) -> TokenCounts:
+    def reduce_and_reset(self) -> TokenCounts:
         """The sums over all ranks since the last call; every rank must call it."""
         counts = self.total()
         self.clear()

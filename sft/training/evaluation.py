@@ -108,7 +108,7 @@ class TokenEvaluation(Trainer):
                     self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         finally:
             model.train(was_training)
-        counts = sums.take()
+        counts = sums.reduce_and_reset()
         self._evaluated.append(counts)
         rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
         return EvalLoopOutput(

@@ -75,7 +75,7 @@ class RunRecords(RowOrder):
 
     def _count_tokens(self) -> None:
         """Reads the sums from the device into the counts since the last log and into the state that is saved."""
-        counts = self._sums.take()
+        counts = self._sums.reduce_and_reset()
         self._counts += counts
         if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts them itself
             self.state.num_input_tokens_seen += counts.input_tokens

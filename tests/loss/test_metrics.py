@@ -21,7 +21,7 @@ def test_unequal_batches_are_weighted_by_their_tokens() -> None:
     sums = TokenSums(torch.device("cpu"))
     sums.add(loss(objective=10.0, tokens=10, correct=5, answers=2, right=1), torch.tensor(30))
     sums.add(loss(objective=6.0, tokens=2, correct=0, answers=1, right=0), torch.tensor(4))
-    counts = sums.take()
+    counts = sums.reduce_and_reset()
     metrics = counts.metrics("eval_")
     assert metrics == {
         "eval_loss": pytest.approx(16 / 12),  # the mean of batch means would be 2.0
@@ -35,8 +35,8 @@ def test_unequal_batches_are_weighted_by_their_tokens() -> None:
 def test_taking_starts_anew() -> None:
     sums = TokenSums(torch.device("cpu"))
     sums.add(loss(1.0, 1, 1, 1, 1), torch.tensor(1))
-    sums.take()
-    assert sums.take() == TokenCounts.zero()
+    sums.reduce_and_reset()
+    assert sums.reduce_and_reset() == TokenCounts.zero()
 
 
 @pytest.mark.parametrize("objective", [1.0, math.nan])
@@ -45,7 +45,7 @@ def test_sums_of_a_step_that_is_left_out_are_dropped_by_a_flag(objective: float)
         sums = TokenSums(torch.device("cpu"))
         sums.add(loss(objective, 3, 1, 1, 1), torch.tensor(9))
         sums.clear_where(torch.tensor(flag))
-        counts = sums.take()
+        counts = sums.reduce_and_reset()
         assert counts.tokens == tokens
         assert counts == TokenCounts.zero() or not flag
 
@@ -63,7 +63,7 @@ def test_long_sums_lose_no_token() -> None:
     big = 2**24 + 1  # float32 cannot hold this
     sums.add(loss(0.0, big, 0, 1, 0), torch.tensor(big))
     sums.add(loss(0.0, 1, 0, 1, 0), torch.tensor(1))
-    assert sums.take().tokens == big + 1
+    assert sums.reduce_and_reset().tokens == big + 1
 
 
 def test_entropy_and_router_balance_are_means_over_the_tokens_they_were_measured_on() -> None:
@@ -72,7 +72,7 @@ def test_entropy_and_router_balance_are_means_over_the_tokens_they_were_measured
     sums.add(replace(loss(10.0, tokens=10, correct=5, answers=2, right=1), **measured), torch.tensor(30))
     sums.add(replace(loss(6.0, tokens=2, correct=0, answers=1, right=0), entropy=torch.tensor(0.0)), torch.tensor(4))
     sums.add(loss(6.0, tokens=8, correct=0, answers=1, right=0), torch.tensor(9))
-    metrics = sums.take().metrics()
+    metrics = sums.reduce_and_reset().metrics()
     assert metrics["entropy"] == pytest.approx(12 / 12)
     assert metrics["router_aux_loss"] == pytest.approx(20 / 10)
 
@@ -80,7 +80,7 @@ def test_entropy_and_router_balance_are_means_over_the_tokens_they_were_measured
 def test_what_was_not_measured_is_not_reported() -> None:
     sums = TokenSums(torch.device("cpu"))
     sums.add(loss(1.0, 1, 1, 1, 1), torch.tensor(1))
-    assert set(sums.take().metrics()) == {"loss", "perplexity", "token_accuracy", "sequence_accuracy"}
+    assert set(sums.reduce_and_reset().metrics()) == {"loss", "perplexity", "token_accuracy", "sequence_accuracy"}
 
 
 def test_perplexity_is_that_of_the_likelihood_whatever_was_trained() -> None:
