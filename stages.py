@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sft.data.formats.conversation import Conversation
     from sft.data.preparation.packing import AutoPacking
     from sft.estimate.run import RunEstimate
-    from sft.loss.token_loss import Objective
+    from sft.loss.token_loss import LossSettings
     from sft.model.precision import Precision
     from trainer_utils import SFTTrainer
 
@@ -141,8 +141,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
         ConsoleProgress(console, bars=not config.disable_tqdm),
     ]
     settings = trainer_utils.StepSettings(
-        objective=_objective(config, model),
-        loss_chunk_size=config.loss_chunk_size,
+        loss=_loss_settings(config, model),
         dtype=precision.dtype,
         master_weights=precision.master_weights,
         on_nonfinite=config.on_nonfinite,
@@ -183,9 +182,8 @@ def _choose_batch_size(
         data.train,
         keys,
         Collator(tokenizer.pad_token_id, flatten=takes_documents(model.config)),
-        _objective(config, model),
+        _loss_settings(config, model),
         precision,
-        loss_chunk_size=config.loss_chunk_size,
         world_size=distributed.world_size(),
         local_world_size=distributed.local_world_size(),
     )
@@ -219,16 +217,17 @@ def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: boo
     )
 
 
-def _objective(config: Config, model: Any) -> Objective:
-    from sft.loss.token_loss import Objective
+def _loss_settings(config: Config, model: Any) -> LossSettings:
+    from sft.loss.token_loss import LossSettings, Objective
 
-    return Objective(
+    objective = Objective(
         loss_type=config.loss_type,
         label_smoothing=config.label_smoothing_factor,
         z_loss=config.z_loss_coef,
         router_aux=model_manager.router_aux_loss_coef(model, config.router_aux_loss_coef),
         entropy=config.log_entropy,
     )
+    return LossSettings(objective, config.loss_chunk_size)
 
 
 def _arguments(
@@ -267,8 +266,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
         arguments,
         plan,
         Collator(tokenizer.pad_token_id, flatten=takes_documents(model.config)),
-        _objective(config, model),
-        loss_chunk_size=config.loss_chunk_size,
+        _loss_settings(config, model),
         master_weights=precision.master_weights,
         max_seq_length=config.max_seq_length,
         assumes_batch_size=keys.per_device_train_batch_size == "auto",

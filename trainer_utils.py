@@ -94,7 +94,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         if collator.flatten or is_packed:
             require_isolation(model, collator)
         settings = settings or StepSettings()
-        self._forward = TokenForward(model, settings.objective, settings.loss_chunk_size)
+        self._forward = TokenForward(model, settings.loss)
         if settings.compiling:
             compile_layers(model, settings.compiling, evaluates=bool(eval_datasets))
         self.train_rows: Any = train_dataset

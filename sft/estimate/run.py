@@ -29,7 +29,7 @@ from sft.estimate.memory import MemoryEstimate, estimate_memory, optimizer_memor
 from sft.estimate.memory_trace import as_fake, fake_batch
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import assume_output_head
-from sft.loss.token_loss import Objective
+from sft.loss.token_loss import LossSettings
 from sft.model.lora import without_adapter
 from sft.training.mfu import flops_per_token, peak_flops
 from sft.training.optim.factory import splits_masters
@@ -87,9 +87,8 @@ def estimate_run(
     arguments: TrainingArguments,
     plan: BatchPlan,
     collator: Collator,
-    objective: Objective,
+    loss: LossSettings,
     *,
-    loss_chunk_size: int | None,
     master_weights: bool,
     max_seq_length: int,
     assumes_batch_size: bool,
@@ -103,7 +102,7 @@ def estimate_run(
         model: on the meta device, with its adapter.
         rows: the training rows, or a stream of them.
         arguments: of the Trainer.
-        loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        loss: how it is computed.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
         max_seq_length: the length that is counted for the rows of a stream.
         assumes_batch_size: `plan` has a number in the place of `per_device_train_batch_size: auto`.
@@ -112,7 +111,7 @@ def estimate_run(
     process = 0 if device.type == "cuda" else held_bytes(device)  # a GPU's memory holds no libraries
     batch = collator(_longest_pass(rows, arguments, plan, collator, max_seq_length))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    run_forward = _on_fakes(model, batch, mode, arguments, objective, loss_chunk_size)
+    run_forward = _on_fakes(model, batch, mode, arguments, loss)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = str(getattr(arguments.optim, "value", arguments.optim))
     is_one_pass = plan.gradient_accumulation_steps == plan.world_size == 1 and not assumes_batch_size
@@ -152,13 +151,12 @@ def _on_fakes(
     batch: dict[str, Any],
     mode: FakeTensorMode,
     arguments: TrainingArguments,
-    objective: Objective,
-    loss_chunk_size: int | None,
+    loss: LossSettings,
 ) -> Callable[[], torch.Tensor]:
     """The trainer's own forward over the batch, with the model and the batch made of fake tensors; returns the loss."""
     device, half = arguments.device, _autocast(arguments)
     as_fake(model, mode, device).train()
-    forward = TokenForward(model, objective, loss_chunk_size, assume_output_head(without_adapter(model)))
+    forward = TokenForward(model, loss, assume_output_head(without_adapter(model)))
     inputs = fake_batch(batch, mode, device)
 
     def run_forward() -> torch.Tensor:

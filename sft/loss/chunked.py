@@ -10,7 +10,7 @@ from torch import nn
 
 from sft.distributed.dtensor import local_gradient, to_local
 from sft.loss.output_head import LogitTransform, OutputHead
-from sft.loss.token_loss import Objective, TokenScores
+from sft.loss.token_loss import LossSettings, Objective, TokenScores
 
 Gradients = list[torch.Tensor | None]
 
@@ -165,9 +165,8 @@ def linear_chunks(
     tensors: Sequence[torch.Tensor],
     transform: LogitTransform,
     targets: torch.Tensor,
-    objective: Objective,
+    settings: LossSettings,
     dtypes: Sequence[torch.dtype | None],
-    chunk_size: int | None = None,
     scale: torch.Tensor | None = None,
     score: Callable[..., list[TokenScores]] = score_rows,
 ) -> tuple[TokenScores, Gradients]:
@@ -183,7 +182,7 @@ def linear_chunks(
         score: of the logits, with their gradient in their place; another where ranks share a vocabulary.
     """
     hidden, weight, *bias = tensors
-    size = chunk_size or choose_chunk_size(hidden.device, len(weight), len(hidden))
+    size = settings.chunk_size or choose_chunk_size(hidden.device, len(weight), len(hidden))
     gradients = _empty(tensors, dtypes, is_one_chunk=len(hidden) <= size)
     of_hidden, of_weight, *of_bias = gradients
     is_training = any(gradient is not None for gradient in gradients)
@@ -195,14 +194,14 @@ def linear_chunks(
         torch.mm(h, weight.t(), out=d)
         if bias:
             d += bias[0]
-        parts += score(d, targets[start : start + size], objective, transform, is_training, scale)
+        parts += score(d, targets[start : start + size], settings.objective, transform, is_training, scale)
         if of_hidden is not None:
             torch.mm(d, weight, out=of_hidden[start : start + size])
         if of_weight is not None:
             _add_product(of_weight, d, h, is_first=start == 0)
         if bias and of_bias[0] is not None:
             _add(of_bias[0], d.sum(0, dtype=torch.float32), is_first=start == 0)
-    return _join(parts, hidden, objective), gradients
+    return _join(parts, hidden, settings.objective), gradients
 
 
 def module_chunks(
@@ -210,9 +209,8 @@ def module_chunks(
     head: OutputHead,
     tensors: Sequence[torch.Tensor],
     targets: torch.Tensor,
-    objective: Objective,
+    settings: LossSettings,
     dtypes: Sequence[torch.dtype | None],
-    chunk_size: int | None = None,
     scale: torch.Tensor | None = None,
     score: Callable[..., list[TokenScores]] = score_rows,
 ) -> tuple[TokenScores, Gradients]:
@@ -225,7 +223,7 @@ def module_chunks(
     """
     hidden = tensors[0]
     wanted = [i for i, dtype in enumerate(dtypes) if dtype is not None]
-    size = chunk_size or choose_chunk_size(hidden.device, head.vocab_size, len(hidden))
+    size = settings.chunk_size or choose_chunk_size(hidden.device, head.vocab_size, len(hidden))
     gradients = _empty([to_local(t) for t in tensors], dtypes, is_one_chunk=len(hidden) <= size)
     parts = []
     for start in range(0, len(hidden), size):
@@ -233,7 +231,7 @@ def module_chunks(
             h = hidden[start : start + size].detach().requires_grad_(0 in wanted)
             logits = to_local(head.logits(model, h))
         d = logits.detach().clone() if wanted else logits  # what made the logits may look at them in its backward
-        parts += score(d, targets[start : start + size], objective, LogitTransform(), bool(wanted), scale)
+        parts += score(d, targets[start : start + size], settings.objective, LogitTransform(), bool(wanted), scale)
         if not wanted:
             continue
         inputs = [tensors[i] if i else h for i in wanted]
@@ -243,7 +241,7 @@ def module_chunks(
             assert total is not None
             part = local_gradient(gradient, tensors[i])
             _add(total if i else total[start : start + size], part, is_first=i == 0 or start == 0)
-    return _join(parts, hidden, objective), gradients
+    return _join(parts, hidden, settings.objective), gradients
 
 
 def _empty(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype | None], is_one_chunk: bool) -> Gradients:

@@ -10,7 +10,7 @@ import torch
 from sft.errors import Problem, UserError
 from sft.loss import fused_linear
 from sft.loss.output_head import OutputHead
-from sft.loss.token_loss import Objective, TokenLoss, token_loss
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss, token_loss
 from sft.model.attention.document_attention import attention_inputs
 from sft.model.lora import without_adapter
 
@@ -24,8 +24,7 @@ class TokenForward:
 
     Args:
         model: a causal LM, wrapped with an adapter or not; its head is replaced for calls with an objective.
-        objective: of training; evaluation measures the plain cross entropy.
-        chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        settings: how the loss is computed.
         head: of the model, where it is known; else it is found by running the model on a few tokens.
 
     Attributes:
@@ -35,13 +34,12 @@ class TokenForward:
         UserError: the balance of experts is asked for, and the head cannot be fused.
     """
 
-    def __init__(
-        self, model: Any, objective: Objective, chunk_size: int | None = None, head: OutputHead | None = None
-    ) -> None:
+    def __init__(self, model: Any, settings: LossSettings, head: OutputHead | None = None) -> None:
+        objective = settings.objective
         self.causal_lm: Any = without_adapter(model)
         self._config = self.causal_lm.config
         self._objective, self._eval_objective = objective, Objective(entropy=objective.entropy)
-        self._reason_for_logits = fused_linear.install(self.causal_lm, chunk_size, head, outermost=model)
+        self._reason_for_logits = fused_linear.install(self.causal_lm, settings.chunk_size, head, outermost=model)
         if self._reason_for_logits and objective.router_aux:
             message = f"the experts of {type(self.causal_lm).__name__} cannot be balanced: {self._reason_for_logits}"
             hint = "Set it to 0: the loss is then that of the tokens alone."

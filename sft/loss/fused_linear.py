@@ -22,7 +22,7 @@ from sft.distributed.dtensor import gathered, spreading, to_full, to_local, voca
 from sft.loss.chunked import linear_chunks, module_chunks, score_rows
 from sft.loss.load_balancing import load_balancing_loss
 from sft.loss.output_head import OutputHead, find_output_head
-from sft.loss.token_loss import Objective, TokenLoss, add_up, trained_positions
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss, add_up, trained_positions
 from sft.loss.vocab_parallel import choose_chunk_size, vocab_parallel_scores
 
 _STATE = "_fused_head"
@@ -85,9 +85,8 @@ def _forward(
     if objective.router_aux:
         inputs["output_router_logits"] = True
     outputs = model.get_submodule(state.head.decoder)(*args, **inputs)
-    result = head_loss(
-        model, state.head, outputs[0], labels, objective, trained_positions, state.chunk_size, gradient_scale
-    )
+    settings = LossSettings(objective, state.chunk_size)
+    result = head_loss(model, state.head, outputs[0], labels, settings, trained_positions, gradient_scale)
     if objective.router_aux:
         top_k = model.config.get_text_config().num_experts_per_tok
         mask = inputs.get("attention_mask")
@@ -104,9 +103,8 @@ def head_loss(
     head: OutputHead,
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    objective: Objective,
+    settings: LossSettings,
     positions: torch.Tensor | None = None,
-    chunk_size: int | None = None,
     gradient_scale: torch.Tensor | None = None,
 ) -> TokenLoss:
     """`losses.token_loss` from the decoder's output.
@@ -115,7 +113,6 @@ def head_loss(
         hidden: (B, T, D).
         labels: (B, T), aligned with the input: -100 where a token is not trained. Column 0 is never trained.
         positions: (N,) `trained_positions(labels)` where they are known, which spares a GPU a wait.
-        chunk_size: tokens whose logits are held at a time.
         gradient_scale: the scalar, on the device, by which the objective will be multiplied before its backward.
             Gradients in half precision made with it are rounded once, as autograd's are, and not once more by it:
             without it those of the hidden states are 16 % further from float64's. The objective is the same.
@@ -128,7 +125,8 @@ def head_loss(
     with torch.no_grad(), gathered(module):
         shard = vocabulary_shard(module)
         score: Any = score_rows if shard is None else functools.partial(vocab_parallel_scores, shard=shard)
-        size = chunk_size or (choose_chunk_size(shard, hidden.device) if shard else None)
+        if shard and not settings.chunk_size:
+            settings = replace(settings, chunk_size=choose_chunk_size(shard, hidden.device))
         linear = head.plain_linear(model)
         dtype = _autocast_dtype(hidden) or hidden.dtype
         if linear is not None and head.transform is not None and _multiplies(linear, hidden):
@@ -137,16 +135,14 @@ def head_loss(
             with torch.autocast(hidden.device.type, enabled=False):
                 cast = [to_local(t).to(dtype) for t in tensors]
                 scores, gradients = linear_chunks(
-                    cast, head.transform, targets, objective, dtypes, size, gradient_scale, score
+                    cast, head.transform, targets, settings, dtypes, gradient_scale, score
                 )
             if shard and gradients[0] is not None:  # each rank has what comes through its slice
                 dist.all_reduce(gradients[0], group=shard.group)
         else:
             tensors = [hidden, *(head.parameters(model, hidden) if wants_gradient else [])]
             dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
-            scores, gradients = module_chunks(
-                model, head, tensors, targets, objective, dtypes, size, gradient_scale, score
-            )
+            scores, gradients = module_chunks(model, head, tensors, targets, settings, dtypes, gradient_scale, score)
         result = add_up(scores, positions)
     if not any(dtypes):
         return result

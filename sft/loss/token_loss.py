@@ -40,6 +40,19 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
+class LossSettings:
+    """How the loss is computed.
+
+    Attributes:
+        objective: what training minimizes; evaluation measures the plain cross entropy.
+        chunk_size: tokens whose logits are held at a time; None is chosen for the machine.
+    """
+
+    objective: Objective = Objective()
+    chunk_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLoss:
     """What one batch adds up to; each a scalar tensor on the logits' device, read by nobody until a log is due.
 

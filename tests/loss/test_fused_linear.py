@@ -21,7 +21,7 @@ from sft.loss import fused_linear
 from sft.loss.chunked import choose_chunk_size, linear_chunks
 from sft.loss.fused_linear import PrecomputedGradients
 from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
-from sft.loss.token_loss import Objective, TokenLoss, token_loss, trained_positions
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss, token_loss, trained_positions
 from tests.builders import tiny_llama
 from tests.loss.test_token_loss import OBJECTIVES, assert_sums, by_hand
 from tests.ranks import spawn_ranks
@@ -187,7 +187,7 @@ def test_sums_and_gradients_equal_a_float64_computation(
     (smoothed * kept + objective.z_loss * logits.logsumexp(-1).square()).sum().backward()
 
     tensors = [hidden[0, positions - 1], weight, bias]
-    scores, found = linear_chunks(tensors, transform, targets, objective, [torch.float32] * 3, chunk_size=7)
+    scores, found = linear_chunks(tensors, transform, targets, LossSettings(objective, 7), [torch.float32] * 3)
     shifted = torch.cat([logits.detach(), logits.detach()[:1]])[None]  # position t predicts t + 1
     sums = by_hand(shifted, torch.cat([torch.tensor([-100]), targets])[None], objective)
     assert scores.loss.double().sum().item() == pytest.approx(sums["objective"], rel=1e-6)
@@ -211,7 +211,7 @@ def test_what_stood_in_new_memory_is_in_no_gradient(dtype: torch.dtype, chunk_si
     try:
         assert torch.empty(1).isnan().all()
         targets = torch.arange(30)
-        _, found = linear_chunks(tensors, LogitTransform(), targets, Objective(), [dtype] * 3, chunk_size)
+        _, found = linear_chunks(tensors, LogitTransform(), targets, LossSettings(chunk_size=chunk_size), [dtype] * 3)
     finally:
         torch.use_deterministic_algorithms(False)
     for gradient in found:
@@ -335,7 +335,9 @@ def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(
     (torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / 300).backward()
     scale, dtypes = torch.tensor(1 / 300), [torch.bfloat16, wanted]
     with torch.no_grad():
-        scores, made = linear_chunks(ours, LogitTransform(), targets, Objective(), dtypes, chunk_size, scale)
+        scores, made = linear_chunks(
+            ours, LogitTransform(), targets, LossSettings(chunk_size=chunk_size), dtypes, scale
+        )
     (PrecomputedGradients.apply(scores.loss.sum(), made, scale, *ours) / 300).backward()
     assert ours[1].grad is not None
     assert ours[1].grad.dtype == wanted

@@ -14,7 +14,7 @@ from sft.errors import UserError
 from sft.loss import fused_linear
 from sft.loss.forward import TokenForward
 from sft.loss.load_balancing import load_balancing_loss, router_coefficient
-from sft.loss.token_loss import Objective, TokenLoss
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss
 
 COEFFICIENT = 0.05
 
@@ -154,7 +154,7 @@ def test_a_balance_that_cannot_be_added_is_refused_and_not_left_out() -> None:
     model = tiny_moe("mixtral")
     del model.forward  # of the fused head
     model.__class__ = Shifted
-    TokenForward(model, Objective())  # the tokens' own loss needs no fused head
+    TokenForward(model, LossSettings())  # the tokens' own loss needs no fused head
     with pytest.raises(UserError, match="experts of Shifted cannot be balanced: its logits") as caught:
-        TokenForward(model, Objective(router_aux=COEFFICIENT))
+        TokenForward(model, LossSettings(Objective(router_aux=COEFFICIENT)))
     assert caught.value.problems[0].key == "router_aux_loss_coef"

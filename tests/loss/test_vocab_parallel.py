@@ -25,7 +25,7 @@ from sft.distributed.dtensor import VocabularyShard, to_full
 from sft.loss.chunked import score_rows
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import LogitTransform
-from sft.loss.token_loss import Objective, TokenLoss
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss
 from sft.loss.vocab_parallel import choose_chunk_size, vocab_parallel_scores
 from sft.model.attention import document_attention
 from sft.model.attention.document_attention import takes_documents
@@ -212,7 +212,7 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
         base.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     shard(model)
-    forward = TokenForward(model.train(), case.objective, CHUNK)
+    forward = TokenForward(model.train(), LossSettings(case.objective, CHUNK))
     collate = Collator(0, flatten=takes_documents(base.config))
     passes = [rows[:1], rows[1:]] if case.accumulated else [rows]
     count = torch.tensor(sum((row["labels"] != -100).sum() for r in range(ranks) for row in rows_of(r)))
