@@ -169,7 +169,7 @@ def test_matrix_products_are_written_out_where_nothing_else_is_in_the_head(kind:
 def test_sums_and_gradients_equal_a_float64_computation(
     objective: Objective, transform: LogitTransform, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "_CPU_BLOCK", block)
+    monkeypatch.setattr(chunked_loss, "CPU_BLOCK", block)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, 30, 16, generator=generator)
     weight, bias = torch.randn(40, 16, generator=generator), torch.randn(40, generator=generator)
@@ -228,7 +228,7 @@ def test_a_models_choice_is_the_first_of_its_largest_logits(vocab_size: int) -> 
     logits[:100, -3:] = 1.0
     expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
     targets = torch.where(torch.arange(500) % 2 == 0, expected, expected.roll(1))
-    scores = chunked_loss.score_rows(logits, targets, Objective(), LogitTransform(), with_gradient=False)
+    scores = chunked_loss.score_in_blocks(logits, targets, Objective(), LogitTransform(), with_gradient=False)
     assert torch.cat([part.correct for part in scores]).equal(targets == expected)
 
 
@@ -323,7 +323,7 @@ def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(
     chunk_size: int, wanted: torch.dtype, worse: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several chunks' sum is in float32, of products that were rounded one by one: one rounding more in bfloat16."""
-    monkeypatch.setattr(chunked_loss, "_CPU_SLICE", 300 * 64)  # of the weight's 1,000 rows
+    monkeypatch.setattr(chunked_loss, "CPU_SLICE", 300 * 64)  # of the weight's 1,000 rows
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(512, 64, generator=generator).bfloat16()
     weight = (torch.randn(1000, 64, generator=generator) / 8).bfloat16()
@@ -492,11 +492,9 @@ def test_a_gpus_chunks_follow_its_size_and_not_what_is_free(
 ) -> None:
     """A run that is resumed has its optimizer from the first pass on, and must round as the one that was not."""
     device = torch.device("cuda", 0)
-    chunked_loss._logits_on_gpu.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
     most = logits // 32_000
     assert [choose_chunk_size(device, 32_000, tokens) for tokens in (most, most + 1)] == [most, -(-(most + 1) // 2)]
-    chunked_loss._logits_on_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["untied", "lora on the head"])

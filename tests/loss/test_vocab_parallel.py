@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.data.loading.collator import Collator
 from sft.distributed.dtensor import VocabularyShard, to_full
-from sft.loss.chunked import score_rows
+from sft.loss.chunked import score_in_blocks
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import LogitTransform
 from sft.loss.token_loss import LossSettings, Objective, TokenLoss
@@ -239,7 +239,7 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
         "norms": norms,
         "spread": spread,
         "largest": watch.largest,
-        "reason": forward._reason_for_logits,
+        "reason": forward.unfused_reason,
     }
 
 
@@ -382,7 +382,7 @@ def test_slices_score_as_one_vocabulary_does(two_ranks: Path) -> None:
     ranks = _loaded(two_ranks, 2, "slices")
     for number, (objective, transform, dtype) in enumerate(_each()):
         logits, targets = _logits(dtype)
-        parts = score_rows(logits, targets, objective, transform, True, torch.tensor(0.25))
+        parts = score_in_blocks(logits, targets, objective, transform, True, torch.tensor(0.25))
         expected = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("loss", "nll", "correct")}
         assert 0.3 < expected["correct"].float().mean() < 0.7
         for scores, _ in (found[number] for found in ranks):
