@@ -18,7 +18,7 @@ from sft.data.loading.batch_plan import BatchPlan, plan_batches
 from sft.data.loading.collator import Collator
 from sft.estimate import run as estimate
 from sft.estimate.batch_size_probe import probe_batch_size, rows_of_checkpoint, with_rows
-from sft.loss.token_loss import Objective
+from sft.loss.token_loss import LossSettings, Objective
 from sft.model.attention.document_attention import takes_documents
 from sft.model.compile import CompileSettings, compile_settings
 from sft.model.precision import Precision
@@ -74,8 +74,7 @@ def build_trainer(config: Config, tokenizer: Any, data: PreparedData, checkpoint
 
 def _step_settings(config: Config, model: Any, precision: Precision, compiling: CompileSettings | None) -> StepSettings:
     return StepSettings(
-        objective=_objective(config, model),
-        loss_chunk_size=config.loss_chunk_size,
+        loss=_loss_settings(config, model),
         dtype=precision.dtype,
         master_weights=precision.master_weights,
         on_nonfinite=config.on_nonfinite,
@@ -100,9 +99,8 @@ def _choose_batch_size(
         data.train,
         keys,
         Collator(tokenizer.pad_token_id, flatten=takes_documents(model.config)),
-        _objective(config, model),
+        _loss_settings(config, model),
         precision,
-        loss_chunk_size=config.loss_chunk_size,
         world_size=distributed.world_size(),
         local_world_size=distributed.local_world_size(),
     )
@@ -134,14 +132,15 @@ def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: boo
     )
 
 
-def _objective(config: Config, model: Any) -> Objective:
-    return Objective(
+def _loss_settings(config: Config, model: Any) -> LossSettings:
+    objective = Objective(
         loss_type=config.loss_type,
         label_smoothing=config.label_smoothing_factor,
         z_loss=config.z_loss_coef,
         router_aux=model_manager.router_aux_loss_coef(model, config.router_aux_loss_coef),
         entropy=config.log_entropy,
     )
+    return LossSettings(objective, config.loss_chunk_size)
 
 
 def _arguments(
@@ -173,8 +172,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData, processes: 
         arguments,
         plan,
         Collator(tokenizer.pad_token_id, flatten=takes_documents(model.config)),
-        _objective(config, model),
-        loss_chunk_size=config.loss_chunk_size,
+        _loss_settings(config, model),
         master_weights=precision.master_weights,
         max_seq_length=config.max_seq_length,
         assumes_batch_size=keys.per_device_train_batch_size == "auto",

@@ -98,7 +98,7 @@ class SFTTrainer(Trainer):
             require_isolation(model, collator)
         settings = settings or StepSettings()
         noise_alpha = (args.neftune_noise_alpha or 0.0) if train_dataset else 0.0
-        self._forward = TokenForward(model, settings.objective, settings.loss_chunk_size)
+        self._forward = TokenForward(model, settings.loss)
         if settings.compiling:
             compile_layers(model, settings.compiling, evaluates=bool(eval_datasets))
         self._total_steps, self._flops_per_token = total_steps, flops_per_token(self._forward.causal_lm)

@@ -31,7 +31,7 @@ def ours() -> Loss:
 
     from sft.loss.fused_linear import head_loss
     from sft.loss.output_head import LogitTransform, OutputHead
-    from sft.loss.token_loss import Objective
+    from sft.loss.token_loss import LossSettings
 
     def loss(hidden: Any, weight: Any, targets: Any) -> Any:
         where = OutputHead(decoder="", linear="lm_head", transform=LogitTransform(), vocab_size=len(weight))
@@ -43,7 +43,7 @@ def ours() -> Loss:
         row = torch.cat([hidden, hidden[-1:].detach()])[None]
         labels = torch.cat([targets[:1], targets])[None]
         positions = torch.arange(1, len(targets) + 1, device=targets.device)
-        return head_loss(model, where, row, labels, Objective(), positions).objective / len(targets)
+        return head_loss(model, where, row, labels, LossSettings(), positions).objective / len(targets)
 
     return loss
 

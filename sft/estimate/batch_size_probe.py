@@ -19,7 +19,7 @@ from sft.errors import UserError
 from sft.estimate.batch_size_finder import BatchChoice, candidate_sizes, choose_batch_size, longest_rows
 from sft.estimate.memory import optimizer_memory
 from sft.loss.forward import TokenForward
-from sft.loss.token_loss import Objective
+from sft.loss.token_loss import LossSettings
 from sft.model.precision import Precision
 
 logger = logging.getLogger("sft")
@@ -43,10 +43,9 @@ def probe_batch_size(
     rows: Any,
     keys: TrainingKeys,
     collator: Collator,
-    objective: Objective,
+    loss: LossSettings,
     precision: Precision,
     *,
-    loss_chunk_size: int | None,
     world_size: int,
     local_world_size: int,
 ) -> int:
@@ -57,7 +56,7 @@ def probe_batch_size(
     Args:
         model: as it is trained, with its adapter.
         rows: the training rows.
-        objective, loss_chunk_size: of training.
+        loss: how it is computed in training.
         world_size, local_world_size: processes that train together, and those of them that share this machine's memory.
 
     Raises:
@@ -73,7 +72,7 @@ def probe_batch_size(
     if not getattr(model, "is_quantized", False):  # those stand there already
         model.to(device)
     # There and not before: flash attention does not run in main memory, so that no head would be found to be fused.
-    forward = TokenForward(model, objective, loss_chunk_size)
+    forward = TokenForward(model, loss)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if precision.master_weights:
         for parameter in trainable:  # as the optimizer will have it

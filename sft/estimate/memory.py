@@ -1,25 +1,24 @@
-"""The memory that a rank will need at its peak, told before anything is loaded.
+"""The memory that a rank will need at its peak, estimated before anything is loaded.
 
-    peak = process + weights + the most that some optimizer steps hold at a moment: passes, gradients, optimizer
+    peak = process + weights + the most that an optimizer step holds at one moment: activations, gradients, optimizer
 
-The pass is traced with the trainer's own code on fake tensors (see `sft.estimate.memory_trace`), the optimizer's states
-are counted from its kind, and the process is measured: it stands here with its libraries and data already loaded. On a
-CPU blocks that were freed stay with the process (see `sft.estimate.heap_model`); a CUDA device's count only until they
-are freed, as in what is measured there (`torch.cuda.max_memory_allocated`).
+The forward and backward pass are traced with the trainer's own code on fake tensors (see `sft.estimate.memory_trace`),
+the optimizer's states are counted from its kind, and the process is measured: its libraries and data are loaded by now.
+A block counts until it is freed, as in `torch.cuda.max_memory_allocated`. On a CPU that makes the peak a lower bound:
+malloc keeps many freed blocks with the process.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sft.estimate.heap_model import held_at_most
-from sft.estimate.memory_trace import Event, PassTrace, peak_of, trace_pass
+from sft.estimate.memory_trace import trace_pass
 from sft.training.optim.factory import splits_masters
 from sft.training.optim.split_master_weights import LARGEST_PIECE
 
@@ -27,9 +26,6 @@ logger = logging.getLogger("sft")
 
 _SMALLEST_8BIT = 4096  # numbers: bitsandbytes keeps the states of smaller tensors in float32 (`min_8bit_size`)
 _BLOCK = 256  # numbers that share one float32 scale in its 8-bit states
-
-_STEPS = 4  # optimizer steps that are followed: the heap grew in the first two or three
-_PASSES = 3  # of each at the most
 
 # Numbers of state for each trained number, by the first part of the optimizer's name.
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "stable_adamw": 2}
@@ -45,9 +41,9 @@ class MemoryEstimate:
         optimizer: states, float32 master values, and the buffers of a step.
         activations: held for the backward pass when the decoder's forward ends.
         head: what the head and the loss hold on top at the most.
-        process: libraries and data, before the model is there; 0 on a CUDA device, where they take none.
-        peak: the most that is held at any moment: not the sum, for not all of it is held at once, and on a CPU blocks
-            that were freed stay with the process.
+        process: libraries and data, before the model is loaded; 0 on a CUDA device, where they take none.
+        peak: the most that is held at any moment: not the sum, for not all of it is held at once. On a CPU a lower
+            bound, because malloc keeps freed blocks.
     """
 
     weights: int
@@ -62,84 +58,68 @@ class MemoryEstimate:
         """All numbers by name, in bytes."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        parts = {name: size for name, size in self.as_json().items() if name != "peak" and size}
-        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-        return f"{self.peak / 2**30:.2f} GiB a rank at the peak ({listed})"
-
 
 @dataclass(frozen=True, slots=True)
 class OptimizerMemory:
-    """Sizes in bytes of an optimizer's blocks, in the order in which it makes them.
+    """Bytes of an optimizer.
 
     Attributes:
-        masters: made with the optimizer.
-        first_step: states, made in the first step.
-        buffers: what each step makes and drops.
+        states: with the master values, held from the first step to the last.
+        buffers: made and dropped by each step.
     """
 
-    masters: tuple[int, ...] = ()
-    first_step: tuple[int, ...] = ()
-    buffers: tuple[int, ...] = ()
-
-    @property
-    def states(self) -> int:
-        """Bytes that it holds from the first step to the last."""
-        return sum(self.masters) + sum(self.first_step)
+    states: int = 0
+    buffers: int = 0
 
 
 def optimizer_memory(
     optim: str, trainable: Iterable[torch.Tensor], *, device: torch.device, master_weights: bool = False
 ) -> OptimizerMemory:
-    """What an optimizer of transformers' name `optim` holds for these weights.
+    """Counts what an optimizer of transformers' name `optim` holds for these weights.
 
     torch's own keep their states in the weight's dtype, bitsandbytes' in float32 or 8 bits with a float32 scale for
     each 256; paged states live in the host's memory on a CUDA device. Adafactor keeps a row and a column of each
     matrix (Shazeer and Stern, 2018, arXiv:1804.04235).
 
     Args:
-        optim: e.g. `adamw_torch_fused`, `paged_adamw_8bit`, `sgd`; another family than those known is said aloud and
-            counted as Adam's.
+        optim: e.g. `adamw_torch_fused`, `paged_adamw_8bit`, `sgd`; an unknown family is counted as Adam's, with a
+            warning.
         master_weights: the optimizer keeps float32 values of 16-bit weights, split or whole
-        (`sft.training.optim.factory`), and
-            its states in float32.
+            (`sft.training.optim.factory`), and its states in float32.
     """
     weights = list(trainable)
-    paged = optim.startswith("paged_")
     name = optim.removeprefix("paged_")
     family = next((f for f in sorted(_STATES, key=len, reverse=True) if name.startswith(f)), None)
-    halves = [w for w in weights if w.element_size() < 4] if master_weights else []
-    masters = tuple((2 if splits_masters(optim) else 4) * w.numel() for w in halves)
-    rebuilt = (4 * min(LARGEST_PIECE, max((w.numel() for w in halves), default=0)),) if splits_masters(optim) else ()
+    halves = [w.numel() for w in weights if w.element_size() < 4] if master_weights else []
+    masters = (2 if splits_masters(optim) else 4) * sum(halves)
+    rebuilt = 4 * min(LARGEST_PIECE, max(halves, default=0)) if splits_masters(optim) else 0
     if name == "adafactor":
-        states = [4 * n for w in weights for n in (w.shape[-2:] if w.dim() > 1 else w.shape)]
-        return OptimizerMemory(masters, tuple(states), rebuilt + (_largest(weights, 4),) * 2)
+        states = sum(4 * n for w in weights for n in (w.shape[-2:] if w.dim() > 1 else w.shape))
+        return OptimizerMemory(masters + states, rebuilt + 2 * _largest(weights, 4))
     if family is None:
         logger.warning("The memory of optim %s is not known; it is counted as AdamW's", optim)
-    count = _STATES[family or "adamw"]
-    states = [size for w in weights for size in _states_of(w, name, master_weights) * count]
-    if paged and device.type == "cuda":
-        states = []
-    return OptimizerMemory(masters, tuple(states), rebuilt + _step_buffers(weights, name, device))
+    states = _STATES[family or "adamw"] * sum(_state_bytes(w, name, master_weights) for w in weights)
+    if optim.startswith("paged_") and device.type == "cuda":
+        states = 0
+    return OptimizerMemory(masters + states, rebuilt + _buffer_bytes(weights, name, device))
 
 
-def _states_of(weight: torch.Tensor, name: str, master_weights: bool) -> list[int]:
-    """One state of a weight: its blocks' sizes."""
+def _state_bytes(weight: torch.Tensor, name: str, master_weights: bool) -> int:
+    """Returns the bytes of one state of a weight."""
     numbers = weight.numel()
     if "8bit" in name and numbers >= _SMALLEST_8BIT:
-        return [numbers, 4 * -(-numbers // _BLOCK)]
-    upstream = "bit" in name or "bnb" in name or name.startswith(("lion", "ademamix"))
-    return [numbers * (4 if upstream or master_weights else weight.element_size())]
+        return numbers + 4 * -(-numbers // _BLOCK)
+    is_float32 = "bit" in name or "bnb" in name or name.startswith(("lion", "ademamix")) or master_weights
+    return numbers * (4 if is_float32 else weight.element_size())
 
 
-def _step_buffers(weights: list[torch.Tensor], name: str, device: torch.device) -> tuple[int, ...]:
-    """What a step makes and drops: nothing where one kernel does it all, as the fused and bitsandbytes' do."""
+def _buffer_bytes(weights: list[torch.Tensor], name: str, device: torch.device) -> int:
+    """Returns what a step makes and drops: nothing where one kernel does it all, as the fused and bitsandbytes' do."""
     if name != "adamw_torch":
-        return ()
+        return 0
     if device.type == "cuda":  # all tensors of the step at once (torch's foreach): the root of the second moments
-        return tuple(w.numel() * w.element_size() for w in weights)
-    size = weights[0].element_size() if weights else 0
-    return (_largest(weights, size),) * 2  # one by one: the root, and its quotient
+        return sum(w.numel() * w.element_size() for w in weights)
+    return 2 * _largest(weights, weights[0].element_size()) if weights else 0  # one by one: the root, and its quotient
 
 
 def _largest(weights: list[torch.Tensor], size: int) -> int:
@@ -158,19 +138,19 @@ def estimate_memory(
     master_weights: bool = False,
     summed: Collection[nn.Parameter] | None = None,
 ) -> MemoryEstimate:
-    """The estimate for one rank that holds a whole model (alone, or under DDP).
+    """Estimates the memory of one rank that holds a whole model (alone, or under DDP).
 
     Args:
         model: from `sft.estimate.memory_trace.as_fake`, in training mode, adapters attached.
-        run_forward: the trainer's forward on the longest real pass, made of fake tensors; returns the loss.
+        run_forward: the trainer's forward on the longest real micro-batch, made of fake tensors; returns the loss.
         mode: of the fake tensors.
         optimizer: from `optimizer_memory`.
-        process: bytes held before the model is there; 0 on a CUDA device.
-        accumulation_steps: passes of one optimizer step; the gradients of the first are held during the others.
+        process: bytes held before the model is loaded; 0 on a CUDA device.
+        accumulation_steps: micro-batches of one step; the gradients of the first are held during the others.
         world_size: ranks; several have DDP's buckets, as large as all trainable weights, beside the gradients.
         master_weights: the gradients of 16-bit weights are float32, as those of their master values.
-        summed: of which weights only that is so (see `sft.training.optim.split_master_weights.SplitMasters`); None is
-        of all.
+        summed: the weights of which only that is true (see `sft.training.optim.split_master_weights.SplitMasters`);
+            None is all.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if master_weights:
@@ -179,46 +159,20 @@ def estimate_memory(
     weights = _distinct_bytes([*model.parameters(), *model.buffers()])
     buckets = _distinct_bytes(trainable) if world_size > 1 else 0
     first = trace_pass(model, run_forward, mode)
-    passes = [first]
+    beside_gradients = optimizer.buffers
     if accumulation_steps > 1:
-        added = trace_pass(model, run_forward, mode, hold_gradients=True)
-        passes += [added] * (min(accumulation_steps, _PASSES) - 1)
-    steps = list(_steps(passes, optimizer))
-    on_cpu = all(parameter.device.type == "cpu" for parameter in trainable)
-    held = held_at_most(steps) if on_cpu else None
+        beside_gradients = max(beside_gradients, trace_pass(model, run_forward, mode, hold_gradients=True).peak)
+    # From the second step on the states exist: in the first micro-batch, in a later one, or in the optimizer's step.
+    step_peak = optimizer.states + max(first.peak, first.kept + beside_gradients)
     return MemoryEstimate(
         weights=weights,
         gradients=sum(_gradient_bytes(p) for p in trainable) + buckets,
-        optimizer=optimizer.states + sum(optimizer.buffers),
+        optimizer=optimizer.states + optimizer.buffers,
         activations=first.activations,
         head=first.head,
         process=process,
-        peak=process + weights + buckets + (peak_of(steps) if held is None else held),
+        peak=process + weights + buckets + step_peak,
     )
-
-
-def _steps(passes: Sequence[PassTrace], optimizer: OptimizerMemory) -> Iterator[Event]:
-    """What some optimizer steps make and free: the second finds a heap with other holes than the first.
-
-    Args:
-        passes: of a step; the first makes the gradients, the others add to them.
-    """
-    first, *others = passes
-    yield from (Event(("master", i), size) for i, size in enumerate(optimizer.masters))
-    for step in range(_STEPS):
-        yield from _named(first.events, (step, 0))
-        for number, added in enumerate(others, 1):
-            yield from _named(added.events + added.gradients_freed, (step, number))
-        if step == 0:
-            yield from (Event(("state", i), size) for i, size in enumerate(optimizer.first_step))
-        yield from (Event((step, "buffer", i), size) for i, size in enumerate(optimizer.buffers))
-        yield from (Event((step, "buffer", i), 0) for i in range(len(optimizer.buffers)))
-        yield from _named(first.gradients_freed, (step, 0))
-
-
-def _named(events: Iterable[Event], name: Hashable) -> Iterator[Event]:
-    """The events with blocks of their own, for a pass that comes more than once."""
-    return (Event((name, block), size) for block, size in events)
 
 
 def _gradient_bytes(parameter: torch.Tensor) -> int:
@@ -226,6 +180,6 @@ def _gradient_bytes(parameter: torch.Tensor) -> int:
 
 
 def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of these tensors, tied ones once, and of the scales that stand beside quantized ones."""
+    """Adds up the bytes of these tensors' storages, tied ones once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -1,18 +1,17 @@
 """What a forward and a backward pass allocate, byte for byte, without computing anything.
 
-The model is made of fake tensors, which have a shape, a dtype and a device and no numbers (`FakeTensorMode`), and runs
+The model is made of fake tensors, which have a shape, a dtype and a device but no values (`FakeTensorMode`), and runs
 the trainer's own code. Each storage counts from the operation that makes it until nothing refers to it any more:
-activations kept for the backward pass, what checkpointing drops and makes again, the head's chunks, gradients, and all
-that an operation leaves behind for a moment. Only what a kernel takes for itself inside one operation is not seen.
+activations kept for the backward pass, what checkpointing drops and recomputes, the head's chunks, gradients, and
+temporary results of an operation. Only the scratch memory of a kernel inside one operation is not seen.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,41 +21,30 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sft.model.lora import without_adapter
 
-NODE = -1
-
-
-class Event(NamedTuple):
-    """A storage is made, with its size in bytes; a node of autograd's graph, with `NODE`; or freed, with 0."""
-
-    block: Hashable
-    size: int
-
 
 @dataclass(frozen=True, slots=True)
 class PassTrace:
-    """What a pass holds beside the weights, buffers and gradients that were there before it.
+    """Bytes that a pass holds beside the weights, buffers and gradients that existed before it.
 
     Attributes:
-        activations: bytes held when the decoder's forward ends.
-        head: bytes that the head and the loss hold on top of that at the most, until the backward pass begins.
-        peak: the most bytes at any moment of the pass, with the gradients that it makes.
-        events: what it makes and frees, in order.
-        gradients_freed: the same of the gradients that it has made, when they are dropped in the model's order.
+        activations: held when the decoder's forward ends.
+        head: held by the head and the loss on top of that at the most, until the backward pass begins.
+        peak: the most at any moment of the pass, with the gradients that it makes.
+        kept: still held after the pass: the gradients that it made.
     """
 
     activations: int
     head: int
     peak: int
-    events: list[Event]
-    gradients_freed: list[Event]
+    kept: int
 
 
 def as_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
-    """The model with fake parameters and buffers in place of its own, in place; tied ones stay tied.
+    """Replaces the model's parameters and buffers by fake ones, in place; tied ones stay tied.
 
     Args:
         model: on the meta device, where it is made without memory: `with torch.device("meta"): ...`.
-        device: where it is to stand.
+        device: of the fake tensors.
     """
     made: dict[int, torch.Tensor] = {}
 
@@ -78,7 +66,7 @@ def as_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.
 
 
 def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors fake, on `device`; what knows how to move itself (`DocumentOffsets`) moves."""
+    """Returns the batch with fake tensors on `device`; an object with its own `to` (`DocumentOffsets`) is moved."""
 
     def fake(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -90,53 +78,44 @@ def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device
 
 
 class AllocationTrace(TorchDispatchMode):
-    """Notes the storages that operations make while it is entered, and when nothing refers to them any more.
+    """Counts the storages that operations make while it is entered, until nothing refers to them any more.
 
     Attributes:
-        live: bytes of those that are there.
+        live: bytes of those that exist now.
         peak: the most of them at one moment.
-        events: their making and freeing in order, among them the making of the graph's nodes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.events: list[Event] = []
         self._alive: dict[int, weakref.ref] = {}
-        self._numbers = itertools.count()
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Leaves out storages that were there before, of which operations make views."""
+        """Does not count the storages of `tensors`, which existed before and of which operations make views."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._alive[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-            self.events.append(Event(next(self._numbers), NODE))  # it is made before the operation runs
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self._note(tensor)
+                self._count(tensor)
         return out
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive or not size:
             return
-        block = next(self._numbers)
 
-        def gone(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             self._alive.pop(key, None)
             self.live -= size
-            self.events.append(Event(block, 0))
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, freed)
         self.live += size
         self.peak = max(self.peak, self.live)
-        self.events.append(Event(block, size))
 
 
 def trace_pass(
@@ -148,17 +127,18 @@ def trace_pass(
         model: from `as_fake`, in training mode.
         run_forward: the trainer's forward pass on a `fake_batch`, with head and loss; returns the loss, a scalar.
         mode: of the model and the batch.
-        hold_gradients: each trainable weight has a gradient already, as from the second pass of a step on.
+        hold_gradients: each trainable weight has a gradient already, as from the second micro-batch of a step on.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     trace = AllocationTrace()
-    ends: list[int] = []
+    activations = decoder_peak = 0
 
-    def ended(*_: Any) -> None:
-        ends.append(trace.live)
+    def decoder_ended(*_: Any) -> None:
+        nonlocal activations, decoder_peak
+        activations, decoder_peak = trace.live, max(decoder_peak, trace.peak)
         trace.peak = trace.live
 
-    hook = _decoder(model).register_forward_hook(ended)
+    hook = _decoder(model).register_forward_hook(decoder_ended)
     try:
         with mode:
             for parameter in trainable:
@@ -169,36 +149,19 @@ def trace_pass(
             with trace:
                 loss = run_forward()
                 hook.remove()  # checkpointing may run the forward again
-                activations = ends[-1] if ends else 0
                 head = max(0, trace.peak - activations)
                 loss.backward()
                 del loss
-            trace.events += [Event(block, 0) for block, size in trace.events if size == NODE]  # they hang on the loss
-        pass_ends = len(trace.events)
+            kept = trace.live
     finally:
         hook.remove()
         for parameter in trainable:
             parameter.grad = None
-    events, freed = trace.events[:pass_ends], trace.events[pass_ends:]
-    return PassTrace(activations, head, peak_of(events), events, freed)
-
-
-def peak_of(events: Iterable[Event]) -> int:
-    """The most bytes of storages that these have made and not yet freed."""
-    sizes: dict[Hashable, int] = {}
-    live = most = 0
-    for block, size in events:
-        if size > 0:
-            sizes[block] = size
-            live += size
-        else:
-            live -= sizes.pop(block, 0)
-        most = max(most, live)
-    return most
+    return PassTrace(activations, head, max(decoder_peak, trace.peak), kept)
 
 
 def _decoder(model: Any) -> nn.Module:
-    """The part of a causal language model under its head; the model itself where it has none of its own."""
+    """Returns the part of a causal LM under its head; the model itself where it has no decoder of its own."""
     base = without_adapter(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     return decoder if isinstance(decoder, nn.Module) else base

@@ -29,7 +29,7 @@ from sft.estimate.memory import MemoryEstimate, estimate_memory, optimizer_memor
 from sft.estimate.memory_trace import as_fake, fake_batch
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import assume_output_head
-from sft.loss.token_loss import Objective
+from sft.loss.token_loss import LossSettings
 from sft.model.lora import without_adapter
 from sft.training.mfu import flops_per_token, peak_flops
 from sft.training.optim.factory import splits_masters
@@ -37,9 +37,6 @@ from sft.training.optim.split_master_weights import summed_in_a_pass
 
 logger = logging.getLogger("sft")
 
-# Bytes of a CPU process that are not there before the model is: code and records that loading it, the Trainer and the
-# first passes bring. Fitted: float32 runs of 20M and 100M parameters held 11 to 131 MiB more than was told without it.
-_BROUGHT_LATER = 50 * 2**20
 _EPOCHS = 20  # whose passes are looked through for the longest one; later ones hardly find a longer
 
 
@@ -90,9 +87,8 @@ def estimate_run(
     arguments: TrainingArguments,
     plan: BatchPlan,
     collator: Collator,
-    objective: Objective,
+    loss: LossSettings,
     *,
-    loss_chunk_size: int | None,
     master_weights: bool,
     max_seq_length: int,
     assumes_batch_size: bool,
@@ -106,16 +102,16 @@ def estimate_run(
         model: on the meta device, with its adapter.
         rows: the training rows, or a stream of them.
         arguments: of the Trainer.
-        loss_chunk_size: trained tokens whose logits are held at a time; None is chosen for the machine.
+        loss: how it is computed.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
         max_seq_length: the length that is counted for the rows of a stream.
         assumes_batch_size: `plan` has a number in the place of `per_device_train_batch_size: auto`.
     """
     device = arguments.device
-    process = process_bytes(device)
+    process = 0 if device.type == "cuda" else held_bytes(device)  # a GPU's memory holds no libraries
     batch = collator(_longest_pass(rows, arguments, plan, collator, max_seq_length))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    run_forward = _on_fakes(model, batch, mode, arguments, objective, loss_chunk_size)
+    run_forward = _on_fakes(model, batch, mode, arguments, loss)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = str(getattr(arguments.optim, "value", arguments.optim))
     is_one_pass = plan.gradient_accumulation_steps == plan.world_size == 1 and not assumes_batch_size
@@ -130,15 +126,13 @@ def estimate_run(
         master_weights=master_weights,
         summed=summed_in_a_pass(model) if is_one_pass and splits_masters(name) else None,
     )
-    limit = memory_limit(device, plan.world_size)
-    _say(memory, plan, limit, assumes_batch_size)
     total_tokens = _total_tokens(plan)
     beneath = without_adapter(model)
-    return RunEstimate(
+    estimate = RunEstimate(
         memory=memory,
         plan=plan,
         device=device.type,
-        limit=limit,
+        limit=memory_limit(device, plan.world_size),
         rows=len(batch["lengths"]),
         tokens=int(batch["lengths"].sum()),
         trained_tokens=len(batch["trained_positions"]),
@@ -148,6 +142,8 @@ def estimate_run(
         ),
         assumes_batch_size=assumes_batch_size,
     )
+    _log_notes(estimate)
+    return estimate
 
 
 def _on_fakes(
@@ -155,13 +151,12 @@ def _on_fakes(
     batch: dict[str, Any],
     mode: FakeTensorMode,
     arguments: TrainingArguments,
-    objective: Objective,
-    loss_chunk_size: int | None,
+    loss: LossSettings,
 ) -> Callable[[], torch.Tensor]:
     """The trainer's own forward over the batch, with the model and the batch made of fake tensors; returns the loss."""
     device, half = arguments.device, _autocast(arguments)
     as_fake(model, mode, device).train()
-    forward = TokenForward(model, objective, loss_chunk_size, assume_output_head(without_adapter(model)))
+    forward = TokenForward(model, loss, assume_output_head(without_adapter(model)))
     inputs = fake_batch(batch, mode, device)
 
     def run_forward() -> torch.Tensor:
@@ -177,28 +172,25 @@ def _autocast(arguments: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
-def _say(memory: MemoryEstimate, plan: BatchPlan, limit: int, assumes_batch_size: bool) -> None:
-    """What the reader of the numbers must know."""
-    if assumes_batch_size:
-        rows_a_pass, rows_a_step = plan.per_device_train_batch_size, plan.global_batch_size
+def _log_notes(estimate: RunEstimate) -> None:
+    """Logs what the reader of the numbers must know."""
+    plan, peak = estimate.plan, estimate.memory.peak
+    if estimate.assumes_batch_size:
         logger.info(
             "per_device_train_batch_size: auto is chosen when the run starts; counted here: %d rows a pass, %d a step",
-            rows_a_pass,
-            rows_a_step,
+            plan.per_device_train_batch_size,
+            plan.global_batch_size,
         )
-    if memory.peak > limit:
+    if estimate.device == "cpu":
+        logger.info("The peak is a lower bound: malloc keeps more than the tensors that are counted")
+    if peak > estimate.limit:
         logger.warning(
             "The run will hold %.2f GiB at its peak, and there are %.2f: a smaller per_device_train_batch_size or "
             "max_seq_length, activation_checkpoint (mode: selective, then full; the recipes already recompute "
             "everything), or an adapter (lora_config) takes less",
-            memory.peak / 2**30,
-            limit / 2**30,
+            peak / 2**30,
+            estimate.limit / 2**30,
         )
-
-
-def process_bytes(device: torch.device) -> int:
-    """What this process will hold beside the model and its passes; 0 for a CUDA device, whose memory that is not."""
-    return 0 if device.type == "cuda" else held_bytes(device) + _BROUGHT_LATER
 
 
 def _least_seconds(

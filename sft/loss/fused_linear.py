@@ -1,9 +1,9 @@
-"""Head and loss in chunks of trained tokens: logits and gradients of a chunk live in the cache, never of a batch.
+"""The output head and the loss as one, in chunks of supervised tokens: the logits of a batch never exist at once.
 
-Of N tokens over a vocabulary of V, logits in bf16, their float32 copy, its softmax and two gradients take 16·N·V
-bytes: 10 GB for 4,096 tokens of a 150k vocabulary. Here a chunk's gradients are made while its logits are there, in
-the forward, so that nothing is computed twice and the backward only scales (as in Liger Kernel, Hsu et al., 2024,
-arXiv:2410.10989, section 3.2).
+For N tokens and a vocabulary of V, logits in bf16, their float32 copy, its softmax and two gradients take 16·N·V
+bytes: 10 GB for 4,096 tokens and a vocabulary of 150k. Here the gradients of a chunk are computed in the forward pass,
+while its logits exist, so that nothing is computed twice and the backward pass only scales them (as in Liger Kernel,
+Hsu et al., 2024, arXiv:2410.10989, section 3.2).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import nn
 
 from sft.distributed.dtensor import gathered, spreading, to_full, to_local, vocabulary_shard
-from sft.loss.chunked import linear_chunks, module_chunks, score_rows
+from sft.loss.chunked import linear_chunks, module_chunks, score_in_blocks
 from sft.loss.load_balancing import load_balancing_loss
-from sft.loss.output_head import OutputHead, find_output_head
-from sft.loss.token_loss import Objective, TokenLoss, add_up, trained_positions
+from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss, add_up, trained_positions
 from sft.loss.vocab_parallel import choose_chunk_size, vocab_parallel_scores
 
-_STATE = "_fused_head"
+_STATE = "_fused_head"  # attribute of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class _Installed:
     """What a model with a fused head remembers.
 
     Attributes:
-        chunk_size: tokens whose logits are held at a time; None is chosen for the machine.
+        chunk_size: as in `LossSettings`.
         original: a forward that was set on the instance before; None is the class's.
     """
 
@@ -45,18 +45,18 @@ class _Installed:
 def install(
     model: Any, chunk_size: int | None = None, head: OutputHead | None = None, outermost: Any = None
 ) -> str | None:
-    """Makes `model(..., labels=, objective=)` return a dict of `TokenLoss`'s tensors, without ever holding all logits.
+    """Makes `model(..., labels=, objective=)` return the tensors of `TokenLoss` as a dict, without holding all logits.
 
-    Called without `objective` it stays what it was.
+    Calls without `objective` behave as before.
 
     Args:
-        model: the causal LM itself, beneath an adapter's wrapper, with its adapter in place.
-        chunk_size: tokens whose logits are held at a time; None is chosen for the machine.
+        model: the causal LM itself, inside an adapter's wrapper, with its adapter attached.
+        chunk_size: as in `LossSettings`.
         head: where it is known; else it is found by running the model on a few tokens.
         outermost: the module that training calls, around `model`, where that is another.
 
     Returns:
-        None, or the reason why nothing was installed: the model's logits could not be made apart from its decoder.
+        None, or why nothing was installed: the model's logits could not be computed apart from its decoder.
     """
     found = head or find_output_head(model, outermost)
     if isinstance(found, str):
@@ -64,7 +64,7 @@ def install(
     before: _Installed | None = model.__dict__.get(_STATE)
     original = before.original if before else model.__dict__.get("forward")
     setattr(model, _STATE, _Installed(found, chunk_size, original))
-    # A bound method follows a deep copy of the model; the signature is the original's, for those who look at it.
+    # A bound method follows a deep copy of the model; the signature is the original's, for code that inspects it.
     model.forward = types.MethodType(functools.wraps(type(model).forward)(_forward), model)
     return None
 
@@ -85,13 +85,12 @@ def _forward(
     if objective.router_aux:
         inputs["output_router_logits"] = True
     outputs = model.get_submodule(state.head.decoder)(*args, **inputs)
-    result = head_loss(
-        model, state.head, outputs[0], labels, objective, trained_positions, state.chunk_size, gradient_scale
-    )
+    settings = LossSettings(objective, state.chunk_size)
+    result = head_loss(model, state.head, outputs[0], labels, settings, trained_positions, gradient_scale)
     if objective.router_aux:
         top_k = model.config.get_text_config().num_experts_per_tok
         mask = inputs.get("attention_mask")
-        padding = mask if mask is not None and mask.ndim == 2 else None  # a flattened row has none
+        padding = mask if mask is not None and mask.ndim == 2 else None  # a flattened batch has none
         balance = load_balancing_loss(outputs.router_logits, top_k, padding) * result.tokens
         total = result.objective + objective.router_aux * balance
         result = replace(result, objective=total, router_aux=balance.detach().double())
@@ -104,20 +103,18 @@ def head_loss(
     head: OutputHead,
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    objective: Objective,
+    settings: LossSettings,
     positions: torch.Tensor | None = None,
-    chunk_size: int | None = None,
     gradient_scale: torch.Tensor | None = None,
 ) -> TokenLoss:
-    """`losses.token_loss` from the decoder's output.
+    """Computes what `token_loss` does, from the decoder's output in place of the logits.
 
     Args:
         hidden: (B, T, D).
-        labels: (B, T), aligned with the input: -100 where a token is not trained. Column 0 is never trained.
-        positions: (N,) `trained_positions(labels)` where they are known, which spares a GPU a wait.
-        chunk_size: tokens whose logits are held at a time.
+        labels: (B, T), aligned with the input: -100 where a token is masked. Column 0 is never supervised.
+        positions: (N,) `trained_positions(labels)` where they are known, so that a GPU need not wait for them.
         gradient_scale: the scalar, on the device, by which the objective will be multiplied before its backward.
-            Gradients in half precision made with it are rounded once, as autograd's are, and not once more by it:
+            Gradients in half precision made with it are rounded once, as autograd's are, and not a second time:
             without it those of the hidden states are 16 % further from float64's. The objective is the same.
     """
     positions = trained_positions(labels) if positions is None else positions
@@ -127,30 +124,37 @@ def head_loss(
     module = model.get_submodule(head.linear)
     with torch.no_grad(), gathered(module):
         shard = vocabulary_shard(module)
-        score: Any = score_rows if shard is None else functools.partial(vocab_parallel_scores, shard=shard)
-        size = chunk_size or (choose_chunk_size(shard, hidden.device) if shard else None)
-        linear = head.plain_linear(model)
-        dtype = _autocast_dtype(hidden) or hidden.dtype
-        if linear is not None and head.transform is not None and _multiplies(linear, hidden):
-            tensors = [hidden, *(p for p in (linear.weight, linear.bias) if p is not None)]
-            dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
+        score: Any = score_in_blocks if shard is None else functools.partial(vocab_parallel_scores, shard=shard)
+        if shard and not settings.chunk_size:
+            settings = replace(settings, chunk_size=choose_chunk_size(shard, hidden.device))
+        weights = _linear_weights(model, head, hidden)
+        if weights is None and wants_gradient:
+            tensors = [hidden, *head.parameters(model, hidden)]
+        else:
+            tensors = [hidden, *(weights or [])]
+        dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
+        if weights is None:
+            scores, gradients = module_chunks(model, head, tensors, targets, settings, dtypes, gradient_scale, score)
+        else:
+            dtype = _autocast_dtype(hidden) or hidden.dtype
+            transform = head.transform or LogitTransform()
             with torch.autocast(hidden.device.type, enabled=False):
                 cast = [to_local(t).to(dtype) for t in tensors]
-                scores, gradients = linear_chunks(
-                    cast, head.transform, targets, objective, dtypes, size, gradient_scale, score
-                )
-            if shard and gradients[0] is not None:  # each rank has what comes through its slice
+                scores, gradients = linear_chunks(cast, transform, targets, settings, dtypes, gradient_scale, score)
+            if shard and gradients[0] is not None:  # each rank has the part that comes through its slice
                 dist.all_reduce(gradients[0], group=shard.group)
-        else:
-            tensors = [hidden, *(head.parameters(model, hidden) if wants_gradient else [])]
-            dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
-            scores, gradients = module_chunks(
-                model, head, tensors, targets, objective, dtypes, size, gradient_scale, score
-            )
         result = add_up(scores, positions)
     if not any(dtypes):
         return result
     return replace(result, objective=PrecomputedGradients.apply(result.objective, gradients, gradient_scale, *tensors))
+
+
+def _linear_weights(model: nn.Module, head: OutputHead, hidden: torch.Tensor) -> list[torch.Tensor] | None:
+    """Returns weight and bias of a head that is a matrix multiplication in the dtype of `hidden`; None for others."""
+    linear = head.plain_linear(model)
+    if linear is None or not (_autocast_dtype(hidden) or linear.weight.dtype == hidden.dtype):
+        return None
+    return [p for p in (linear.weight, linear.bias) if p is not None]
 
 
 def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
@@ -158,17 +162,13 @@ def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _multiplies(linear: nn.Linear, hidden: torch.Tensor) -> bool:
-    return _autocast_dtype(hidden) is not None or linear.weight.dtype == hidden.dtype
-
-
 def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What autograd wants `tensor`'s gradient in: float32 for a weight in bfloat16 with float32 master values."""
+    """Returns the dtype of `tensor`'s gradient: float32 for a bfloat16 weight that has float32 master values."""
     return (tensor.grad_dtype if tensor.is_leaf else None) or tensor.dtype
 
 
 class PrecomputedGradients(torch.autograd.Function):
-    """A sum whose gradients are known already: the backward multiplies them by what arrives."""
+    """A sum whose gradients were computed in the forward pass: backward multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(
@@ -178,9 +178,13 @@ class PrecomputedGradients(torch.autograd.Function):
         scale: torch.Tensor | None,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        """`total`, a scalar, with `gradients` for `tensors`, made with `scale`; None where one has none.
+        """Returns `total`, and keeps the gradients for the backward pass.
 
-        Of a tensor that is spread over ranks the gradient is this rank's part.
+        Args:
+            total: a scalar, the sum over the tokens.
+            gradients: of `total` with respect to `tensors`, already multiplied by `scale`; None where a tensor needs
+                none. Of a DTensor it is this rank's part.
+            scale: a scalar; None is 1.
         """
         ctx.scale = scale
         ctx.gradients = gradients
@@ -191,11 +195,11 @@ class PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> Any:  # type: ignore[override]
-        """In place, once: a copy of the head's gradient would be as large as the head."""
+        """Scales the gradients in place, so only once: a copy of the head's gradient would be as large as the head."""
         if ctx.gradients is None:
             raise RuntimeError("the head's gradients were used up by an earlier backward through the same graph")
         factor = factor if ctx.scale is None else factor / ctx.scale
         found = zip(ctx.gradients, ctx.dtypes, ctx.spread, strict=True)
-        scaled = [None if g is None else spread(g.mul_(factor).to(d)) for g, d, spread in found]
+        scaled = [None if g is None else spread(g.mul_(factor).to(dtype)) for g, dtype, spread in found]
         ctx.gradients = None
         return None, None, None, *scaled

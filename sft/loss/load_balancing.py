@@ -1,12 +1,12 @@
-"""The load balancing of a mixture of experts, as an addition to the loss that accumulation and ranks leave as it is.
+"""The load balancing loss of a mixture of experts, added so that its scale is the same for any number of micro-batches.
 
-The balance is a property of a pass, not of a token, so that passes must be averaged. Each weighs as much as its
-trained tokens: the balance of a pass times its tokens joins the summed loss, and the division of that sum by the
-tokens of the whole step, on all ranks, makes it
+The balance is a property of a micro-batch, not of a token, so micro-batches must be averaged, each weighted by its
+supervised tokens: its balance times its tokens is added to the summed loss, and dividing that sum by the tokens N of
+the whole step, on all ranks, gives
 
-    loss of a step = sum of token losses / N  +  coefficient · sum over passes of balance · tokens / N
+    loss of a step = sum of token losses / N  +  coefficient · sum over micro-batches of balance · tokens / N
 
-whose weights add up to 1 for any number of passes. A pass without trained tokens has no say.
+The weights tokens / N add up to 1. A micro-batch without supervised tokens adds nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 
 def router_coefficient(config: Any) -> float:
-    """The coefficient of the model's load balancing loss; 0 where its config does not switch router logits on."""
+    """Returns the coefficient of the model's load balancing loss; 0 where its config does not enable router logits."""
     config = config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return 0.0
@@ -29,10 +29,10 @@ def router_coefficient(config: Any) -> float:
 def load_balancing_loss(
     router_logits: Sequence[torch.Tensor], top_k: int, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """E · Σ_e f_e P_e: the share of choices that fall on expert e, times its mean probability, over all layers alike.
+    """Computes E · Σ_e f_e P_e, with f_e the share of choices that fall on expert e and P_e its mean probability.
 
-    Even routing gives `top_k`, its least. Fedus, Zoph and Shazeer, 2021, arXiv:2101.03961, equations 4 to 6, with k
-    choices a token and the mean over tokens of all layers together, as transformers computes it.
+    Even routing gives the minimum, `top_k`. Fedus, Zoph and Shazeer, 2021, arXiv:2101.03961, equations 4 to 6, with k
+    choices per token and the mean over the tokens of all layers together, as transformers computes it.
 
     Args:
         router_logits: of each layer (tokens, E), before the softmax.
@@ -41,7 +41,7 @@ def load_balancing_loss(
     """
     chosen: torch.Tensor | float = 0.0  # (E,)
     probability: torch.Tensor | float = 0.0  # (E,)
-    rows: torch.Tensor | float = 0.0
+    tokens: torch.Tensor | float = 0.0
     for logits in router_logits:
         experts = logits.shape[-1]
         probabilities = F.softmax(logits.flatten(0, -2), dim=-1, dtype=torch.float32)  # (tokens, E)
@@ -52,5 +52,5 @@ def load_balancing_loss(
         choices = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
         chosen = chosen + (choices * weights).sum(0)
         probability = probability + (probabilities * weights).sum(0)
-        rows = rows + weights.sum()
-    return experts * torch.as_tensor(chosen / rows * (probability / rows)).sum()
+        tokens = tokens + weights.sum()
+    return experts * torch.as_tensor(chosen / tokens * (probability / tokens)).sum()

@@ -1,4 +1,4 @@
-"""Sums over tokens that become metrics when a log is due: exact over steps, accumulation and ranks alike."""
+"""Sums over tokens that become metrics when a log is due: exact over steps, micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sft.loss.token_loss import TokenLoss
 
 _SUMMED = ("objective", "nll", "entropy", "router_aux")
 _COUNTED = ("tokens", "correct", "answers", "answers_correct")
-_MEASURED = ("entropy_tokens", "router_tokens")  # over which the sums that are not always there were taken
+_MEASURED = ("entropy_tokens", "router_tokens")  # tokens of the sums that not every batch has
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """The sums over all ranks, on the host.
+    """Sums over all ranks, on the host.
 
     Attributes:
         objective, nll, tokens, correct, answers, answers_correct: as in `TokenLoss`.
-        input_tokens: real tokens, trained or not, never padding.
-        entropy: in nats, over `entropy_tokens`, the trained tokens of the batches where it was asked for.
-        router_aux: the load balancing loss of each pass times its trained tokens, which are `router_tokens`.
+        input_tokens: all tokens but padding.
+        entropy: in nats, over `entropy_tokens`, the supervised tokens of the batches that measured it.
+        router_aux: the load balancing loss of each micro-batch times its supervised tokens, `router_tokens`.
     """
 
     objective: float
@@ -40,16 +40,16 @@ class TokenCounts:
 
     @classmethod
     def zero(cls) -> TokenCounts:
-        """What nothing adds up to."""
+        """Returns counts of nothing."""
         return cls(0.0, 0.0, 0, 0, 0, 0, 0)
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         return TokenCounts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """`loss`, `perplexity`, `token_accuracy`, `sequence_accuracy`, and `entropy` and `router_aux_loss` if measured.
+        """Returns the loss, perplexity and accuracies, and entropy and router loss where they were measured.
 
-        Perplexity is that of the plain likelihood, whatever the objective. Empty when nothing was trained.
+        The perplexity is that of the plain likelihood, whatever the objective. Empty without supervised tokens.
         """
         if not self.tokens:
             return {}
@@ -68,7 +68,7 @@ class TokenCounts:
 
 
 class TokenSums:
-    """Adds up `TokenLoss`es on the device, in float64 so that long sums stay exact; reading them is one transfer."""
+    """Adds up `TokenLoss`es on the device, in float64 to keep long sums exact; reading them is one transfer."""
 
     def __init__(self, device: torch.device) -> None:
         names = (*_SUMMED, *_COUNTED, *_MEASURED, "input_tokens")
@@ -76,7 +76,7 @@ class TokenSums:
         self._names = names
 
     def add(self, loss: TokenLoss, input_tokens: torch.Tensor) -> None:
-        """Adds one batch. `input_tokens` is the batch's number of real tokens."""
+        """Adds one batch. `input_tokens` is its number of tokens without padding."""
         zero = torch.zeros_like(loss.tokens)
         measured = [zero if value is None else loss.tokens for value in (loss.entropy, loss.router_aux)]
         values = [getattr(loss, name) for name in (*_SUMMED, *_COUNTED)]
@@ -85,36 +85,36 @@ class TokenSums:
 
     @property
     def objective_and_tokens(self) -> torch.Tensor:
-        """(2,) this rank's summed objective and its trained tokens, on the device."""
+        """(2,) this rank's summed objective and number of supervised tokens, on the device."""
         return torch.stack([self._sums[self._names.index(name)] for name in ("objective", "tokens")])
 
     def absorb(self, other: TokenSums) -> None:
-        """Takes over what `other` added up, which starts anew; nothing is read from the device."""
+        """Adds the sums of `other` and clears it; nothing is read from the device."""
         self._sums += other._sums
         other.clear()
 
     def copy(self) -> TokenSums:
-        """The same sums, on their own from here on."""
+        """Returns an independent copy."""
         other = TokenSums(self._sums.device)
         other._sums.copy_(self._sums)
         return other
 
     def clear(self) -> None:
-        """Starts anew."""
+        """Sets all sums to 0."""
         self._sums.zero_()
 
     def clear_where(self, flag: torch.Tensor) -> None:
-        """Starts anew where `flag`, a scalar on the device, is not 0; it is not read."""
+        """Sets all sums to 0 if `flag`, a scalar on the device, is not 0; it is not read by the host."""
         self._sums.masked_fill_(flag.bool(), 0)
 
     def reduce_and_reset(self) -> TokenCounts:
-        """The sums over all ranks since the last call; every rank must call it."""
+        """Returns the sums over all ranks since the last call; every rank must call it."""
         counts = self.total()
         self.clear()
         return counts
 
     def total(self) -> TokenCounts:
-        """The sums over all ranks; every rank must call it."""
+        """Returns the sums over all ranks; every rank must call it."""
         values = sum_over_ranks(self._sums).tolist()
         summed, counted = values[: len(_SUMMED)], map(round, values[len(_SUMMED) :])
         return TokenCounts(**dict(zip(self._names, [*summed, *counted], strict=True)))

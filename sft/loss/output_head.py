@@ -1,8 +1,8 @@
-"""How a causal LM makes logits from its decoder's hidden states: by its own code, whatever that is.
+"""How a causal LM computes logits from its decoder's hidden states, found out by running its own code.
 
-Models scale, soft-cap, shift or cut their logits behind `lm_head`, and adapters, quantization and sharding put other
-modules in its place. No list of names is kept. The model's own `forward` runs with a decoder that hands back what it
-is given, and what it makes of the rest is measured once.
+Models scale, soft-cap, shift or slice their logits after `lm_head`, and adapters, quantization and sharding replace
+`lm_head` by other modules. No list of models is needed: the model's own `forward` runs with a decoder that returns its
+input, and the transform after the projection is measured once.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sft.distributed.dtensor import gathered, is_product, shallow_copy, to_full, vocabulary_shard, without_hooks
 
-_PROBE = 64.0  # a value of a logit far outside of what soft-capping leaves as it is
-_ROUNDINGS = 8  # units in the last place by which two ways to the same logits may differ, relative to the largest
+_PROBE = 64.0  # a logit so large that soft-capping changes it
+_ROUNDINGS = 8  # units in the last place by which two computations of the same logits may differ, of the largest
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What happens to the output x of a linear head: cap · tanh(scale · x / cap), or scale · x without a cap."""
+    """The function after a linear head with output x: cap · tanh(scale · x / cap), or scale · x without a cap."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """In place, on float32."""
+        """Applies it in place, to float32."""
         if self.cap is not None:
             return values.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
         return values if self.scale == 1.0 else values.mul_(self.scale)
 
     def factor(self, raw: torch.Tensor) -> float | torch.Tensor:
-        """Its derivative at `raw`, which is overwritten where there is a cap."""
+        """Returns its derivative at `raw`, which is overwritten where there is a cap."""
         if self.cap is None:
             return self.scale
         return raw.mul_(self.scale / self.cap).tanh_().square_().neg_().add_(1.0).mul_(self.scale)
 
 
 class _Outputs(tuple):
-    """A decoder's outputs: the hidden states first, and None under every other name."""
+    """A decoder's outputs: the hidden states first, and None for every other name."""
 
     @property
     def last_hidden_state(self) -> torch.Tensor:
@@ -55,7 +55,7 @@ class _Outputs(tuple):
 
 
 class _Echo(nn.Module):
-    """Stands where the decoder stands and returns the `inputs_embeds` it is given; its settings are the decoder's."""
+    """Takes the decoder's place and returns the `inputs_embeds` that it gets; other attributes are the decoder's."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -73,13 +73,13 @@ class _Echo(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """Where a model has its decoder and its head.
+    """The parts of a model that compute its logits.
 
     Attributes:
         decoder: the decoder's name in the model, e.g. `model`.
         linear: the name of the module that projects to the vocabulary, e.g. `lm_head`.
-        vocab_size: V, the logits of a token.
-        transform: what follows the projection; None where it is no scaling and no soft-capping.
+        vocab_size: V, the number of logits per token.
+        transform: after the projection; None where it is neither a scaling nor a soft-capping.
     """
 
     decoder: str
@@ -88,43 +88,43 @@ class OutputHead:
     transform: LogitTransform | None
 
     def logits(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """(N, D) to (N, V), through the model's own code, while the head is `gathered`.
+        """Computes (N, V) from (N, D) with the model's own code, inside `gathered` of the head.
 
-        In tensor parallel perhaps to a slice of V.
+        With tensor parallelism the result may be a slice of V.
         """
         own = without_hooks(model.get_submodule(self.linear))
         replaced = {f"{self.linear}.{name}".rstrip("."): module for name, module in own.items()}
         return _echoed_logits(model, hidden, {self.decoder: _Echo(model.get_submodule(self.decoder)), **replaced})
 
     def parameters(self, model: nn.Module, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """The trainable tensors that the logits depend on: the leaves of the graph behind them.
+        """Returns the trainable tensors that the logits depend on: the leaves of their graph.
 
-        The module tree would not do: an adapter that `lm_head` shares with the embeddings hangs beneath those.
+        The module tree does not tell: an adapter that `lm_head` shares with the embeddings is a child of those.
 
         Args:
-            hidden: (N, D), of which one row of zeros is used.
+            hidden: (N, D), for its dtype and device.
         """
         with torch.enable_grad():
             logits = self.logits(model, hidden.new_zeros(1, hidden.shape[-1]))
         return list(_leaves(logits))
 
     def plain_linear(self, model: nn.Module) -> nn.Linear | None:
-        """The projection, if a matrix product and `transform` are all there is to it.
+        """Returns the projection if the head is a matrix multiplication, a bias and `transform`; None otherwise.
 
-        Its weight may be spread over ranks: gathered by FSDP2, or split by the vocabulary in tensor parallel.
+        Its weight may be a DTensor: gathered by FSDP2, or split by the vocabulary with tensor parallelism.
         """
         linear = model.get_submodule(self.linear)
         if self.transform is None or not is_product(linear):
             return None
-        # Not a quantized weight, nor one that tensor parallel has split in another way.
+        # Neither a quantized weight nor one that tensor parallelism has split in another way.
         plain = all(type(p) in (nn.Parameter, torch.Tensor, FakeTensor) for p in linear.parameters())
         return linear if plain or vocabulary_shard(linear) else None
 
 
 def find_output_head(model: Any, outermost: Any = None) -> OutputHead | str:
-    """The head of `model`, or why its logits cannot be made apart from its decoder.
+    """Finds the head of `model`, or returns why its logits cannot be computed apart from its decoder.
 
-    Runs the model on nine tokens. Where ranks hold shards of it, all must call.
+    Runs the model on nine tokens. Where ranks hold shards of it, all must call it.
 
     Args:
         outermost: the module that training calls, around `model`, where that is another.
@@ -132,7 +132,7 @@ def find_output_head(model: Any, outermost: Any = None) -> OutputHead | str:
     found: list[OutputHead | str] = []
     was_training, before = model.training, model.__dict__.get("forward")
     original = before or functools.partial(type(model).forward, model)
-    # Where the model's own forward would run: there FSDP2 has gathered what is to be had.
+    # In place of the model's own forward, because FSDP2 has gathered the weights there.
     model.forward = lambda *_, **__: found.append(_find_or_reason(model, original))
     model.eval()
     try:
@@ -149,15 +149,15 @@ def find_output_head(model: Any, outermost: Any = None) -> OutputHead | str:
 def _find_or_reason(model: Any, forward: Callable[..., Any]) -> OutputHead | str:
     try:
         return _find(model, forward)
-    except Exception as error:  # any model's code may refuse to be run in parts, in any way; the plain path remains
+    except Exception as error:  # any model's code may fail in any way when run in parts; the plain path remains
         return f"{type(error).__name__}: {error}"
 
 
 def assume_output_head(model: Any) -> OutputHead:
-    """The head of a model without numbers (on the meta device, or of fake tensors), taken to be what most are.
+    """Returns the head of a model without values (on the meta device, or of fake tensors), assuming the usual form.
 
-    Nothing can be compared there: that its logits come from what the decoder returns is not asked. What follows the
-    projection is found as ever, from numbers that do not pass through a weight.
+    Without values it cannot be verified that the logits are computed from the decoder's output. The transform is
+    measured as always, with an input that passes through no weight.
 
     Raises:
         ValueError: it names no decoder or no output embeddings.
@@ -201,22 +201,22 @@ def _find(model: Any, forward: Callable[..., Any]) -> OutputHead | str:
 def _confirmed_transform(
     model: Any, head: OutputHead, hidden: torch.Tensor, expected: torch.Tensor
 ) -> LogitTransform | None:
-    """The measured transform, unless the model's logits contradict it: it may scale in front of a bias, or cut."""
+    """Returns the measured transform, unless the logits contradict it: the model may scale before a bias, or slice."""
     transform = _measure_transform(model, head, model.device)
     linear = replace(head, transform=transform).plain_linear(model)
     if transform is None or linear is None or linear.weight.dtype != hidden.dtype:
-        return transform  # there is no product of which to ask; where one is formed later, it is of this form
+        return transform  # no matrix multiplication to compare with here; a later one has this form
     return transform if _same(transform(to_full(linear(hidden)).float()), expected) else None
 
 
 def _measure_transform(model: Any, head: OutputHead, device: torch.device) -> LogitTransform | None:
-    """What follows the projection, from a run with one that changes nothing either."""
+    """Finds the transform after the projection by running the model with an identity in the projection's place."""
     width = model.config.get_text_config().hidden_size
     probe = torch.linspace(-_PROBE, _PROBE, 2 * width, device=device).reshape(2, width)
     echoes = {head.decoder: _Echo(model.get_submodule(head.decoder)), head.linear: nn.Identity()}
     try:
         result = _echoed_logits(model, probe, echoes)
-    except Exception:  # a model that looks at the projection's weight, for one: it runs through its own code
+    except Exception:  # e.g. a model that reads the projection's weight: its own code computes the logits
         return None
     if result.shape != probe.shape:
         return None
@@ -230,7 +230,7 @@ def _measure_transform(model: Any, head: OutputHead, device: torch.device) -> Lo
 
 
 def _echoed_logits(model: Any, hidden: torch.Tensor, replaced: dict[str, nn.Module]) -> torch.Tensor:
-    """The logits by the model's class, with modules replaced in a shallow copy that shares all the others."""
+    """Runs the forward of the model's class on a shallow copy with some modules replaced, and returns the logits."""
     twin = shallow_copy(model)
     twin.__dict__.pop("forward", None)
     for name, module in replaced.items():
@@ -239,7 +239,7 @@ def _echoed_logits(model: Any, hidden: torch.Tensor, replaced: dict[str, nn.Modu
 
 
 def _replace(twin: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `name`; the modules on the way are copied, those of the model stay as they are."""
+    """Puts `module` at the dotted `name`; the modules on the way are copied, so that the model does not change."""
     *parents, last = name.split(".")
     for parent in parents:
         twin._modules = dict(twin._modules)
@@ -258,7 +258,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The leaves that the graph behind `tensor` accumulates gradients into."""
+    """Yields the leaves that the graph of `tensor` accumulates gradients into."""
     waiting, seen = [tensor.grad_fn], set()
     while waiting:
         node = waiting.pop()

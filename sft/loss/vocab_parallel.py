@@ -1,11 +1,11 @@
-"""The loss where each rank makes the logits of a slice of the vocabulary: the numbers of one rank that makes them all.
+"""The loss where each rank computes the logits of a slice of the vocabulary; the results are those of a single rank.
 
 With m and Z the largest logit and the sum of exp(x - m) over all slices,
 
     log p(y) = x_y - m - log Z          p_j = exp(x_j - m) / Z, for each j of a rank's own slice
 
-so that the ranks exchange a maximum and a few sums a token, whatever the vocabulary (Shoeybi et al., "Megatron-LM",
-2019, arXiv:1909.08053, section 3).
+so the ranks exchange a maximum and a few sums per token, whatever the size of the vocabulary (Shoeybi et al.,
+"Megatron-LM", 2019, arXiv:1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 
 from sft.distributed.dtensor import VocabularyShard
-from sft.loss.chunked import gradient_in_place, score_rows
+from sft.loss.chunked import gradient_in_place, score_in_blocks
 from sft.loss.output_head import LogitTransform
 from sft.loss.token_loss import Objective, TokenScores
 
-# Logits of a rank's chunk. All ranks must choose the same, so that it does not depend on what one has free.
+# Logits of a rank's chunk. A constant and not a share of the free memory, because all ranks must choose the same.
 _CPU_LOGITS, _CUDA_LOGITS = 2**24, 2**27
 
 
 def choose_chunk_size(shard: VocabularyShard, device: torch.device) -> int:
-    """How many tokens to take at a time; the same on all ranks."""
+    """Returns the number of tokens to take at a time; the same on all ranks."""
     return max((_CUDA_LOGITS if device.type == "cuda" else _CPU_LOGITS) // shard.widest, 1)
 
 
@@ -37,15 +37,15 @@ def vocab_parallel_scores(
     *,
     shard: VocabularyShard,
 ) -> list[TokenScores]:
-    """What `chunked_loss.score_rows` gives, on all ranks alike, and in `logits` the gradient of this rank's slice.
+    """Does what `score_in_blocks` does: equal scores on all ranks, and in `logits` the gradient of this rank's slice.
 
     Args:
-        logits: (n, width) in any float dtype, of this rank's slice; or (n, V) where the head has gathered them.
+        logits: (n, width) in any float dtype, of this rank's slice; or (n, V) where the head gathers them.
         targets: (n,) int64, counted over the whole vocabulary.
     """
     if logits.shape[-1] == shard.vocab_size:
-        return score_rows(logits, targets, objective, transform, with_gradient, scale)
-    x = logits.float()  # itself where it is float32
+        return score_in_blocks(logits, targets, objective, transform, with_gradient, scale)
+    x = logits.float()  # no copy where it is float32
     raw = x.clone() if transform.cap is not None and with_gradient else None
     is_here = (targets >= shard.start) & (targets < shard.start + shard.width)  # (n,)
     column = (targets - shard.start).clamp(0, shard.width - 1)[:, None]
@@ -54,7 +54,7 @@ def vocab_parallel_scores(
     largest = first.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
     of_target = x.gather(1, column).squeeze(1).where(is_here, 0.0)
-    is_choice = _share_of_choice(choice + shard.start, targets).where(first == largest, 0.0)
+    is_choice = _choice_indicator(choice + shard.start, targets).where(first == largest, 0.0)
     mean = x.sum(-1) / shard.vocab_size if objective.label_smoothing else torch.zeros_like(first)
     p = x.sub_(largest[:, None]).exp_()
     sums = torch.stack([p.sum(-1), of_target, is_choice, mean])  # (4, n)
@@ -76,9 +76,13 @@ def vocab_parallel_scores(
     return [TokenScores(loss, nll, is_choice >= 1, entropy)]
 
 
-def _share_of_choice(first: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Of a rank whose first largest logit is at `first`, (n,): over such ranks the sum is 1 where the target is chosen.
+def _choice_indicator(first: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Returns a term whose sum, over the ranks that hold a largest logit, is 1 where the model chooses the target.
 
-    One in front of the target takes away what the target's own rank adds; one behind it changes nothing.
+    The choice is the first of several largest logits. A rank whose first is before the target subtracts the 1 that the
+    target's own rank adds; one whose first is after it adds nothing.
+
+    Args:
+        first: (n,) where this rank's first largest logit is in the vocabulary.
     """
     return (first == targets).float() - (first < targets).float()

@@ -14,7 +14,7 @@ from transformers import TrainerState, TrainingArguments
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
 from sft.loss.metrics import TokenSums
-from sft.loss.token_loss import Objective, TokenLoss
+from sft.loss.token_loss import LossSettings, TokenLoss
 from sft.model.compile import CompileSettings
 from sft.training.oom_retry import OomRetry
 from sft.training.optim.factory import skipping, with_master_weights
@@ -34,8 +34,7 @@ class StepSettings:
     """Settings of the optimizer steps.
 
     Attributes:
-        objective: what is minimized; evaluation measures the plain cross entropy.
-        loss_chunk_size: supervised tokens whose logits are held at a time; None is chosen for the machine.
+        loss: how it is computed.
         dtype: of the weights at rest, noted in checkpoints.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
         on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
@@ -45,8 +44,7 @@ class StepSettings:
             reduce their gradients after the last backward pass of a step, not during it.
     """
 
-    objective: Objective = field(default_factory=Objective)
-    loss_chunk_size: int | None = None
+    loss: LossSettings = field(default_factory=LossSettings)
     dtype: str | None = None
     master_weights: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"

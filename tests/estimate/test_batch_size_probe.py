@@ -17,7 +17,7 @@ import sft_main
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator
 from sft.estimate import batch_size_probe
-from sft.loss.token_loss import Objective
+from sft.loss.token_loss import LossSettings
 from sft.model.precision import Precision
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.runs import arithmetic, losses, run, write_config, write_rows
@@ -92,8 +92,8 @@ def test_the_head_is_looked_for_where_the_model_trains(monkeypatch: pytest.Monke
     monkeypatch.setattr(batch_size_probe, "training_device", lambda: torch.device("meta"))
     monkeypatch.setattr(batch_size_probe, "TokenForward", forward)
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4})
-    options: dict[str, Any] = {"loss_chunk_size": None, "world_size": 1, "local_world_size": 1}
-    given: list[Any] = [rows, TrainingKeys(), Collator(0), Objective(), Precision("float32", False, False, "")]
+    options: dict[str, Any] = {"world_size": 1, "local_world_size": 1}
+    given: list[Any] = [rows, TrainingKeys(), Collator(0), LossSettings(), Precision("float32", False, False, "")]
     with pytest.raises(HeadFoundError, match="meta"):
         batch_size_probe.probe_batch_size(tiny_llama(9), *given, **options)
     quantized: Any = tiny_llama(9)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import sft_main
 from sft.estimate import run as run_estimate
-from tests.builders import byte_level_tokenizer, save_model_dir
-from tests.runs import arithmetic, log_history, run, write_config, write_rows
+from tests.builders import save_model_dir
+from tests.runs import arithmetic, write_config, write_rows
 
 
 @pytest.fixture
@@ -128,35 +126,9 @@ def test_check_tells_the_memory_too(keys: dict[str, Any], tmp_path: Path, capsys
     assert (checked["total_steps"], checked["longest_pass"]) == (told["total_steps"], told["longest_pass"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [20, 100])
-@pytest.mark.parametrize(("kind", "bound"), [("full", 0.15), ("lora", 0.2)])
-def test_the_peak_of_the_real_command_is_told(
-    keys: dict[str, Any], tmp_path: Path, kind: str, bound: float, size: int
+def test_the_peak_on_a_cpu_is_called_a_lower_bound(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The holes of a heap differ by chance, and are most of a LoRA's: 1.83 and 1.96 GB in two runs of one of 100M."""
-    torch.manual_seed(0)
-    width, layers, vocab = {20: (384, 6, 8000), 100: (768, 10, 16000)}[size]
-    settings: dict[str, Any] = {
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": 8 * width // 3,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
-        "num_key_value_heads": width // 128,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-    }
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(tmp_path / "large")
-    byte_level_tokenizer().save_pretrained(tmp_path / "large")
-    keys |= {"model_name_or_path": str(tmp_path / "large"), "max_steps": 3, "packing": "bfd", "max_seq_length": 512}
-    keys |= {"per_device_train_batch_size": 2, "save_strategy": "no"}
-    if kind == "lora":
-        keys["lora_config"] = {"r": 8}
-    config = write_config(tmp_path / "run.yaml", **keys)
-    env = {"OMP_NUM_THREADS": "1", "SFT_CACHE": os.environ["SFT_CACHE"]}
-    told = json.loads(run("estimate", "--config_file", config, "--json", env=env).stdout)
-    assert run("--config_file", config, env=env).returncode == 0
-    measured = log_history(tmp_path / "out")[-1]["memory_gb"] * 2**30
-    assert told["memory"]["peak"] == pytest.approx(measured, rel=bound)
+    config = write_config(tmp_path / "run.yaml", use_cpu=True, **keys)
+    assert sft_main.main(["estimate", "--config_file", str(config)]) == 0
+    assert "The peak is a lower bound: malloc keeps more" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""The head that never holds the logits of a batch: the numbers of the plain path, for every kind of head."""
+"""The fused head gives the sums and gradients of the plain path, for every kind of head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sft.loss import fused_linear
 from sft.loss.chunked import choose_chunk_size, linear_chunks
 from sft.loss.fused_linear import PrecomputedGradients
 from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
-from sft.loss.token_loss import Objective, TokenLoss, token_loss, trained_positions
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss, token_loss, trained_positions
 from tests.builders import tiny_llama
 from tests.loss.test_token_loss import OBJECTIVES, assert_sums, by_hand
 from tests.ranks import spawn_ranks
@@ -156,7 +156,7 @@ def test_every_head_gives_the_plain_paths_sums_and_gradients(kind: str, chunk_si
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_matrix_products_are_written_out_where_nothing_else_is_in_the_head(kind: str) -> None:
+def test_heads_that_are_a_matrix_multiplication_are_recognized(kind: str) -> None:
     model = base_of(HEADS[kind]())
     head = find_output_head(model)
     assert isinstance(head, OutputHead), head
@@ -169,7 +169,7 @@ def test_matrix_products_are_written_out_where_nothing_else_is_in_the_head(kind:
 def test_sums_and_gradients_equal_a_float64_computation(
     objective: Objective, transform: LogitTransform, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "_CPU_BLOCK", block)
+    monkeypatch.setattr(chunked_loss, "CPU_BLOCK", block)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, 30, 16, generator=generator)
     weight, bias = torch.randn(40, 16, generator=generator), torch.randn(40, generator=generator)
@@ -187,7 +187,7 @@ def test_sums_and_gradients_equal_a_float64_computation(
     (smoothed * kept + objective.z_loss * logits.logsumexp(-1).square()).sum().backward()
 
     tensors = [hidden[0, positions - 1], weight, bias]
-    scores, found = linear_chunks(tensors, transform, targets, objective, [torch.float32] * 3, chunk_size=7)
+    scores, found = linear_chunks(tensors, transform, targets, LossSettings(objective, 7), [torch.float32] * 3)
     shifted = torch.cat([logits.detach(), logits.detach()[:1]])[None]  # position t predicts t + 1
     sums = by_hand(shifted, torch.cat([torch.tensor([-100]), targets])[None], objective)
     assert scores.loss.double().sum().item() == pytest.approx(sums["objective"], rel=1e-6)
@@ -204,14 +204,14 @@ def test_sums_and_gradients_equal_a_float64_computation(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_size", [5, 30])
-def test_what_stood_in_new_memory_is_in_no_gradient(dtype: torch.dtype, chunk_size: int) -> None:
-    """Gradients are written by the first chunk and not added to zeros; torch fills new memory with NaN here."""
+def test_uninitialized_memory_is_in_no_gradient(dtype: torch.dtype, chunk_size: int) -> None:
+    """The first chunk writes the gradients instead of adding to zeros; torch fills new memory with NaN here."""
     tensors = [torch.randn(*shape).to(dtype) for shape in ((30, 16), (40, 16), (40,))]
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan().all()
         targets = torch.arange(30)
-        _, found = linear_chunks(tensors, LogitTransform(), targets, Objective(), [dtype] * 3, chunk_size)
+        _, found = linear_chunks(tensors, LogitTransform(), targets, LossSettings(chunk_size=chunk_size), [dtype] * 3)
     finally:
         torch.use_deterministic_algorithms(False)
     for gradient in found:
@@ -220,15 +220,15 @@ def test_what_stood_in_new_memory_is_in_no_gradient(dtype: torch.dtype, chunk_si
 
 
 @pytest.mark.parametrize("vocab_size", [5, 256, 600, 1000])
-def test_a_models_choice_is_the_first_of_its_largest_logits(vocab_size: int) -> None:
-    """Of a vocabulary shorter than, as long as, and no multiple of the runs in which it is looked for."""
+def test_the_models_choice_is_the_first_of_its_largest_logits(vocab_size: int) -> None:
+    """With a vocabulary shorter than, as long as, and no multiple of the runs in which it is searched."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 4, (500, vocab_size), generator=generator).float()  # many are the largest
     logits[:100] = 0.0
     logits[:100, -3:] = 1.0
     expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
     targets = torch.where(torch.arange(500) % 2 == 0, expected, expected.roll(1))
-    scores = chunked_loss.score_rows(logits, targets, Objective(), LogitTransform(), with_gradient=False)
+    scores = chunked_loss.score_in_blocks(logits, targets, Objective(), LogitTransform(), with_gradient=False)
     assert torch.cat([part.correct for part in scores]).equal(targets == expected)
 
 
@@ -254,7 +254,7 @@ def test_the_gradient_of_a_tied_head_adds_up_with_that_of_the_embeddings() -> No
     torch.testing.assert_close(both, apart["model.embed_tokens.weight"] + apart["lm_head.weight"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_frozen_head_gets_no_gradient_and_hands_one_on() -> None:
+def test_a_frozen_head_gets_no_gradient_but_the_hidden_states_do() -> None:
     model = HEADS["frozen"]()
     assert fused_linear.install(model) is None
     fused(model, batch(), Objective()).objective.backward()
@@ -281,7 +281,7 @@ def test_evaluation_makes_no_gradient_and_no_graph(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", ["untied", "lora on the head"])
-def test_a_batch_without_a_trained_token_gives_zeros(kind: str) -> None:
+def test_a_batch_without_supervised_tokens_gives_zeros(kind: str) -> None:
     """Gradients of zero, not none: DDP waits for each trainable parameter."""
     model, inputs = HEADS[kind](), batch()
     assert fused_linear.install(base_of(model)) is None
@@ -295,7 +295,7 @@ def test_a_batch_without_a_trained_token_gives_zeros(kind: str) -> None:
             assert parameter.grad.abs().max() == 0, name
 
 
-def test_positions_that_the_collator_knows_spare_the_search() -> None:
+def test_given_positions_give_the_same_sums() -> None:
     model, inputs = llama(), batch()
     assert fused_linear.install(model) is None
     known = fused(model, inputs, Objective(), trained_positions=trained_positions(inputs["labels"]))
@@ -322,8 +322,8 @@ def errors(found: list[Any], exact: list[torch.Tensor]) -> list[float]:
 def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(
     chunk_size: int, wanted: torch.dtype, worse: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several chunks' sum is in float32, of products that were rounded one by one: one rounding more in bfloat16."""
-    monkeypatch.setattr(chunked_loss, "_CPU_SLICE", 300 * 64)  # of the weight's 1,000 rows
+    """The chunks are summed in float32, but each chunk's product is rounded: one rounding more in bfloat16."""
+    monkeypatch.setattr(chunked_loss, "CPU_SLICE", 300 * 64)  # of the weight's 1,000 rows
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(512, 64, generator=generator).bfloat16()
     weight = (torch.randn(1000, 64, generator=generator) / 8).bfloat16()
@@ -335,7 +335,9 @@ def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(
     (torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / 300).backward()
     scale, dtypes = torch.tensor(1 / 300), [torch.bfloat16, wanted]
     with torch.no_grad():
-        scores, made = linear_chunks(ours, LogitTransform(), targets, Objective(), dtypes, chunk_size, scale)
+        scores, made = linear_chunks(
+            ours, LogitTransform(), targets, LossSettings(chunk_size=chunk_size), dtypes, scale
+        )
     (PrecomputedGradients.apply(scores.loss.sum(), made, scale, *ours) / 300).backward()
     assert ours[1].grad is not None
     assert ours[1].grad.dtype == wanted
@@ -344,7 +346,7 @@ def test_bfloat16_gradients_are_as_close_to_float64_as_plain_autograds(
         assert our_error <= worse * plain_error
 
 
-def test_a_scale_that_is_known_beforehand_changes_no_number() -> None:
+def test_a_gradient_scale_changes_no_number() -> None:
     found = []
     for scale in (None, torch.tensor(0.25)):
         model = HEADS["lora on the head"]()
@@ -356,7 +358,7 @@ def test_a_scale_that_is_known_beforehand_changes_no_number() -> None:
     assert_same_gradients(found[1][1], found[0][1], 1e-6)
 
 
-def test_autocast_multiplies_in_its_dtype_and_hands_back_the_weights() -> None:
+def test_autocast_multiplies_in_its_dtype_and_returns_gradients_in_the_weights_dtype() -> None:
     model, inputs = llama(), batch()
     with torch.autocast("cpu", torch.bfloat16):
         expected = plain(model, inputs, Objective())
@@ -415,7 +417,7 @@ def test_a_copy_of_the_model_uses_its_own_weights() -> None:
     assert fused(model, inputs, Objective()).nll.item() != pytest.approx(tokens.nll.item(), rel=1e-3)
 
 
-def test_installing_twice_is_installing_anew() -> None:
+def test_installing_twice_replaces_the_first() -> None:
     model, inputs = llama(), batch()
     expected = plain(model, inputs, Objective())
     assert fused_linear.install(model, 3) is None
@@ -488,13 +490,11 @@ def test_chunks_are_of_equal_size_and_hold_no_more_than_the_machine_should(token
 def test_a_gpus_chunks_follow_its_size_and_not_what_is_free(
     gib: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that is resumed has its optimizer from the first pass on, and must round as the one that was not."""
+    """A resumed run has its optimizer from the first step on, and must round as an uninterrupted one."""
     device = torch.device("cuda", 0)
-    chunked_loss._logits_on_gpu.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
     most = logits // 32_000
     assert [choose_chunk_size(device, 32_000, tokens) for tokens in (most, most + 1)] == [most, -(-(most + 1) // 2)]
-    chunked_loss._logits_on_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["untied", "lora on the head"])
@@ -529,7 +529,7 @@ def _rank(rank: int, folder: Path) -> None:
         model = HEADS[kind]()
         assert fused_linear.install(base_of(model), 7) is None
         wrapped = DistributedDataParallel(model)
-        for seed in (0, 2):  # twice: DDP complains in the second pass about what it missed in the first
+        for seed in (0, 2):  # twice: DDP reports in the second backward pass what it missed in the first
             loss = TokenLoss(**wrapped(**batch(seed + rank), objective=Objective(), use_cache=False))
             loss.objective.backward()
         found.append(gradients(model))

@@ -1,4 +1,4 @@
-"""The load balancing loss of mixtures of experts: its formula, its place in the mean over tokens."""
+"""The load balancing loss of mixtures of experts: its formula, and its weight in the mean over tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sft.errors import UserError
 from sft.loss import fused_linear
 from sft.loss.forward import TokenForward
 from sft.loss.load_balancing import load_balancing_loss, router_coefficient
-from sft.loss.token_loss import Objective, TokenLoss
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss
 
 COEFFICIENT = 0.05
 
@@ -86,7 +86,7 @@ def batch(tokens: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_one_pass_trains_the_models_own_loss(kind: str) -> None:
+def test_one_micro_batch_has_the_models_own_loss(kind: str) -> None:
     """Mean nll + coefficient · balance, as the model itself computes it from labels; and its gradients."""
     model = tiny_moe(kind)
     assert router_coefficient(model.config) == COEFFICIENT
@@ -109,13 +109,13 @@ def test_one_pass_trains_the_models_own_loss(kind: str) -> None:
     assert router.grad.abs().max() > 0
 
 
-def test_passes_weigh_as_their_tokens_so_that_any_number_of_them_gives_a_mean() -> None:
+def test_micro_batches_are_weighted_by_their_tokens() -> None:
     model = tiny_moe("mixtral")
-    passes = [batch(30, 0), batch(12, 1), batch(21, 2)]
-    losses = [TokenLoss(**model(**inputs, objective=Objective(router_aux=COEFFICIENT))) for inputs in passes]
+    micro_batches = [batch(30, 0), batch(12, 1), batch(21, 2)]
+    losses = [TokenLoss(**model(**inputs, objective=Objective(router_aux=COEFFICIENT))) for inputs in micro_batches]
     tokens = [loss.tokens.item() for loss in losses]
     assert len(set(tokens)) == 3
-    balances = [model(input_ids=inputs["input_ids"]).aux_loss.item() for inputs in passes]
+    balances = [model(input_ids=inputs["input_ids"]).aux_loss.item() for inputs in micro_batches]
     nll = sum(loss.nll.item() for loss in losses)
     step = sum(loss.objective.item() for loss in losses) / sum(tokens)
     expected = nll / sum(tokens) + COEFFICIENT * np.average(balances, weights=tokens)
@@ -143,7 +143,7 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_balance_that_cannot_be_added_is_refused_and_not_left_out() -> None:
+def test_a_balance_that_cannot_be_computed_is_an_error() -> None:
     class Shifted(type(tiny_moe("mixtral"))):  # type: ignore[misc]
         def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
             outputs = super().forward(input_ids=input_ids, **kwargs)
@@ -154,7 +154,7 @@ def test_a_balance_that_cannot_be_added_is_refused_and_not_left_out() -> None:
     model = tiny_moe("mixtral")
     del model.forward  # of the fused head
     model.__class__ = Shifted
-    TokenForward(model, Objective())  # the tokens' own loss needs no fused head
+    TokenForward(model, LossSettings())  # the tokens' own loss needs no fused head
     with pytest.raises(UserError, match="experts of Shifted cannot be balanced: its logits") as caught:
-        TokenForward(model, Objective(router_aux=COEFFICIENT))
+        TokenForward(model, LossSettings(Objective(router_aux=COEFFICIENT)))
     assert caught.value.problems[0].key == "router_aux_loss_coef"

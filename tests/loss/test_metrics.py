@@ -32,7 +32,7 @@ def test_unequal_batches_are_weighted_by_their_tokens() -> None:
     assert counts.input_tokens == 34
 
 
-def test_taking_starts_anew() -> None:
+def test_reading_the_sums_clears_them() -> None:
     sums = TokenSums(torch.device("cpu"))
     sums.add(loss(1.0, 1, 1, 1, 1), torch.tensor(1))
     sums.reduce_and_reset()
@@ -40,7 +40,7 @@ def test_taking_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("objective", [1.0, math.nan])
-def test_sums_of_a_step_that_is_left_out_are_dropped_by_a_flag(objective: float) -> None:
+def test_a_flag_clears_the_sums_of_a_skipped_step(objective: float) -> None:
     for flag, tokens in ((0.0, 3), (1.0, 0)):
         sums = TokenSums(torch.device("cpu"))
         sums.add(loss(objective, 3, 1, 1, 1), torch.tensor(9))
@@ -50,15 +50,15 @@ def test_sums_of_a_step_that_is_left_out_are_dropped_by_a_flag(objective: float)
         assert counts == TokenCounts.zero() or not flag
 
 
-def test_nothing_trained_gives_no_metric_and_no_division_by_zero() -> None:
+def test_no_supervised_token_gives_no_metric_and_no_division_by_zero() -> None:
     assert TokenCounts.zero().metrics() == {}
 
 
-def test_a_hopeless_loss_has_infinite_perplexity_and_no_overflow() -> None:
+def test_a_very_large_loss_has_infinite_perplexity_and_no_overflow() -> None:
     assert TokenCounts(2000.0, 2000.0, 1, 0, 1, 0, 1).metrics()["perplexity"] == math.inf
 
 
-def test_long_sums_lose_no_token() -> None:
+def test_large_counts_stay_exact() -> None:
     sums = TokenSums(torch.device("cpu"))
     big = 2**24 + 1  # float32 cannot hold this
     sums.add(loss(0.0, big, 0, 1, 0), torch.tensor(big))

@@ -69,7 +69,7 @@ def test_sums_equal_a_float64_computation(objective: Objective) -> None:
     assert_sums(token_loss(logits, labels.clone(), objective), by_hand(logits, labels, objective), objective)
 
 
-def test_the_positions_of_trained_tokens_may_be_known_beforehand() -> None:
+def test_given_positions_give_the_same_sums() -> None:
     logits, labels = random_batch()
     positions = trained_positions(labels)
     flat = labels.clone()
@@ -86,7 +86,7 @@ def summed_by_hand(logits: torch.Tensor, labels: torch.Tensor, weigh: Callable) 
     return (weigh(nll) * nll).sum()
 
 
-def test_dft_weighs_each_token_by_its_probability_and_does_not_differentiate_the_weight() -> None:
+def test_dft_weights_each_token_by_its_probability_without_differentiating_the_weight() -> None:
     logits, labels = random_batch()
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     token_loss(ours, labels, Objective(loss_type="dft")).objective.backward()
@@ -99,7 +99,7 @@ def test_dft_weighs_each_token_by_its_probability_and_does_not_differentiate_the
     assert (ours.grad - wrong.grad).abs().max() > 1e-2  # type: ignore[operator]
 
 
-def test_an_answer_is_a_run_of_trained_tokens_and_is_right_when_all_of_it_is() -> None:
+def test_an_answer_is_a_run_of_supervised_tokens_and_correct_when_all_of_them_are() -> None:
     #                    two answers, the second wrong | one answer, right
     labels = torch.tensor([[-100, 1, 2, -100, 3, 4], [-100, -100, 5, 6, 7, -100]])
     logits = torch.zeros(2, 6, 10)
@@ -113,20 +113,20 @@ def test_an_answer_is_a_run_of_trained_tokens_and_is_right_when_all_of_it_is() -
     assert (loss.answers.item(), loss.answers_correct.item()) == (3, 2)
 
 
-def test_documents_trained_whole_are_answers_of_their_own_in_one_flattened_row() -> None:
-    """The label of a document's first token is -100, which parts it from the document before it."""
+def test_fully_supervised_documents_are_separate_answers_in_a_flattened_batch() -> None:
+    """The label of a document's first token is -100, which separates it from the document before it."""
     labels = torch.tensor([[-100, 1, 1, -100, 1, -100, 1, 1, 1]])
     loss = token_loss(torch.zeros(1, 9, 5), labels)
     assert (loss.tokens.item(), loss.answers.item()) == (6, 3)
 
 
-def test_runs_of_two_rows_are_two_answers_even_where_they_touch() -> None:
-    labels = torch.tensor([[1, 1, 1], [1, 1, 1]])  # column 0 is never trained
+def test_runs_of_two_sequences_are_two_answers_even_where_they_touch() -> None:
+    labels = torch.tensor([[1, 1, 1], [1, 1, 1]])  # column 0 is never supervised
     loss = token_loss(torch.zeros(2, 3, 5), labels)
     assert (loss.tokens.item(), loss.answers.item()) == (4, 2)
 
 
-def test_a_batch_without_a_trained_token_adds_nothing_and_keeps_its_graph() -> None:
+def test_a_batch_without_supervised_tokens_adds_nothing_and_keeps_its_graph() -> None:
     logits = torch.randn(2, 4, 8, requires_grad=True)
     loss = token_loss(logits, torch.full((2, 4), -100))
     assert (loss.objective.item(), loss.tokens.item(), loss.answers.item()) == (0.0, 0, 0)

@@ -1,6 +1,6 @@
-"""The fused head where ranks hold parts of the model: the numbers of one process, in float64, that holds all of it.
+"""The fused head with sharded models gives the numbers of one process, in float64, that holds the whole model.
 
-The processes are real (gloo); each case runs one step as the trainer does, and leaves what it measured in a file.
+The processes are real (gloo); each case runs one step as the trainer does and writes its measurements to a file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.data.loading.collator import Collator
 from sft.distributed.dtensor import VocabularyShard, to_full
-from sft.loss.chunked import score_rows
+from sft.loss.chunked import score_in_blocks
 from sft.loss.forward import TokenForward
 from sft.loss.output_head import LogitTransform
-from sft.loss.token_loss import Objective, TokenLoss
+from sft.loss.token_loss import LossSettings, Objective, TokenLoss
 from sft.loss.vocab_parallel import choose_chunk_size, vocab_parallel_scores
 from sft.model.attention import document_attention
 from sft.model.attention.document_attention import takes_documents
@@ -48,11 +48,11 @@ class Case:
 
     Attributes:
         kind: of head, in `HEADS`.
-        way: how it is spread over the ranks.
+        way: how it is sharded.
         objective: of training.
-        documents: attention over documents end to end in one row, instead of padded rows.
-        checkpointed: layers are computed once more in the backward pass.
-        accumulated: the gradients of the step's first pass are not reduced, those of its second with them.
+        documents: attention over documents in one flattened sequence, instead of padded sequences.
+        checkpointed: layers are recomputed in the backward pass.
+        accumulated: two micro-batches, whose gradients are reduced together after the second.
     """
 
     kind: str
@@ -95,7 +95,7 @@ BOTH = [
 ]
 
 
-# What one process computes
+# On one process
 
 
 def rows_of(rank: int) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ def exact(case: Case, rows: list[dict[str, Any]]) -> tuple[dict[str, float], dic
     return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-# What the ranks compute
+# On the ranks
 
 
 def fully_sharded(model: Any, way: str, mesh: DeviceMesh, **settings: Any) -> None:
@@ -184,7 +184,7 @@ def tensor_parallel(model: Any, way: str, mesh: DeviceMesh) -> None:
 
 
 class LargestLogits(TorchDispatchMode):
-    """The most numbers of any matrix that is as wide as the vocabulary or a rank's slice of it, of all that is made."""
+    """Finds the most elements of any new matrix that is as wide as the vocabulary or a rank's slice of it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
-    """What one rank sums up over its rows, and the whole gradients that the ranks then have."""
+    """Runs a step on one rank's rows: their sums, and the full gradients that the ranks have afterwards."""
     model = HEADS[case.kind]()
     base = base_of(model)
     if case.documents:
@@ -212,15 +212,15 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
         base.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     shard(model)
-    forward = TokenForward(model.train(), case.objective, CHUNK)
+    forward = TokenForward(model.train(), LossSettings(case.objective, CHUNK))
     collate = Collator(0, flatten=takes_documents(base.config))
-    passes = [rows[:1], rows[1:]] if case.accumulated else [rows]
+    micro_batches = [rows[:1], rows[1:]] if case.accumulated else [rows]
     count = torch.tensor(sum((row["labels"] != -100).sum() for r in range(ranks) for row in rows_of(r)))
     sums = []
     with LargestLogits(-(-VOCAB // 2)) as watch:
-        for number, some in enumerate(passes):
+        for number, some in enumerate(micro_batches):
             if case.accumulated:
-                model.set_requires_gradient_sync(number == len(passes) - 1)
+                model.set_requires_gradient_sync(number == len(micro_batches) - 1)
             result = forward(model, collate(some), ranks / count)
             (result.objective * (ranks / count)).backward()
             sums.append(result)
@@ -239,7 +239,7 @@ def measured(case: Case, shard: Callable[[Any], None], rows: list[dict[str, Any]
         "norms": norms,
         "spread": spread,
         "largest": watch.largest,
-        "reason": forward._reason_for_logits,
+        "reason": forward.unfused_reason,
     }
 
 
@@ -294,7 +294,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_exact(case: Case, ranks: list[dict[str, Any]], rows: list[list[dict[str, Any]]]) -> None:
-    """Of each rank the sums over its own rows, of all the gradients of the rows of all."""
+    """Each rank must have the sums over its own rows, and all ranks the gradients over all rows."""
     for found, own in zip(ranks, rows, strict=True):
         assert found["reason"] is None
         expected, _ = exact(case, own)
@@ -337,7 +337,7 @@ def test_tensor_parallel_within_fully_sharded(case: Case, four_ranks: Path) -> N
     assert_exact(case, [found[str(case)] for found in ranks], [rows[rank // TENSOR] for rank in range(len(ranks))])
 
 
-def test_a_slice_needs_no_more_than_a_slice_of_the_logits(two_ranks: Path) -> None:
+def test_a_rank_holds_only_its_slice_of_the_logits(two_ranks: Path) -> None:
     largest = [found["tp untied, slices"]["largest"] for found in _loaded(two_ranks, 2)]
     assert largest == [CHUNK * 51, CHUNK * 50]
 
@@ -377,12 +377,12 @@ def _slices(rank: int, group: Any) -> list[Any]:
     return found
 
 
-def test_slices_score_as_one_vocabulary_does(two_ranks: Path) -> None:
-    """Whichever the first of equal logits is, on whichever rank; with the bound of rounding to the logits' dtype."""
+def test_slices_score_like_one_vocabulary(two_ranks: Path) -> None:
+    """Also where several logits are the largest, on any rank; within the rounding of the logits' dtype."""
     ranks = _loaded(two_ranks, 2, "slices")
     for number, (objective, transform, dtype) in enumerate(_each()):
         logits, targets = _logits(dtype)
-        parts = score_rows(logits, targets, objective, transform, True, torch.tensor(0.25))
+        parts = score_in_blocks(logits, targets, objective, transform, True, torch.tensor(0.25))
         expected = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("loss", "nll", "correct")}
         assert 0.3 < expected["correct"].float().mean() < 0.7
         for scores, _ in (found[number] for found in ranks):
@@ -398,7 +398,7 @@ def test_slices_score_as_one_vocabulary_does(two_ranks: Path) -> None:
 
 
 def test_ranks_agree_on_the_size_of_a_chunk() -> None:
-    """It depends on nothing that only one of them knows, such as its slice or its free memory."""
+    """It depends on nothing that differs between them, such as the slice or the free memory."""
     group: Any = None
     shards = [
         VocabularyShard(151_936, start, width, 50_646, group) for start, width in ((0, 50_646), (101_292, 50_644))

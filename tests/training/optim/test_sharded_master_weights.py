@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.distributed.dtensor import to_full
 from sft.loss.forward import TokenForward
-from sft.loss.token_loss import Objective
+from sft.loss.token_loss import LossSettings
 from sft.training.optim.factory import skipping, with_master_weights
 from sft.training.optim.grad_norm import gradient_norms, total_norm
 from tests.loss.test_fused_linear import batch, llama
@@ -34,7 +34,7 @@ def rows_of(step: int, rank: int) -> dict[str, Any]:
 
 def trained(model: Any, optimizer: Any, ranks: list[int], scale: torch.Tensor) -> None:
     """Steps over the rows of these ranks, a pass each."""
-    forward = TokenForward(model.train(), Objective(), chunk_size=64)
+    forward = TokenForward(model.train(), LossSettings(chunk_size=64))
     for step in range(STEPS):
         for rank in ranks:
             (forward(model, rows_of(step, rank), scale).objective * scale).backward()
