@@ -1,4 +1,4 @@
-"""Where a tokenizer's chat template comes from: the user's, its own, or one that ships in `sft/chat_templates/`."""
+"""Sets a tokenizer's chat template: the user's, the tokenizer's own, or one of the templates shipped in this folder."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 SHIPPED_DIR = Path(__file__).parent
 DEFAULT = "plain"
-# The control tokens that a shipped template writes, and that must be single tokens for it to work.
+# The control tokens that a shipped template writes; each must be a single token of the vocabulary.
 CONTROL_TOKENS: Mapping[str, tuple[str, ...]] = {"chatml": ("<|im_start|>", "<|im_end|>")}
 
 
 def shipped_names() -> list[str]:
-    """The names that `chat_template` takes for a template of our own."""
+    """Lists the names of the shipped templates."""
     return sorted(path.stem for path in SHIPPED_DIR.glob("*.jinja"))
 
 
-def shipped(name: str) -> str:
-    """The text of a shipped template."""
+def read_shipped(name: str) -> str:
+    """Reads the text of a shipped template."""
     return (SHIPPED_DIR / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def resolve(value: str) -> tuple[str, str]:
-    """The text behind a `chat_template` setting, and in words where it came from.
+    """Returns the template that a `chat_template` setting names, and a description of its origin.
 
-    A shipped name is tried first, then a file of that name, then the value itself if it is Jinja.
+    The value is the name of a shipped template, a Jinja template itself, or else a file.
 
     Raises:
-        UserError: the value is none of the three, or the file is unreadable.
+        UserError: the value is none of the three, or the file cannot be read.
     """
     if value in shipped_names():
-        return shipped(value), f"the shipped `{value}` template"
+        return read_shipped(value), f"the shipped `{value}` template"
     if "{{" in value or "{%" in value:
         return value, "the template written in the config"
     path = Path(value)
@@ -50,7 +50,7 @@ def resolve(value: str) -> tuple[str, str]:
 
 
 def _require_control_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """A template whose control tokens are cut into pieces would train the model on loose characters."""
+    """Rejects a template whose control tokens the vocabulary would split: the model would learn loose characters."""
     missing = [
         token for token in CONTROL_TOKENS.get(name, ()) if len(tokenizer.encode(token, add_special_tokens=False)) != 1
     ]
@@ -65,8 +65,8 @@ def _require_control_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> No
         )
 
 
-def _probe(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
-    """Render one exchange, so that a broken template is named before any data is read."""
+def _require_renders(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
+    """Renders one exchange, which reports a broken template before any data is read."""
     from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
     exchange = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -79,7 +79,7 @@ def _probe(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
     except (UndefinedError, TypeError) as error:
         raise UserError(Problem(f"{origin} fails on a plain exchange: {error}", key="chat_template")) from error
     except TemplateError as error:
-        # What the template itself refuses through raise_exception.
+        # The template called raise_exception.
         raise UserError(Problem(f"{origin} refuses a plain exchange: {error}", key="chat_template")) from error
     if "answer" not in str(rendered):
         raise UserError(
@@ -88,11 +88,11 @@ def _probe(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
 
 
 def install(tokenizer: PreTrainedTokenizerFast, value: str | None) -> str:
-    """Set `tokenizer.chat_template` and return in words which one it is.
+    """Sets `tokenizer.chat_template` and returns a description of its origin.
 
     Args:
-        value: the `chat_template` setting; without one the tokenizer's own template stays, and a tokenizer that has
-            none gets the shipped `plain`.
+        value: the `chat_template` setting; None keeps the tokenizer's own template, or sets the shipped `plain` if it
+            has none.
 
     Raises:
         UserError: the template is missing, is not Jinja, or needs tokens that the vocabulary lacks.
@@ -104,7 +104,7 @@ def install(tokenizer: PreTrainedTokenizerFast, value: str | None) -> str:
     elif current:
         return "the tokenizer's own template"
     else:
-        text, name = shipped(DEFAULT), DEFAULT
+        text, name = read_shipped(DEFAULT), DEFAULT
         origin = f"the shipped `{DEFAULT}` template, because the tokenizer has none"
     if name == DEFAULT and not tokenizer.eos_token:
         raise UserError(
@@ -116,5 +116,5 @@ def install(tokenizer: PreTrainedTokenizerFast, value: str | None) -> str:
         )
     _require_control_tokens(tokenizer, name)
     tokenizer.chat_template = text
-    _probe(tokenizer, origin)
+    _require_renders(tokenizer, origin)
     return origin
