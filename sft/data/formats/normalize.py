@@ -6,8 +6,8 @@ or has a value of the wrong type, raises `RowLost` with the reason that the ledg
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 from sft.data.formats.column_hints import suggest_columns
@@ -202,10 +202,6 @@ def _read_history(row: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
-def _read_alpaca(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
-    return _read_exchange(row, keys, "alpaca")
-
-
 def _read_qa(row: Mapping[str, Any], keys: Sequence[str]) -> Conversation:
     question_key, answer_key = keys
     if isinstance(row[question_key], list) or (isinstance(row[answer_key], list) and answer_key != "answers"):
@@ -276,4 +272,8 @@ def _has(row: Mapping[str, Any], key: str) -> bool:
     return row.get(key) not in (None, "")
 
 
-_READERS = {"alpaca": _read_alpaca, "qa": _read_qa, "chat": _read_chat}
+_READERS: dict[str, Callable[[Mapping[str, Any], Sequence[str]], Conversation]] = {
+    "alpaca": partial(_read_exchange, format="alpaca"),
+    "qa": _read_qa,
+    "chat": _read_chat,
+}

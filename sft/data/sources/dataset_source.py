@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -54,10 +55,11 @@ class DataSource:
 
     def rows(self, wanted: Wanted = None) -> Iterator[Row]:
         """Yields the wanted rows among the first `max_samples`, in source order."""
+        folder = self._saved_folder()
         if self.files:
             rows = read_files(self.files, wanted)
-        elif Path(str(self.hub)).is_dir():
-            rows = read_saved(Path(str(self.hub)), self.split, self.key, wanted)
+        elif folder is not None:
+            rows = read_saved(folder, self.split, self.key, wanted)
         else:
             rows = read_hub(str(self.hub), self.hub_config, self.split, self.key, wanted, self.streaming)
         for row in rows:
@@ -67,14 +69,17 @@ class DataSource:
 
     def fingerprint(self) -> str:
         """Hashes the names and bytes of the files; of a hub data set the commit, configuration and split."""
-        is_folder = self.hub is not None and Path(self.hub).is_dir()
-        commit = _find_commit(self.hub) if self.hub and not is_folder else None
+        folder = self._saved_folder()
+        commit = _find_commit(self.hub) if self.hub and folder is None else None
         digest = xxhash.xxh3_128(repr((self.name, self.hub, self.hub_config, self.split, commit)).encode())
-        saved = sorted(Path(str(self.hub)).glob("**/*.arrow")) if is_folder else []
+        saved = sorted(folder.glob("**/*.arrow")) if folder is not None else []
         for file in [*self.files, *saved]:
             # The name too: it appears in the ledger that is cached with the prepared data.
             digest.update(f"{file}\0{_hash_file(file)}\0".encode())
         return digest.hexdigest()
+
+    def _saved_folder(self) -> Path | None:
+        return Path(self.hub) if self.hub is not None and Path(self.hub).is_dir() else None
 
 
 def _find_commit(name: str) -> str:
@@ -110,14 +115,16 @@ def training_sources(keys: DataKeys) -> list[DataSource]:
         UserError: no training data is named, or it does not exist.
     """
     if keys.train_file is not None:
-        return [_from_files(keys, "train", "train_file", keys.train_file)]
+        files = _find_split_files(keys.train_file, "train_file", "train")
+        return [_make_source(keys, "train", "train_file", files=files)]
     if keys.dataset_path is not None:
         source = _from_dataset_path(keys, "train")
         if source is None:
             raise UserError(keys.problem("dataset_path", f"no training data in {keys.dataset_path!r}"))
         return [source]
     if keys.dataset_name is not None:
-        return [_from_hub(keys, "train")]
+        hub = {"hub": keys.dataset_name, "hub_config": keys.dataset_config_name, "streaming": keys.streaming}
+        return [_make_source(keys, "train", "dataset_name", **hub)]
     if keys.datasets is not None:
         return _from_entries(keys, keys.datasets, "datasets")
     raise UserError(
@@ -128,7 +135,8 @@ def training_sources(keys: DataKeys) -> list[DataSource]:
 def validation_sources(keys: DataKeys) -> list[DataSource]:
     """Lists the sources to evaluate on, besides what `validation_split` holds out; may be empty."""
     if keys.validation_file is not None:
-        return [_from_files(keys, "validation", "validation_file", keys.validation_file)]
+        files = _find_split_files(keys.validation_file, "validation_file", "validation")
+        return [_make_source(keys, "validation", "validation_file", files=files)]
     if keys.eval_datasets is not None:
         return _from_entries(keys, keys.eval_datasets, "eval_datasets")
     if keys.dataset_path is not None and not keys.validation_split:
@@ -142,9 +150,9 @@ def split_seed(keys: DataKeys, seed: int) -> int:
     return seed if keys.shuffle_seed is None else keys.shuffle_seed
 
 
-def _from_files(keys: DataKeys, name: str, key: str, spec: str | list[str]) -> DataSource:
-    files = _find_split_files(spec, key, name)
-    return DataSource(name, key, keys.format, keys.columns, keys.train_on, files=files)
+def _make_source(keys: DataKeys, name: str, key: str, **fields: Any) -> DataSource:
+    """Makes a source with the format, columns and `train_on` of the config."""
+    return DataSource(name, key, keys.format, keys.columns, keys.train_on, **fields)
 
 
 def _find_split_files(spec: str | list[str], key: str, split: str) -> list[Path]:
@@ -185,29 +193,14 @@ def _list_names(files: list[Path]) -> str:
     return ", ".join(file.name for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def _from_hub(keys: DataKeys, split: str) -> DataSource:
-    return DataSource(
-        split,
-        "dataset_name",
-        keys.format,
-        keys.columns,
-        keys.train_on,
-        hub=keys.dataset_name,
-        hub_config=keys.dataset_config_name,
-        split=split,
-        streaming=keys.streaming,
-    )
-
-
 def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
     """Reads `dataset_path`: a saved data set, or a folder of files named for splits (other names are training)."""
     path = Path(str(keys.dataset_path))
-    common = (split, "dataset_path", keys.format, keys.columns, keys.train_on)
     if (path / "dataset_dict.json").is_file():
         names = [n for n in _SPLIT_NAMES[split] if (path / n).is_dir()]
-        return DataSource(*common, hub=str(path), split=names[0]) if names else None
+        return _make_source(keys, split, "dataset_path", hub=str(path), split=names[0]) if names else None
     if is_saved_dataset(path):
-        return DataSource(*common, hub=str(path)) if split == "train" else None
+        return _make_source(keys, split, "dataset_path", hub=str(path)) if split == "train" else None
     files = find_files(str(path), "dataset_path")
     by_split: dict[str, list[Path]] = {}
     for file in files:
@@ -216,11 +209,9 @@ def _from_dataset_path(keys: DataKeys, split: str) -> DataSource | None:
     if split == "train":
         others = by_split.get("", [])
         if chosen and others:
-            logger.warning(
-                "dataset_path: other files are named for training, not used: %s", ", ".join(map(str, others))
-            )
+            logger.warning("dataset_path: not used, as others are named for training: %s", ", ".join(map(str, others)))
         chosen = chosen or others
-    return DataSource(*common, files=chosen) if chosen else None
+    return _make_source(keys, split, "dataset_path", files=chosen) if chosen else None
 
 
 def _guess_split(file: Path) -> str:

@@ -10,7 +10,7 @@ import csv
 import json
 import logging
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,6 @@ def _read_lines(file: Path, first: int, wanted: Wanted, parse: Callable[[str], P
     return index - first
 
 
-def _read_jsonl(file: Path, first: int, wanted: Wanted) -> Rows:
-    return _read_lines(file, first, wanted, _parse_json)
-
-
 def _parse_json(line: str) -> Parsed:
     line = _strip_line_end(line)
     try:
@@ -91,12 +87,15 @@ def _as_row(value: Any) -> Parsed:
     return None, ("bad_schema", f"expected an object with keys, found {kind_of(value)}: {shown(value)}")
 
 
-def _read_txt(file: Path, first: int, wanted: Wanted) -> Rows:
-    return _read_lines(file, first, wanted, lambda line: ({"text": _strip_line_end(line)}, None))
+def _parse_text(line: str) -> Parsed:
+    return {"text": _strip_line_end(line)}, None
 
 
 def _strip_line_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
+
+
+_read_jsonl = partial(_read_lines, parse=_parse_json)
 
 
 def _read_json(file: Path, first: int, wanted: Wanted) -> Rows:
@@ -208,21 +207,13 @@ def _read_separated(file: Path, first: int, wanted: Wanted, usual: str) -> Rows:
     return index - first
 
 
-def _read_csv(file: Path, first: int, wanted: Wanted) -> Rows:
-    return _read_separated(file, first, wanted, ",")
-
-
-def _read_tsv(file: Path, first: int, wanted: Wanted) -> Rows:
-    return _read_separated(file, first, wanted, "\t")
-
-
 _READERS: dict[str, Callable[[Path, int, Wanted], Rows]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".txt": _read_txt,
+    ".csv": partial(_read_separated, usual=","),
+    ".tsv": partial(_read_separated, usual="\t"),
+    ".txt": partial(_read_lines, parse=_parse_text),
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }

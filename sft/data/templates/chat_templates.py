@@ -40,51 +40,13 @@ def resolve(value: str) -> tuple[str, str]:
     if "{{" in value or "{%" in value:
         return value, "the template written in the config"
     path = Path(value)
-    hint = f"Give a file, a Jinja template written inline, or one of {', '.join(shipped_names())}."
+    hint = f"give a file, an inline Jinja template, or one of {', '.join(shipped_names())}"
     if not path.is_file():
         raise UserError(Problem(f"no such template file: {value!r}", hint, key="chat_template"))
     try:
         return path.read_text(encoding="utf-8"), f"the template in {path}"
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(Problem(f"cannot read {path}: {error}", hint, key="chat_template")) from error
-
-
-def _require_control_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Rejects a template whose control tokens the vocabulary would split: the model would learn loose characters."""
-    missing = [
-        token for token in CONTROL_TOKENS.get(name, ()) if len(tokenizer.encode(token, add_special_tokens=False)) != 1
-    ]
-    if missing:
-        raise UserError(
-            Problem(
-                f"the `{name}` template writes {', '.join(missing)}, which this vocabulary does not hold",
-                f"Add them: `special_tokens: [{', '.join(repr(token) for token in missing)}]`; or use "
-                f"`chat_template: {DEFAULT}`, which needs no new token.",
-                key="chat_template",
-            )
-        )
-
-
-def _require_renders(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
-    """Renders one exchange, which reports a broken template before any data is read."""
-    from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
-
-    exchange = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    try:
-        rendered = tokenizer.apply_chat_template(exchange, tokenize=False)
-    except TemplateSyntaxError as error:
-        raise UserError(
-            Problem(f"{origin} is not valid Jinja: {error.message} (its line {error.lineno})", key="chat_template")
-        ) from error
-    except (UndefinedError, TypeError) as error:
-        raise UserError(Problem(f"{origin} fails on a plain exchange: {error}", key="chat_template")) from error
-    except TemplateError as error:
-        # The template called raise_exception.
-        raise UserError(Problem(f"{origin} refuses a plain exchange: {error}", key="chat_template")) from error
-    if "answer" not in str(rendered):
-        raise UserError(
-            Problem(f"{origin} drops what the assistant says: nothing would be trained", key="chat_template")
-        )
 
 
 def install(tokenizer: PreTrainedTokenizerFast, value: str | None) -> str:
@@ -107,14 +69,39 @@ def install(tokenizer: PreTrainedTokenizerFast, value: str | None) -> str:
         text, name = read_shipped(DEFAULT), DEFAULT
         origin = f"the shipped `{DEFAULT}` template, because the tokenizer has none"
     if name == DEFAULT and not tokenizer.eos_token:
-        raise UserError(
-            Problem(
-                f"the `{DEFAULT}` template ends each answer with the eos_token, and this tokenizer has none",
-                "Name one: `special_tokens: {eos_token: '<|endoftext|>'}`.",
-                key="special_tokens",
-            )
-        )
+        message = f"the `{DEFAULT}` template ends each answer with the eos_token, and this tokenizer has none"
+        hint = "name one: `special_tokens: {eos_token: '<|endoftext|>'}`"
+        raise UserError(Problem(message, hint, key="special_tokens"))
     _require_control_tokens(tokenizer, name)
     tokenizer.chat_template = text
     _require_renders(tokenizer, origin)
     return origin
+
+
+def _require_control_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Rejects a template whose control tokens the vocabulary would split: the model would learn loose characters."""
+    tokens = CONTROL_TOKENS.get(name, ())
+    missing = [token for token in tokens if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
+    if missing:
+        message = f"the `{name}` template writes {', '.join(missing)}, which this vocabulary does not hold"
+        hint = f"add them: `special_tokens: {missing}`; or use `chat_template: {DEFAULT}`, which needs no new token"
+        raise UserError(Problem(message, hint, key="chat_template"))
+
+
+def _require_renders(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
+    """Renders one exchange, which reports a broken template before any data is read."""
+    from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+
+    exchange = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    problem = ""
+    try:
+        if "answer" not in str(tokenizer.apply_chat_template(exchange, tokenize=False)):
+            problem = "drops what the assistant says: nothing would be trained"
+    except TemplateSyntaxError as error:
+        problem = f"is not valid Jinja: {error.message} (its line {error.lineno})"
+    except (UndefinedError, TypeError) as error:
+        problem = f"fails on a plain exchange: {error}"
+    except TemplateError as error:  # the template called raise_exception
+        problem = f"refuses a plain exchange: {error}"
+    if problem:
+        raise UserError(Problem(f"{origin} {problem}", key="chat_template"))

@@ -175,7 +175,7 @@ def test_files_beside_the_ones_named_for_training_are_logged(tmp_path, caplog):
     extra = write(tmp_path / "extra.jsonl")
     with caplog.at_level(logging.WARNING, logger="sft"):
         assert names(tmp_path, "train") == ["train.jsonl"]
-    assert caplog.messages == [f"dataset_path: other files are named for training, not used: {extra}"]
+    assert caplog.messages == [f"dataset_path: not used, as others are named for training: {extra}"]
 
 
 def test_saved_data_sets(tmp_path, monkeypatch):
