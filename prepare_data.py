@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.data.formats.conversation import Conversation, RowLost, Text, require_characters
+from sft.data.formats.conversation import Conversation, RowLost, Text, require_valid_unicode
 from sft.data.formats.normalize import EXCHANGE_KEYS, normalize
 from sft.data.sources.files import Row, find_files, read_files
-from sft.data.sources.table_readers import as_given
+from sft.data.sources.table_readers import drop_null_keys
 from sft.errors import Problem, UserError
 from sft.report.console import console, setup_logging, show_error
 
@@ -118,7 +118,7 @@ def _normalized(rows: list[Row], options: argparse.Namespace, lost: Counter[str]
                 raise RowLost(*(row.lost or ("bad_schema", "no data")))
             written = _columns(normalize(row.data, options.format, columns))
             text = json.dumps(written, sort_keys=True, ensure_ascii=False)
-            require_characters(text)
+            require_valid_unicode(text)
             _check_length(written, options.min_chars, options.max_chars)
             mark = hashlib.blake2b(text.encode(), digest_size=16).digest()
             if mark in seen and not options.keep_duplicates:
@@ -135,7 +135,7 @@ def _as_they_are(rows: list[Row], options: argparse.Namespace, lost: Counter[str
         try:
             if row.data is None:
                 raise RowLost(*(row.lost or ("bad_schema", "no data")))
-            require_characters(_as_json(row.data))
+            require_valid_unicode(_as_json(row.data))
         except RowLost as reason:
             _lose(row, reason, lost)
             continue
@@ -231,7 +231,7 @@ def _holds(array: pa.Array, name: str, values: list[Any]) -> bool:
         return True
     held = array.to_pylist()
     if name in EXCHANGE_KEYS:  # it is not to be JSON text: what counts is how it will be read
-        held, values = as_given(held), list(map(_without_empty_keys, values))
+        held, values = drop_null_keys(held), list(map(_without_empty_keys, values))
     return _as_json(held) == _as_json(values)
 
 

@@ -14,8 +14,8 @@ from data_handler import prepare_data as prepare_for_training
 from sft.config.schema import DataKeys
 from sft.data.sources.files import find_files
 from tests.builders import byte_level_tokenizer
-from tests.data.templates.test_renderer import WITH_TOOLS
 from tests.runs import write_rows
+from tests.template_zoo import WITH_TOOLS
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:

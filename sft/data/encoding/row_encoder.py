@@ -26,7 +26,7 @@ from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX, Documents
 from sft.data.encoding.encoder import Batch, Encoded, Encoder
 from sft.data.encoding.truncation import fit
-from sft.data.formats.conversation import Conversation, RowLost, Text, require_characters
+from sft.data.formats.conversation import Conversation, RowLost, Text, require_valid_unicode
 from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger
 from sft.data.sources.dataset_source import DataSource
@@ -156,13 +156,13 @@ class RowEncoder:
                 self._renderer = ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
             parts = self._renderer.render_parts(content, train_on)
         for part in parts:
-            require_characters(part.text)
+            require_valid_unicode(part.text)
         return parts
 
     def _finish(self, samples: list[Sample], batch: Batch, ledger: Ledger, seen: Seen, wrapped: bool) -> Documents:
         """Fits a batch that has been encoded, and takes it into the account."""
         documents, merges = self._encoder.assemble(batch)
-        fits = (documents.lengths <= self._keys.max_seq_length) & (documents.trained() > 0)
+        fits = (documents.lengths <= self._keys.max_seq_length) & (documents.count_supervised() > 0)
         if wrapped:
             fits |= np.array([part.is_document for s in samples for part in s.parts], dtype=bool)
         is_kept = np.ones(len(documents), dtype=bool)

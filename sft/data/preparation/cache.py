@@ -95,7 +95,7 @@ def write_rows(documents: Documents, layout: PackedLayout, file: Path, *, packed
             if packed:
                 arrays.append(_lists(np.append(first_document, document_ends[rows]) - first_document, lengths))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-            documents.leave_to_disk()
+            documents.release_pages()
             first_row, first_document, first_token = last_row, last_document, last_token
 
 

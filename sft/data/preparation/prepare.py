@@ -189,7 +189,7 @@ class Preparation:
         documents = encoded.documents
         starts = np.cumsum(encoded.sizes) - encoded.sizes
         lengths = np.split(documents.lengths, starts[1:])
-        trained = documents.trained()
+        trained = documents.count_supervised()
         mixture = draw(lengths, weights, self.keys.mix_by, self.seed)  # type: ignore[arg-type]
         order = [chosen + start for chosen, start in zip(mixture, starts.tolist(), strict=True)]
         for ledger, chosen, size in zip(encoded.ledgers, order, encoded.sizes, strict=True):
