@@ -205,8 +205,8 @@ def _precision(config: Config, checkpoint: Path | None = None) -> Precision:
     )
 
 
-def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: bool = False) -> Any:
-    """The model as the config describes it; as an outline it has no numbers and takes no memory."""
+def _model(config: Config, tokenizer: Any, precision: Precision, *, meta: bool = False) -> Any:
+    """Loads the model as the config describes it; a meta model has no weights and takes no memory."""
     return model_manager.load_model(
         config.section(ModelKeys),
         tokenizer,
@@ -215,7 +215,7 @@ def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: boo
         quantization=config.quantization_config,
         gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
         activation_checkpoint=config.activation_checkpoint,
-        outline=outline,
+        meta=meta,
     )
 
 
@@ -251,7 +251,7 @@ def _arguments(
 
 
 def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstimate:
-    """What the run takes, from an outline of its model and its longest real pass."""
+    """What the run takes, from a meta model and its longest real pass."""
     from sft.data.loading.collator import Collator
     from sft.estimate.run import estimate_run
     from sft.model.attention.document_attention import takes_documents
@@ -259,7 +259,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData) -> RunEstim
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, processes(config))
     precision = _precision(config)
-    model = _model(config, tokenizer, precision, outline=True)
+    model = _model(config, tokenizer, precision, meta=True)
     arguments = _arguments(config, keys, plan, precision, model, data)
     return estimate_run(
         model,

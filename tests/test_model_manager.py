@@ -350,7 +350,7 @@ def test_a_base_that_is_quantized_already_needs_an_adapter(quantized_files: Mode
     problem = problem_of(quantized_files)  # of a model whose config did not say it
     assert (problem.key, problem.message) == (
         "model_name_or_path",
-        "its weights are quantized (bitsandbytes), and cannot be trained so",
+        "its weights are quantized (bitsandbytes), and cannot be trained",
     )
     model_manager.check_model(quantized_files, LoraKeys())
     _, model = load(quantized_files, LoraKeys(r=2))

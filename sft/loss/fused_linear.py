@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sft.distributed.device import autocast_dtype
 from sft.distributed.dtensor import gathered, spreading, to_full, to_local, vocabulary_shard
 from sft.loss.chunked import linear_chunks, module_chunks, score_rows
 from sft.loss.load_balancing import load_balancing_loss
@@ -130,7 +131,7 @@ def head_loss(
         score: Any = score_rows if shard is None else functools.partial(vocab_parallel_scores, shard=shard)
         size = chunk_size or (choose_chunk_size(shard, hidden.device) if shard else None)
         linear = head.plain_linear(model)
-        dtype = _autocast_dtype(hidden) or hidden.dtype
+        dtype = autocast_dtype(hidden.device.type) or hidden.dtype
         if linear is not None and head.transform is not None and _multiplies(linear, hidden):
             tensors = [hidden, *(p for p in (linear.weight, linear.bias) if p is not None)]
             dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
@@ -153,13 +154,8 @@ def head_loss(
     return replace(result, objective=PrecomputedGradients.apply(result.objective, gradients, gradient_scale, *tensors))
 
 
-def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def _multiplies(linear: nn.Linear, hidden: torch.Tensor) -> bool:
-    return _autocast_dtype(hidden) is not None or linear.weight.dtype == hidden.dtype
+    return autocast_dtype(hidden.device.type) is not None or linear.weight.dtype == hidden.dtype
 
 
 def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:

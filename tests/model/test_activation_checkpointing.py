@@ -197,7 +197,7 @@ def test_evaluation_and_none_leave_the_layers_alone() -> None:
 
 
 def test_what_cannot_be_done_is_said() -> None:
-    with pytest.raises(UserError, match="cannot be computed again"):
+    with pytest.raises(UserError, match="cannot be recomputed"):
         checkpoint_activations(torch.nn.Linear(2, 2), "full")
     with pytest.raises(UserError, match="in main memory already") as caught:
         checkpoint_activations(llama(), "full", offload=True)
@@ -214,13 +214,13 @@ def test_offload_asks_where_the_model_will_train_and_not_where_it_is_loaded(monk
     checkpoint_activations(llama(), "full", offload=True, device=gpu)
     assert parks == [gpu]
     with torch.device("meta"):
-        outline = tiny_llama(100).train()
-    checkpoint_activations(outline, "full", offload=True, device=gpu)
-    assert outline.is_gradient_checkpointing
+        meta = tiny_llama(100).train()
+    checkpoint_activations(meta, "full", offload=True, device=gpu)
+    assert meta.is_gradient_checkpointing
     assert parks == [gpu]
-    for stands in (outline, llama()):
+    for model in (meta, llama()):
         with pytest.raises(UserError, match="trained on the CPU"):  # what a run would be told, an estimate is told
-            checkpoint_activations(stands, "full", offload=True, device=torch.device("cpu"))
+            checkpoint_activations(model, "full", offload=True, device=torch.device("cpu"))
 
 
 def test_parked_tensors_come_back_as_they_were_and_are_fetched_one_ahead() -> None:

@@ -124,14 +124,14 @@ def test_an_adapter_that_does_nothing_is_said_aloud(
 
 def test_a_wrong_merge_is_noticed_and_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, _, _ = saved_adapter(tmp_path, {}, None, tied=False)
-    written = merging._write
+    written = merging.write_model
 
     def damage(model: Any, *rest: Any) -> None:
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
         written(model, *rest)
 
-    monkeypatch.setattr(merging, "_write", damage)
+    monkeypatch.setattr(merging, "write_model", damage)
     with pytest.raises(RuntimeError, match="nothing was kept"):
         model_manager.merge(adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

@@ -168,7 +168,7 @@ def test_an_adapter_that_is_not_whole_is_refused(model_dir: Path, tmp_path: Path
     weights = load_file(tmp_path / "adapter_model.safetensors")
     weights.pop(sorted(weights)[0])
     save_file(weights, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="is not whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         model_manager.load_trained(tmp_path)
 
 

@@ -22,8 +22,8 @@ from sft.model.attention.document_attention import (
     DocumentsLost,
     attention_inputs,
     fits_varlen,
+    obstacle_to_documents,
     register,
-    supports_documents,
     takes_documents,
 )
 from sft.model.attention.kernel import attend
@@ -138,7 +138,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 def test_packed_documents_have_the_logits_and_gradients_of_lone_ones(kind: str) -> None:
     model = build(kind)
     alone = twin(model, "eager")
-    assert supports_documents(model.config, type(model)) is None
+    assert obstacle_to_documents(model.config, type(model)) is None
     packed, expected = packed_logits(model), lone_logits(alone)
     assert (packed - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
     assert_same_gradients(gradients(model, packed), gradients(alone, expected))
@@ -368,7 +368,7 @@ def test_autocast_computes_in_its_type() -> None:
 def test_the_operator_keeps_torchs_rules() -> None:
     query, key, value = (tensor.float().requires_grad_() for tensor in heads())
     arguments = (query, key, value, torch.tensor(OFFSETS), None, None, 0.3, None, None, 0.0)
-    torch.library.opcheck(document_kernel._attend, arguments)
+    torch.library.opcheck(document_kernel.forward_operator, arguments)
 
 
 def test_compiled_models_take_any_documents_in_one_graph() -> None:
@@ -411,28 +411,28 @@ def test_compiled_models_take_any_documents_in_one_graph() -> None:
 def test_models_that_cannot_say_why(kind: str, settings: dict[str, Any], reason: str) -> None:
     config = AutoConfig.for_model(kind, **settings)
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    found = supports_documents(config, model_class)
+    found = obstacle_to_documents(config, model_class)
     assert reason in str(found)
 
 
 def test_code_that_comes_with_a_model_is_not_trusted_with_documents() -> None:
-    assert "comes with the model" in str(supports_documents(tiny_llama(VOCAB).config, None))
+    assert "comes with the model" in str(obstacle_to_documents(tiny_llama(VOCAB).config, None))
 
 
 def test_boundaries_that_do_not_reach_the_attention_are_noticed() -> None:
-    with pytest.raises(DocumentsLost, match="NemotronAttention is not told where documents begin"):
+    with pytest.raises(DocumentsLost, match="NemotronAttention does not get the offsets of the documents"):
         packed_logits(build("nemotron"))
 
 
 def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
-    with pytest.raises(ValueError, match="has a sliding window and does not tell its attention"):
+    with pytest.raises(ValueError, match="has a sliding window and does not pass it to its attention"):
         packed_logits(build("phimoe", sliding_window=100, **EXPERTS))
 
 
 def test_boundaries_of_another_row_are_refused() -> None:
     model = build("llama")
     ids, positions, _ = row()
-    with pytest.raises(ValueError, match="the boundaries are of a row of 7 tokens, the row has 195"):
+    with pytest.raises(ValueError, match="the document offsets are of a row of 7 tokens, the row has 195"):
         model(input_ids=ids, position_ids=positions, **attention_inputs(model.config, DocumentOffsets.of([3, 4])))
 
 
@@ -441,9 +441,9 @@ def test_documents_with_a_past_or_several_rows_are_refused() -> None:
     ids, positions, documents = row()
     past = model(input_ids=ids[:, :4], use_cache=True).past_key_values
     inputs = attention_inputs(model.config, documents)
-    with pytest.raises(ValueError, match="one row without a past"):
+    with pytest.raises(ValueError, match="one row without a key cache"):
         model(input_ids=ids, position_ids=positions, past_key_values=past, **inputs)
-    with pytest.raises(ValueError, match="one row without a past"):
+    with pytest.raises(ValueError, match="one row without a key cache"):
         model(input_ids=ids.repeat(2, 1), position_ids=positions.repeat(2, 1), **inputs)
 
 
@@ -522,7 +522,7 @@ def test_torchs_flash_attention_is_called_with_the_same_meaning(
     monkeypatch.setattr(document_attention, "varlen_attn", by_documents)
     query, key, value = heads()
     documents = DocumentOffsets.of([b - a for a, b in pairwise(OFFSETS)])
-    found = document_attention._varlen(query, key, value, documents, 0.3, window)
+    found = document_attention.flash_attention(query, key, value, documents, 0.3, window)
     assert (found - attend(query, key, value, documents.offsets, 0.3, window)).abs().max() < 1e-12
 
 
@@ -533,13 +533,13 @@ def _forget_compiled() -> Iterator[None]:
 
 
 def test_heads_that_are_slow_on_a_gpu_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    document_attention._say_what_is_slow.cache_clear()
+    document_attention.warn_slow_heads.cache_clear()
     with caplog.at_level("WARNING", logger="sft"):
         for _ in range(3):
-            document_attention._say_what_is_slow(False, "torch.float32", 64, 32, 50.0, True, 0.1)
-            document_attention._say_what_is_slow(True, "torch.float16", 64, 64, None, False, 0.0)
+            document_attention.warn_slow_heads(False, "torch.float32", 64, 32, 50.0, True, 0.1)
+            document_attention.warn_slow_heads(True, "torch.float16", 64, 64, None, False, 0.0)
     slow, old = caplog.messages
     assert (
         "heads in torch.float32, 64 wide with values of 32, with a soft cap of 50.0 and sinks and dropout 0.1" in slow
     )
-    assert "older than Ampere" in old
+    assert "needs an Ampere or a later GPU" in old

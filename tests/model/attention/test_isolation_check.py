@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, NemotronConfig, OPTC
 from sft.data.loading.collator import Collator
 from sft.errors import UserError
 from sft.model.attention.document_attention import NAME, register
-from sft.model.attention.isolation_check import Leak, _is_precise, measure_leak, require_isolation
+from sft.model.attention.isolation_check import Leak, computes_in_float32, measure_leak, require_isolation
 from tests.builders import tiny_llama
 
 
@@ -71,7 +71,7 @@ def test_recurrent_layers_leak() -> None:
 def test_a_model_that_does_not_hand_boundaries_on_is_refused_with_a_way_out() -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = build(NemotronConfig(vocab_size=50, num_attention_heads=4, num_key_value_heads=2, **sizes), NAME)
-    with pytest.raises(UserError, match="NemotronAttention is not told where documents begin") as raised:
+    with pytest.raises(UserError, match="NemotronAttention does not get the offsets of the documents") as raised:
         require_isolation(model, Collator(0, flatten=True))
     problem = raised.value.problems[0]
     assert problem.key == "attn_implementation"
@@ -109,15 +109,15 @@ def on_cuda() -> Any:
 
 def test_float32_products_in_tf32_are_not_precise_by_whichever_setting(float32_products: Any) -> None:
     """Those of transformers' `tf32: true`, of torch's older flag, and of `set_float32_matmul_precision`."""
-    assert _is_precise(on_cuda())
+    assert computes_in_float32(on_cuda())
     float32_products.fp32_precision = "tf32"
-    assert not _is_precise(on_cuda())
-    assert _is_precise(tiny_llama(50)), "a CPU has no TF32"
+    assert not computes_in_float32(on_cuda())
+    assert computes_in_float32(tiny_llama(50)), "a CPU has no TF32"
     float32_products.fp32_precision = "ieee"
-    assert _is_precise(on_cuda())
+    assert computes_in_float32(on_cuda())
     float32_products.cuda.matmul.allow_tf32 = True
-    assert not _is_precise(on_cuda())
+    assert not computes_in_float32(on_cuda())
     float32_products.cuda.matmul.allow_tf32 = False
-    assert _is_precise(on_cuda())
+    assert computes_in_float32(on_cuda())
     torch.set_float32_matmul_precision("high")
-    assert not _is_precise(on_cuda())
+    assert not computes_in_float32(on_cuda())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sft.model.attention import kernel as document_kernel
 from sft.model.attention.kernel import attend
-from sft.model.attention.kernel_blocks import Span, cut, keeps_code_by_shape
+from sft.model.attention.kernel_blocks import Span, caches_kernels_by_shape, cut_blocks
 
 OFFSETS = [0, 1, 128, 257, 1500]
 
@@ -40,7 +40,7 @@ def heads(tokens: int, dtype: torch.dtype, with_sinks: bool = False) -> list[Ten
 
 
 def rounding(monkeypatch: pytest.MonkeyPatch, is_on: bool) -> None:
-    monkeypatch.setattr(document_kernel, "keeps_code_by_shape", lambda _: is_on)
+    monkeypatch.setattr(document_kernel, "caches_kernels_by_shape", lambda _: is_on)
 
 
 # How a document is cut
@@ -49,10 +49,10 @@ def rounding(monkeypatch: pytest.MonkeyPatch, is_on: bool) -> None:
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
 def test_a_block_holds_at_most_128_queries_of_one_document_and_the_keys_they_see(window: int | None) -> None:
     covered: list[int] = []
-    for (begin, end), spans in zip(pairwise(OFFSETS), cut(OFFSETS, window, rounded=False), strict=True):
+    for (begin, end), spans in zip(pairwise(OFFSETS), cut_blocks(OFFSETS, window, rounded=False), strict=True):
         for span in spans:
             assert begin <= span.start <= span.first < span.stop <= end == span.end
-            assert span.queries == span.real <= 128
+            assert span.query_count == span.token_count <= 128
             assert span.start == max(begin, span.first - (window or end) + 1)
             covered += range(span.first, span.stop)
     assert covered == list(range(1500))
@@ -61,13 +61,13 @@ def test_a_block_holds_at_most_128_queries_of_one_document_and_the_keys_they_see
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
 def test_rounded_blocks_cover_the_same_tokens_in_multiples_of_32(window: int | None) -> None:
     covered: list[int] = []
-    for (begin, end), spans in zip(pairwise(OFFSETS), cut(OFFSETS, window, rounded=True), strict=True):
+    for (begin, end), spans in zip(pairwise(OFFSETS), cut_blocks(OFFSETS, window, rounded=True), strict=True):
         for span in spans:
             assert begin <= span.start <= max(begin, span.first - (window or end) + 1)  # no key is left out
             assert span.first < end == span.end  # no block is without a token
-            assert span.queries % 32 == (span.stop - span.start) % 32 == 0
-            assert span.queries <= 128
-            covered += range(*span.own.indices(1500))
+            assert span.query_count % 32 == (span.stop - span.start) % 32 == 0
+            assert span.query_count <= 128
+            covered += range(*span.tokens.indices(1500))
         assert spans[-1].stop - end < max(32, (end - begin) / 8)
     assert covered == list(range(1500))
 
@@ -75,19 +75,19 @@ def test_rounded_blocks_cover_the_same_tokens_in_multiples_of_32(window: int | N
 @pytest.mark.parametrize(("longest", "shapes"), [(512, 16), (2048, 48), (8192, 96)])
 def test_documents_of_any_length_share_few_shapes(longest: int, shapes: int) -> None:
     found = {
-        (span.queries, span.stop - span.start)
+        (span.query_count, span.stop - span.start)
         for length in range(1, longest + 1)
-        for spans in cut([0, length], None, rounded=True)
+        for spans in cut_blocks([0, length], None, rounded=True)
         for span in spans
     }
     assert len(found) == shapes
 
 
 def test_only_half_precision_on_a_cpu_is_rounded() -> None:
-    assert keeps_code_by_shape(torch.empty(1, dtype=torch.bfloat16))
-    assert keeps_code_by_shape(torch.empty(1, dtype=torch.float16))
-    assert not keeps_code_by_shape(torch.empty(1, dtype=torch.float32))
-    assert not keeps_code_by_shape(torch.empty(1, dtype=torch.bfloat16, device="meta"))
+    assert caches_kernels_by_shape(torch.empty(1, dtype=torch.bfloat16))
+    assert caches_kernels_by_shape(torch.empty(1, dtype=torch.float16))
+    assert not caches_kernels_by_shape(torch.empty(1, dtype=torch.float32))
+    assert not caches_kernels_by_shape(torch.empty(1, dtype=torch.bfloat16, device="meta"))
 
 
 def test_what_is_no_token_of_the_document_is_zero() -> None:
@@ -95,7 +95,7 @@ def test_what_is_no_token_of_the_document_is_zero() -> None:
     span = Span(start=2, first=4, stop=8, end=7, contiguous=True)
     assert span.keys_of(row).flatten().tolist() == [3, 4, 5, 6, 7, 0]
     assert span.queries_of(row).flatten().tolist() == [5, 6, 7, 0]
-    assert (span.queries, span.real, span.own) == (4, 3, slice(4, 7))
+    assert (span.query_count, span.token_count, span.tokens) == (4, 3, slice(4, 7))
 
 
 # That it changes nothing
