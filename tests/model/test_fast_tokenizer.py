@@ -38,7 +38,7 @@ def test_the_same_class_with_the_same_content(tmp_path: Path, tokenizer_class: s
 
 
 def test_a_class_that_is_not_known_is_loaded_by_auto_tokenizer(tmp_path: Path) -> None:
-    folder = save(tmp_path, "PreTrainedTokenizerFast", "qwen2")  # AutoTokenizer knows better than these files
+    folder = save(tmp_path, "PreTrainedTokenizerFast", "qwen2")  # AutoTokenizer ignores the class in the file
     assert type(load_tokenizer_files(folder)).__name__ == "Qwen2Tokenizer"
 
 

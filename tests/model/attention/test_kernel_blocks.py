@@ -1,4 +1,4 @@
-"""Blocks cover each document's queries with the keys they see; where shapes cost, they are few, and nothing changes."""
+"""Blocks cover each document's queries and the keys they see; rounded blocks have few shapes and the same results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch, is_on: bool) -> None:
     monkeypatch.setattr(document_kernel, "caches_kernels_by_shape", lambda _: is_on)
 
 
-# How a document is cut
+# Blocks
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
@@ -90,7 +90,7 @@ def test_only_half_precision_on_a_cpu_is_rounded() -> None:
     assert not caches_kernels_by_shape(torch.empty(1, dtype=torch.bfloat16, device="meta"))
 
 
-def test_what_is_no_token_of_the_document_is_zero() -> None:
+def test_tokens_of_other_documents_are_replaced_by_zeros() -> None:
     row = torch.arange(1.0, 11.0)[None, :, None]
     span = Span(start=2, first=4, stop=8, end=7, contiguous=True)
     assert span.keys_of(row).flatten().tolist() == [3, 4, 5, 6, 7, 0]
@@ -98,7 +98,7 @@ def test_what_is_no_token_of_the_document_is_zero() -> None:
     assert (span.query_count, span.token_count, span.tokens) == (4, 3, slice(4, 7))
 
 
-# That it changes nothing
+# Results
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -119,7 +119,7 @@ def test_rounding_changes_neither_outputs_nor_gradients(
         assert (one - other).norm() <= 1e-6 * other.norm()  # the sinks' gradients and sums over blocks are in float32
 
 
-def test_dropout_is_drawn_alike_in_both_passes_of_rounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_the_same_in_forward_and_backward_of_rounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rounding(monkeypatch, is_on=True)
 
     def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_dropout_is_drawn_alike_in_both_passes_of_rounded_blocks(monkeypatch: py
 
 
 @pytest.mark.parametrize("length", [1, 31, 33, 150, 300])
-def test_in_bfloat16_a_document_is_the_same_to_the_bit_whatever_stands_beside_it(length: int) -> None:
+def test_in_bfloat16_a_document_is_the_same_to_the_bit_beside_any_other(length: int) -> None:
     offsets = [0, 37, 37 + length, 110 + length]
     row = heads(offsets[-1], torch.bfloat16)
     own = slice(37, 37 + length)
@@ -144,11 +144,11 @@ def test_in_bfloat16_a_document_is_the_same_to_the_bit_whatever_stands_beside_it
         assert torch.equal(found[:, own], other)
 
 
-# What it is for
+# Shapes
 
 
-def products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
-    """Shapes and layouts of the products that 200 documents of random lengths up to 512 take."""
+def multiplications(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
+    """Shapes and layouts of the matrix multiplications for 200 documents of random lengths up to 512."""
     found, multiply = set(), torch.bmm
 
     def record(a: Tensor, b: Tensor) -> Tensor:
@@ -169,6 +169,6 @@ def products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> set[tuple[A
     return found
 
 
-def test_in_bfloat16_all_documents_together_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(products(torch.bfloat16, monkeypatch)) <= 16 * 6  # blocks, by scores and sums in both passes
-    assert len(products(torch.float32, monkeypatch)) > 500
+def test_in_bfloat16_all_documents_together_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(multiplications(torch.bfloat16, monkeypatch)) <= 16 * 6  # blocks, times kinds of multiplication
+    assert len(multiplications(torch.float32, monkeypatch)) > 500
