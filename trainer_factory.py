@@ -118,8 +118,8 @@ def _precision(config: Config, checkpoint: Path | None = None) -> Precision:
     )
 
 
-def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: bool = False) -> Any:
-    """Loads the model that the config describes; an outline is on the meta device and takes no memory."""
+def _model(config: Config, tokenizer: Any, precision: Precision, *, meta: bool = False) -> Any:
+    """Loads the model that the config describes; a meta model has no weights and takes no memory."""
     return model_manager.load_model(
         config.section(ModelKeys),
         tokenizer,
@@ -128,7 +128,7 @@ def _model(config: Config, tokenizer: Any, precision: Precision, *, outline: boo
         quantization=config.quantization_config,
         gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
         activation_checkpoint=config.activation_checkpoint,
-        outline=outline,
+        meta=meta,
     )
 
 
@@ -164,7 +164,7 @@ def estimate_run(config: Config, tokenizer: Any, data: PreparedData, processes: 
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, processes)
     precision = _precision(config)
-    model = _model(config, tokenizer, precision, outline=True)
+    model = _model(config, tokenizer, precision, meta=True)
     arguments = _arguments(config, keys, plan, precision, model, data)
     return estimate.estimate_run(
         model,

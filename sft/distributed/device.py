@@ -43,7 +43,14 @@ def device_facts(measured: bool = False) -> DeviceFacts:
 
 
 def training_device() -> torch.device:
-    """Where this process trains: on the GPU that it has claimed (`distributed_utils.claim_devices`), or on the CPU."""
+    """Returns the GPU that this process has claimed (`distributed_utils.claim_devices`), or the CPU."""
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns the dtype that autocast computes in on such devices, None while it is off."""
+    import torch
+
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sft.model.embeddings import is_tied
+
 # Dense bfloat16 operations a second by a part of the device's name, from NVIDIA's and AMD's data sheets.
 _PEAKS = {
     r"H200|GH200": 989.4e12,
@@ -44,7 +46,7 @@ def flops_per_token(model: Any) -> int:
     weights.
     """
     embedding = model.get_input_embeddings()
-    skipped = {id(p) for p in embedding.parameters()} if not _is_tied(model) else set()
+    skipped = {id(p) for p in embedding.parameters()} if not is_tied(model) else set()
     share = _share_of_experts(model)
     total = 0.0
     for name, parameter in model.named_parameters():
@@ -59,11 +61,6 @@ def _weights_in(parameter: Any) -> int:
     """Weights, not elements: bitsandbytes holds two 4-bit weights in a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel()) if state is not None else int(parameter.numel())
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
 
 
 def _share_of_experts(model: Any) -> float:
