@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.checkpoint.discovery import require_best
 from sft.checkpoint.stream_state import StreamProgress
-from sft.config.best_metric import WATCHING
+from sft.config.best_metric import METRIC_SCHEDULES
 from sft.data.loading.collator import PACKED, Collator
 from sft.data.streaming.stream import TrainingStream
 from sft.distributed.oom import first_line, is_out_of_memory, out_of_memory
@@ -149,7 +149,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
         Raises:
             UserError: it is of another run, or its state of a stream is damaged.
         """
-        require_schedule_of(checkpoint, by_steps=self.args.lr_scheduler_type not in WATCHING)
+        require_schedule_of(checkpoint, by_steps=self.args.lr_scheduler_type not in METRIC_SCHEDULES)
         self._restore_counts(checkpoint)
         if self.progress:
             self.progress.load(checkpoint)

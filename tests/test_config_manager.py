@@ -212,13 +212,13 @@ def test_some_unknown_keys_come_with_what_to_write(config_file):
 
 
 def test_every_name_used_elsewhere_leads_to_a_key():
-    from sft.config.error_messages import all_keys
-    from sft.config.key_aliases import ADVICE, OTHER_NAMES
+    from sft.config.error_messages import list_keys
+    from sft.config.key_aliases import HINTS, KEY_ALIASES
 
-    keys = set(all_keys(Config))
-    assert {name: to for name, to in OTHER_NAMES.items() if to not in keys} == {}
-    assert not set(OTHER_NAMES) & set(Config.model_fields)
-    assert set(ADVICE) <= set(OTHER_NAMES)
+    keys = set(list_keys(Config))
+    assert {name: to for name, to in KEY_ALIASES.items() if to not in keys} == {}
+    assert not set(KEY_ALIASES) & set(Config.model_fields)
+    assert set(HINTS) <= set(KEY_ALIASES)
 
 
 @pytest.mark.parametrize(
