@@ -92,29 +92,6 @@ def plan_precision(
     return precision
 
 
-def _check_combination(
-    keys: ModelKeys, lora: LoraKeys | None, quantization: QuantizationKeys | None, for_training: bool
-) -> None:
-    if keys.from_scratch is not None:
-        wrong = "lora_config" if lora is not None else "quantization_config" if quantization is not None else None
-        if wrong:
-            raise UserError(
-                Problem("from_scratch starts from random weights, which are not to be frozen", key=wrong),
-            )
-    elif not keys.model_name_or_path:
-        raise UserError(
-            Problem("no model is named", "A folder, a name on the hub, or `from_scratch`.", key="model_name_or_path")
-        )
-    if quantization is not None and lora is None and for_training:
-        raise UserError(
-            Problem(
-                "quantized weights cannot be trained",
-                "Add a `lora_config` (`{}` takes every default), or leave quantization_config out.",
-                key="quantization_config",
-            )
-        )
-
-
 def check_model(keys: ModelKeys, lora: LoraKeys | None = None) -> None:
     """Checks the model without reading its weights.
 
@@ -123,13 +100,12 @@ def check_model(keys: ModelKeys, lora: LoraKeys | None = None) -> None:
             ones and no adapter to train.
     """
     with located(keys):
-        _check_combination(keys, None, None, for_training=False)
         if keys.from_scratch is not None:
             check_settings(keys.from_scratch)
-            return
-        reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-        require_adapter_if_quantized(read_config(reference, keys), lora)
-        require_weights(reference, "model_name_or_path")
+        elif keys.model_name_or_path:
+            reference = resolve_reference(keys.model_name_or_path, "model_name_or_path")
+            require_adapter_if_quantized(read_config(reference, keys), lora)
+            require_weights(reference, "model_name_or_path")
 
 
 def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -193,7 +169,6 @@ def load_model(
         UserError: the model cannot be loaded, is not a causal language model, or a setting does not fit it.
     """
     with located(keys):
-        _check_combination(keys, lora, quantization, for_training)
         if lora is not None or quantization is not None:
             import_bitsandbytes()
         model = _load_base(keys, precision, quantization, tokenizer, meta)

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from sft.checkpoint.discovery import require_best
 from sft.checkpoint.stream_state import StreamProgress
-from sft.config.best_metric import WATCHING
+from sft.config.best_metric import METRIC_SCHEDULES
 from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import Collator
 from sft.data.streaming.stream import STEP, TrainingStream
@@ -114,7 +114,7 @@ class SFTTrainer(Trainer):
 
     def resume(self, checkpoint: Path) -> None:
         """Loads our part of a checkpoint; `train` loads upstream's. Raises `UserError` if it is of another run."""
-        require_schedule_of(checkpoint, by_steps=self.args.lr_scheduler_type not in WATCHING)
+        require_schedule_of(checkpoint, by_steps=self.args.lr_scheduler_type not in METRIC_SCHEDULES)
         counts, skipped = self._checkpoint.load(checkpoint)
         self._run_log.resume(counts)
         self._step.monitor.resume(skipped)

@@ -301,7 +301,6 @@ def test_models_that_are_not_causal_language_models(model_dir: Path, tmp_path: P
 
 
 def test_settings_that_do_not_fit_the_model(named: ModelKeys, model_dir: Path) -> None:
-    assert problem_of(named, None, QuantizationKeys(load_in_4bit=True)).key == "quantization_config"
     assert problem_of(named, LoraKeys(), QuantizationKeys()).message.startswith("neither")
     problem = problem_of(named, LoraKeys(target_modules=["q_proj", "v_prj"]))
     assert problem.key == "lora_config.target_modules"
@@ -316,7 +315,6 @@ def test_settings_that_do_not_fit_the_model(named: ModelKeys, model_dir: Path) -
     assert "no layer of the model was quantized" in problem_of(named, LoraKeys(), everything_skipped).message
     bad_attention = ModelKeys(model_name_or_path=str(model_dir), attn_implementation="sdpaa")
     assert problem_of(bad_attention).key == "attn_implementation"
-    assert problem_of(ModelKeys(tokenizer_name_or_path=str(model_dir))).key == "model_name_or_path"
     assert problem_of(ModelKeys()).key == "tokenizer_name_or_path"
 
 

@@ -48,8 +48,6 @@ def _check_flags(
 ) -> None:
     if dtype_key not in ("auto", *DTYPES):
         raise UserError(Problem(f"no such dtype: {dtype_key!r}", f"One of auto, {', '.join(DTYPES)}.", key="dtype"))
-    if bf16 and fp16:
-        raise UserError(Problem("bf16 and fp16 are both true", "Keep one of them.", key="fp16"))
     if bf16 and not device.bf16:
         raise UserError(
             Problem("bf16 is true, and this GPU does not compute in bfloat16", "Use `fp16: true`.", key="bf16")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from sft.config.best_metric import WATCHING, greater_is_better
+from sft.config.best_metric import METRIC_SCHEDULES, greater_is_better
 from sft.data.loading.batch_plan import BatchPlan
 from sft.model.compile import KEYS as COMPILING
 
@@ -85,7 +85,7 @@ def _choose_the_best(arguments: dict[str, Any]) -> None:
         return
     if arguments.get("greater_is_better") is None:
         arguments["greater_is_better"] = greater_is_better(metric)
-    if arguments.get("lr_scheduler_type") in WATCHING:
+    if arguments.get("lr_scheduler_type") in METRIC_SCHEDULES:
         settings = arguments.get("lr_scheduler_kwargs") or {}
         settings = json.loads(settings) if isinstance(settings, str) else settings
         mode = "max" if arguments["greater_is_better"] else "min"

@@ -103,7 +103,6 @@ def test_the_machine_is_measured_only_on_request(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("dtype", "bf16", "fp16", "device", "key"),
     [
-        ("auto", True, True, GPU, "fp16"),
         ("auto", True, None, OLD_GPU, "bf16"),
         ("auto", None, True, CPU, "fp16"),
         ("float16", None, None, CPU, "dtype"),

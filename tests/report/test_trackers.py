@@ -15,7 +15,7 @@ import pytest
 
 from sft.config.loading import load_config
 from sft.config.schema import TrainingKeys
-from sft.config.upstream_schema import trackers as known_trackers
+from sft.config.upstream_schema import known_trackers
 from sft.errors import UserError
 from sft.report import trackers
 from tests.runs import arithmetic, log_history, refused_before_data, run, write_config, write_rows
@@ -184,6 +184,6 @@ def test_check_and_train_tell_it_before_the_data_is_read(
 
 @pytest.mark.parametrize("word", ["none", "all"])
 def test_none_and_all_stand_alone(tmp_path: Path, word: str) -> None:
-    with pytest.raises(UserError, match=f"report_to: {word} stands alone"):
+    with pytest.raises(UserError, match=f"report_to: {word} excludes other trackers"):
         load_config(write_config(tmp_path / "run.yaml", report_to=["wandb", word]))
     assert load_config(write_config(tmp_path / "run.yaml", report_to=[word])).report_to == [word]

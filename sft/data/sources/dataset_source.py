@@ -226,7 +226,7 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
     default = "train" if key == "datasets" else "validation"
     for number, entry in enumerate(entries):
         entry_key = f"{key}.{number}.path"
-        name = entry.called(f"{key}_{number}")
+        name = entry.display_name(f"{key}_{number}")
         if name in {s.name for s in sources}:
             raise UserError(
                 Problem(f"two data sets are called {name!r}", "give each a `name` of its own", f"{key}.{number}.name")

@@ -9,7 +9,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from sft.config.best_metric import WATCHING
+from sft.config.best_metric import METRIC_SCHEDULES
 from sft.config.schema import TrainingKeys
 from sft.errors import Problem, UserError
 from sft.model.quantization import import_bitsandbytes
@@ -49,7 +49,7 @@ def _try(name: str, keys: TrainingKeys) -> None:
     for rate in getattr(schedule, "lr_lambdas", ()):
         for step in (0, warmup // 2, warmup, (warmup + total) // 2, total):
             float(rate(step))
-    if name in WATCHING:  # these compute at each evaluation: a first one, and one that is not as good or better
+    if name in METRIC_SCHEDULES:  # these compute at each evaluation: a first one, and one that is not as good or better
         for metric in (1.0, 2.0):
             schedule.step(metric)
 
