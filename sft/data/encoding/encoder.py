@@ -20,7 +20,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX, Documents
-from sft.data.encoding.seams import SeamMerges
 from sft.data.encoding.segments import SegmentTokenizer, exact, plain
 from sft.data.encoding.word_cache import ID_BYTES, WordIds, packed
 from sft.data.templates.renderer import Rendered
@@ -41,7 +40,6 @@ class Encoded:
 
     input_ids: np.ndarray
     labels: np.ndarray
-    seam_merges: int = 0
 
 
 @dataclass(slots=True)
@@ -53,14 +51,12 @@ class Batch:
         trained: whether each piece is.
         pieces: of each row.
         waiting: by method, the pieces that are to be encoded and their texts.
-        seam_merges: of each row.
     """
 
     ids: list[bytes | None] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
     waiting: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
-    seam_merges: list[int] = field(default_factory=list)
 
     def add(self, text: str, trained: bool, method: str) -> None:
         """Notes one piece, to be encoded by the `SegmentTokenizer` method of that name."""
@@ -90,50 +86,44 @@ class Encoder:
         self._added = tuple(t.content for t in added)
         # These take the blanks behind them, wherever the text is cut.
         self._greedy = tuple(t.content for t in added if t.rstrip)
-        self._seams = SeamMerges(self._backend, self._greedy)
         self._words = WordIds(self._backend)
         self._short: dict[str, bytes] = {}
 
-    def encode(self, rendered: Sequence[Rendered]) -> tuple[Documents, list[int]]:
-        """All rows' tokens and labels, and of each row how many seams one pass would have crossed."""
+    def encode(self, rendered: Sequence[Rendered]) -> Documents:
+        """All rows' tokens and labels."""
         return self.assemble(self.run(self.cut(rendered)))
 
     def encode_each(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """The same, row by row."""
-        documents, merges = self.encode(rendered)
-        return [Encoded(ids, labels, n) for (ids, labels), n in zip(documents, merges, strict=True)]
+        return [Encoded(ids, labels) for ids, labels in self.encode(rendered)]
 
     def cut(self, rendered: Sequence[Rendered]) -> Batch:
         """The pieces of each text."""
         batch = Batch()
         for row in rendered:
             first = len(batch.ids)
-            merges = 0
             if row.is_document:
                 batch.add(row.text, True, "document")
             elif row.inert:
                 self._cut_inert(batch, row)
             else:
-                merges = self._cut(batch, row)
+                self._cut(batch, row)
             batch.pieces.append(len(batch.ids) - first)
-            batch.seam_merges.append(merges)
         return batch
 
-    def _cut(self, batch: Batch, row: Rendered) -> int:
-        text, at, merges, method = row.text, 0, 0, "first"
+    def _cut(self, batch: Batch, row: Rendered) -> None:
+        text, at, method = row.text, 0, "first"
         for start, end in row.spans:
             if start > at:
                 prompt, answer = text[at:start], text[start:end]
                 self._add_masked(batch, prompt, method, text[:at])
                 is_behind_token = self._encoder.prefixes and prompt.endswith(self._added)
                 batch.add(answer, True, "behind_token" if is_behind_token else "behind_text")
-                merges += self._seams.crosses(prompt, answer)
             else:
                 batch.add(text[start:end], True, method)
             at, method = end, "behind_token"
         if at < len(text):
             self._add_masked(batch, text[at:], method, text[:at])
-        return merges
 
     def _add_masked(self, batch: Batch, piece: str, method: str, before: str) -> None:
         if self._greedy and before.endswith(self._greedy):
@@ -216,8 +206,8 @@ class Encoder:
         return frozenset(self._tokenizer.get_added_vocab().values())
 
     @staticmethod
-    def assemble(batch: Batch) -> tuple[Documents, list[int]]:
-        """The texts' tokens and labels, and the seam merges of each; a document's row is its place among the texts."""
+    def assemble(batch: Batch) -> Documents:
+        """The texts' tokens and labels; a document's row is its place among the texts."""
         pieces: list[bytes] = batch.ids  # type: ignore[assignment]
         counts = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)) // ID_BYTES
         input_ids = np.frombuffer(b"".join(pieces), dtype=np.int32)
@@ -225,4 +215,4 @@ class Encoder:
         ends = np.concatenate([[0], np.cumsum(counts)])[np.cumsum(batch.pieces, dtype=np.int64)]
         lengths = np.diff(ends, prepend=0)
         labels[(ends - lengths)[lengths > 0]] = IGNORE_INDEX
-        return Documents(input_ids, labels, lengths, np.arange(len(lengths))), batch.seam_merges
+        return Documents(input_ids, labels, lengths, np.arange(len(lengths)))

@@ -161,7 +161,7 @@ class RowEncoder:
 
     def _finish(self, samples: list[Sample], batch: Batch, ledger: Ledger, seen: Seen, wrapped: bool) -> Documents:
         """Fits a batch that has been encoded, and takes it into the account."""
-        documents, merges = self._encoder.assemble(batch)
+        documents = self._encoder.assemble(batch)
         fits = (documents.lengths <= self._keys.max_seq_length) & (documents.trained() > 0)
         if wrapped:
             fits |= np.array([part.is_document for s in samples for part in s.parts], dtype=bool)
@@ -181,7 +181,6 @@ class RowEncoder:
                 ledger.lose(lost.reason, lost.message, sample.row.file, sample.row.line)
                 continue
             rows += 1
-            ledger.seam_merges += sum(merges[places.start : places.stop])
             self._note_end_token("document" if sample.parts[0].is_document else "chat")
         sources = np.repeat([s.row.index for s in samples], [len(s.parts) for s in samples]).astype(np.int64)
         documents = _with(replace(documents, rows=sources), is_kept, replaced)

@@ -65,7 +65,7 @@ def fit(sample: Encoded, max_seq_length: int, policy: str) -> Fitted:
 def _window(sample: Encoded, start: int, end: int) -> Encoded:
     labels = sample.labels[start:end].copy()
     labels[:1] = IGNORE_INDEX  # nothing predicts a window's first token
-    return Encoded(sample.input_ids[start:end], labels, sample.seam_merges)
+    return Encoded(sample.input_ids[start:end], labels)
 
 
 def _answers_cut(sample: Encoded, cut: int) -> int:

@@ -79,8 +79,8 @@ def check_prompts(
 ) -> ServingContract:
     """Compares the ids before each conversation's first trained token with the prompt that a server would encode.
 
-    Only the first answer's prompt can be compared: behind a seam that was cut (`Encoded.seam_merges`) an answer has the
-    tokens that a model generates, while a server that is sent the answer back as text may encode it otherwise.
+    Only the first answer's prompt can be compared: an answer has the tokens that a model generates, while a server that
+    is sent the answer back as text may encode it otherwise.
 
     Args:
         samples: conversations with their encodings before truncation and packing.

@@ -149,11 +149,11 @@ def test_thoughts_that_the_template_strips_are_trained_where_it_shows_them():
     assert_tokens(tokenizer, second, f"{prompt} Hello <|im_end|> Ċ {prompt}", "Yes <|im_end|>", "Ċ")
 
 
-# The seam
+# Where a prompt meets its answer
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n.startswith("words")])
-def test_a_merge_over_the_seam_is_cut_and_counted(name):
+def test_a_token_never_spans_a_prompt_and_its_answer(name):
     """`assistant: ` and `Paris` would become `assistant`, `:`, ` Paris`: a token that no prompt ever ends inside."""
     tokenizer = tokenizer_of(name)
     blank = "Ġ" if FAMILIES[name].kind == "byte_level" else "▁"
@@ -162,25 +162,24 @@ def test_a_merge_over_the_seam_is_cut_and_counted(name):
     assert joined[-2:] == [f"{blank}Paris", "</s>"]
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
     assert tokens == [*joined[:-2], blank, "Paris", "</s>"]
-    assert encoded.seam_merges == 1
     _, encoded = encode(name, *[("user", "Hi"), ("assistant", "Paris")] * 3)
-    assert encoded.seam_merges == 3
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist()).count("Paris") == 3
 
 
-@pytest.mark.parametrize(("name", "cuts"), [("gpt2_lines", 2), ("llama3", 0)])
-def test_blanks_that_end_a_prompt_are_the_tokens_of_the_prompt_alone(name, cuts):
+@pytest.mark.parametrize(("name", "is_split"), [("gpt2_lines", True), ("llama3", False)])
+def test_blanks_that_end_a_prompt_are_the_tokens_of_the_prompt_alone(name, is_split):
     """GPT-2's pattern makes two line feeds one token at a prompt's end, and two in front of an answer."""
     tokenizer = tokenizer_of(name)
     assert tokenizer.tokenize("Yes\n\n") == ["Yes", "ĊĊ"]
-    assert tokenizer.tokenize("\n\nYes") == (["Ċ", "Ċ", "Yes"] if cuts else ["ĊĊ", "Yes"])
-    _, encoded = encode(name, *TWO_TURNS)
-    assert encoded.seam_merges == cuts
+    assert tokenizer.tokenize("\n\nYes") == (["Ċ", "Ċ", "Yes"] if is_split else ["ĊĊ", "Yes"])
+    rendered, encoded = encode(name, *TWO_TURNS)
+    prompt = tokenizer.backend_tokenizer.encode(rendered.text[: rendered.spans[0][0]], add_special_tokens=False).ids
+    assert encoded.input_ids[: len(prompt) + 1].tolist() == [*prompt, tokenizer.get_vocab()["Hello"]]
 
 
-def test_an_answer_that_starts_like_the_anchor_loses_nothing_at_the_seam():
+def test_an_answer_that_starts_like_the_anchor_keeps_all_its_tokens():
     """A line feed put in front of a SentencePiece continuation merges with the answer's own."""
     _, encoded = encode("phi3", ("user", "Hi"), ("assistant", "\n\nYes"))
-    assert encoded.seam_merges == 1
     assert_tokens(
         tokenizer_of("phi3"),
         encoded,
@@ -202,7 +201,6 @@ def test_a_control_token_that_swallows_blanks_is_cut_from_the_answers_blanks():
     assert isinstance(conversation, Conversation)
     (encoded,) = Encoder(tokenizer).encode_each([ChatRenderer(tokenizer).render(conversation)])
     assert_tokens(tokenizer, encoded, "<|user|> Ċ Hi <|end|> Ċ <|assistant|>", "Ġ ĠYes <|end|>", "Ċ </s>")
-    assert encoded.seam_merges == 1
 
 
 def test_an_answer_right_behind_a_control_token_has_the_blank_that_the_tokenizer_puts_there():

@@ -110,9 +110,8 @@ def test_the_first_trained_answer_is_what_is_compared():
     assert not check_prompts(tokenizer_of("chatml"), [last], "assistant").ok
 
 
-def test_a_merge_over_the_seam_is_no_difference():
+def test_an_answer_that_would_merge_with_its_prompt_changes_nothing():
     conversation, encoded = sample("words", ("user", "Hi"), ("assistant", "Paris"))
-    assert encoded.seam_merges == 1
     assert check_prompts(tokenizer_of("words"), [(conversation, encoded)]).ok
 
 
