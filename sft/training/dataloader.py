@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from sft.checkpoint.stream_state import StreamProgress
-from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import EvenRows, even_multiple, row_lengths
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.dataloader import StreamLoader
 from sft.training.callbacks import FollowEpoch

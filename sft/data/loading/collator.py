@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from sft.data.documents import IGNORE_INDEX
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 
 FILLER = "filler"
 NUMBER = "number"  # of a row in its data set

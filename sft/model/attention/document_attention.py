@@ -22,7 +22,7 @@ from torch import Tensor
 # torch has this one only once it is imported (20 ms).
 from torch.nn.attention.varlen import varlen_attn
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.model.attention.kernel import attend
 
 logger = logging.getLogger("sft")

@@ -6,7 +6,7 @@ import pickle
 
 import torch
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 
 
 def test_offsets_are_the_running_sum_of_the_lengths() -> None:
