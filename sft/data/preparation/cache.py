@@ -73,7 +73,7 @@ def write_rows(documents: Documents, layout: PackedLayout, file: Path, *, packed
     of each of its documents.
     """
     schema = pa.schema({name: pa.large_list(pa.int32()) for name in _COLUMNS[: 3 if packed else 2]})
-    document_ends, row_ends = np.cumsum(layout.counts), np.cumsum(layout.row_lengths)
+    document_ends, row_ends = np.cumsum(layout.counts), np.cumsum(layout.sequence_lengths)
     starts = documents.starts
     first_row = first_document = first_token = 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

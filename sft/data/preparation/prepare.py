@@ -21,7 +21,7 @@ from sft.data.ledger import Ledger, as_document, as_state, total
 from sft.data.preparation.cache import cache_key, write_rows
 from sft.data.preparation.packing import AutoPacking, pack
 from sft.data.preparation.preview import first_sample
-from sft.data.preparation.selection import count_rows, draw, held_out
+from sft.data.preparation.selection import count_rows, draw_mixture, draw_validation_rows
 from sft.data.sources.dataset_source import DataSource, training_sources, validation_sources
 from sft.data.sources.files import Wanted
 
@@ -101,7 +101,7 @@ class Preparation:
     def _auto_facts(self) -> list[Any]:
         """As much of what `auto` goes by as matters here."""
         of_eval = [self.auto.obstacle] if "auto" in (self.train_packing, self.eval_packing) else []
-        return [*of_eval, self.auto.rows_a_step] if self.train_packing == "auto" and self.training else of_eval
+        return [*of_eval, self.auto.sequences_per_step] if self.train_packing == "auto" and self.training else of_eval
 
     def make(self, folder: Path) -> None:
         """Prepares everything into `folder`.
@@ -122,7 +122,7 @@ class Preparation:
             files[name] = f"eval_{number}.arrow"
             packing = self.eval_packing
             if packing == "auto":  # of evaluation there are no steps to be kept
-                packing, _ = replace(self.auto, rows_a_step=0).choose(encoded.documents.lengths, limit)
+                packing, _ = replace(self.auto, sequences_per_step=0).choose(encoded.documents.lengths, limit)
             self._write(encoded, files[name], packing)
             ledgers[name] = total(encoded.ledgers)
         encoded = _Encoded.nothing()
@@ -156,7 +156,7 @@ class Preparation:
         if not self.keys.validation_split:
             return frozenset()
         count = count_rows(self.train_sources[number])
-        return held_out(count, self.keys.validation_split, self.seed + number)
+        return draw_validation_rows(count, self.keys.validation_split, self.seed + number)
 
     def _eval_parts(self, held: list[frozenset[int]]) -> dict[str, list[Part]]:
         parts: dict[str, list[Part]] = {}
@@ -190,7 +190,7 @@ class Preparation:
         starts = np.cumsum(encoded.sizes) - encoded.sizes
         lengths = np.split(documents.lengths, starts[1:])
         trained = documents.trained()
-        mixture = draw(lengths, weights, self.keys.mix_by, self.seed)  # type: ignore[arg-type]
+        mixture = draw_mixture(lengths, weights, self.keys.mix_by, self.seed)  # type: ignore[arg-type]
         order = [chosen + start for chosen, start in zip(mixture, starts.tolist(), strict=True)]
         for ledger, chosen, size in zip(encoded.ledgers, order, encoded.sizes, strict=True):
             ledger.draw(
@@ -210,7 +210,7 @@ class Preparation:
         if packing and len(documents):
             # The rows belong to the set as a whole: they stand in the first ledger and so, once, in the total.
             rows = len(layout.counts)
-            encoded.ledgers[0].pack(rows, rows * limit, int(layout.row_lengths.sum()))
+            encoded.ledgers[0].pack(rows, rows * limit, int(layout.sequence_lengths.sum()))
         if packing == "wrapped":
             _note_cuts(encoded, documents, limit)
         shutil.rmtree(self.folder / "documents", ignore_errors=True)

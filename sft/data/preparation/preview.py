@@ -17,7 +17,7 @@ from sft.data.encoding.row_encoder import RowEncoder, Sample, Seen
 from sft.data.formats.conversation import Conversation, RowLost, Text
 from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger, as_counts, remedy
-from sft.data.preparation.selection import count_rows, held_out
+from sft.data.preparation.selection import count_rows, draw_validation_rows
 from sft.data.preparation.serving_check import ServingContract, check_prompts, joined
 from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
 from sft.data.sources.files import Row
@@ -153,7 +153,7 @@ def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterat
         if not keys.validation_split:
             yield from (("train", source, row) for row in source.rows())
             continue
-        held = held_out(count_rows(source), keys.validation_split, seed + number)
+        held = draw_validation_rows(count_rows(source), keys.validation_split, seed + number)
         for row in source.rows():
             yield ("validation" if row.index in held else "train"), source, row
     for source in validation_sources(keys):

@@ -144,9 +144,9 @@ def test_rows_come_back_as_they_were_laid_out(tmp_path, packing):
     assert found.column_names == ["input_ids", "labels", "seq_lengths"][: 2 if packing is None else 3]
     assert len(found) == len(layout.counts) == (12_000 if packing is None else 516)
     laid = made if layout.order is None else made.take(layout.order)
-    ends = np.cumsum(layout.row_lengths)
+    ends = np.cumsum(layout.sequence_lengths)
     for at in (0, 1, len(found) // 2, len(found) - 1):
-        whole = slice(ends[at] - layout.row_lengths[at], ends[at])
+        whole = slice(ends[at] - layout.sequence_lengths[at], ends[at])
         assert found[at]["input_ids"].tolist() == laid.input_ids[whole].tolist()
         assert isinstance(found[at]["input_ids"], np.ndarray)
         if packing:
