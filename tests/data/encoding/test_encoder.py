@@ -1,4 +1,4 @@
-"""Tokens and labels written out, and what holds for every conversation, template and tokenizer."""
+"""Tokens and labels written out, and properties of every conversation, template and tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encode(name: str, *turns: tuple[str, str]) -> tuple[Rendered, Encoded]:
 
 
 def assert_tokens(tokenizer: PreTrainedTokenizerFast, encoded: Encoded, *segments: str) -> None:
-    """`segments` are tokens parted by blanks, in turn not trained and trained; line feeds are written as they are."""
+    """`segments` are tokens separated by blanks, alternately masked and supervised; line feeds stay as they are."""
     tokens, trained = [], []
     for number, segment in enumerate(segments):
         for token in segment.split(" "):
@@ -137,7 +137,7 @@ def test_tokens_and_labels_with_blanks_around_the_texts(name, segments):
     assert_tokens(tokenizer_of(name), encoded, *segments)
 
 
-def test_thoughts_that_the_template_strips_are_trained_where_it_shows_them():
+def test_thoughts_that_the_template_strips_later_are_trained_where_it_shows_them():
     tokenizer = tokenizer_of("thinking")
     turns = [("user", "Hi"), ("assistant", "<think>No</think>\n\nHello"), ("user", "Hi"), ("assistant", "Yes")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -168,7 +168,7 @@ def test_a_token_never_spans_a_prompt_and_its_answer(name):
 
 @pytest.mark.parametrize(("name", "is_split"), [("gpt2_lines", True), ("llama3", False)])
 def test_blanks_that_end_a_prompt_are_the_tokens_of_the_prompt_alone(name, is_split):
-    """GPT-2's pattern makes two line feeds one token at a prompt's end, and two in front of an answer."""
+    """GPT-2's pattern makes two line feeds one token at a prompt's end, and two before an answer."""
     tokenizer = tokenizer_of(name)
     assert tokenizer.tokenize("Yes\n\n") == ["Yes", "ĊĊ"]
     assert tokenizer.tokenize("\n\nYes") == (["Ċ", "Ċ", "Yes"] if is_split else ["ĊĊ", "Yes"])
@@ -189,7 +189,7 @@ def test_an_answer_that_starts_like_the_anchor_keeps_all_its_tokens():
     )
 
 
-def test_a_control_token_that_swallows_blanks_is_cut_from_the_answers_blanks():
+def test_a_control_token_that_takes_blanks_leaves_those_of_the_answer():
     """Phi-3's `<|assistant|>` is declared with rstrip: it takes the line feed, and would take the answer's blanks."""
     from tokenizers import AddedToken
 
@@ -203,8 +203,8 @@ def test_a_control_token_that_swallows_blanks_is_cut_from_the_answers_blanks():
     assert_tokens(tokenizer, encoded, "<|user|> Ċ Hi <|end|> Ċ <|assistant|>", "Ġ ĠYes <|end|>", "Ċ </s>")
 
 
-def test_an_answer_right_behind_a_control_token_has_the_blank_that_the_tokenizer_puts_there():
-    """Mistral v3's manner without blanks, with the older files of SentencePiece vocabularies."""
+def test_an_answer_right_after_a_control_token_has_the_blank_that_the_tokenizer_puts_there():
+    """Like Mistral v3, without blanks in the template, with the older files of SentencePiece vocabularies."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -219,7 +219,7 @@ def test_an_answer_right_behind_a_control_token_has_the_blank_that_the_tokenizer
     assert_tokens(tokenizer, encoded, "<s> [INST] ▁Hi [/INST]", "▁Yes </s>")
 
 
-# What holds for every conversation
+# Properties of every conversation
 
 CONTROL = ("<|", "<s>", "</s>", "<bos>", "<eos>", "_of_turn>", "▁", "<unk>", "</think>", "<0x")
 texts = st.one_of(
@@ -256,7 +256,7 @@ def documents(*texts: str) -> list[Rendered]:
     return [Rendered(text, [(0, len(text))], is_document=True) for text in texts]
 
 
-def test_a_text_is_trained_whole_with_eos_at_its_end():
+def test_all_tokens_of_a_text_are_trained_and_eos_is_appended():
     tokenizer = byte_level_tokenizer(None)
     plain, ended = Encoder(tokenizer).encode_each(documents("Paris", "Paris<|endoftext|>"))
     ids = tokenizer.encode("Paris")
@@ -272,7 +272,7 @@ def test_a_text_gets_the_bos_that_the_tokenizer_sets():
     assert_tokens(tokenizer, encoded, "<s>", "▁Paris ▁Yes </s>")
 
 
-def test_truncation_and_padding_left_in_the_tokenizer_file_do_not_touch_the_data():
+def test_truncation_and_padding_set_in_the_tokenizer_file_are_ignored():
     tokenizer = byte_level_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=64)
