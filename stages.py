@@ -15,7 +15,7 @@ import data_handler
 import distributed_utils as distributed
 import model_manager
 from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
-from sft.data.loading.batch_plan import BatchPlan, plan_batches, rows_a_step
+from sft.data.loading.batch_plan import BatchPlan, plan_batches, sequences_per_step
 from sft.distributed.gpus import visible_gpus
 from sft.errors import UserError
 from sft.report import run_files
@@ -83,7 +83,7 @@ def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
     from sft.data.preparation.packing import AutoPacking
 
     obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
-    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), processes(config)))
+    return AutoPacking(obstacle, sequences_per_step(config.section(TrainingKeys), processes(config)))
 
 
 def processes(config: Config) -> int:
