@@ -16,7 +16,7 @@ import distributed_utils as distributed
 import model_manager
 from sft.checkpoint import output_dir
 from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
-from sft.data.loading.batch_plan import rows_a_step
+from sft.data.loading.batch_plan import sequences_per_step
 from sft.distributed.gpus import visible_gpus
 from sft.errors import RankStopped, TrainingStopped, UserError
 from sft.report import run_files
@@ -84,7 +84,7 @@ def _auto_packing(config: Config, tokenizer: Any) -> AutoPacking:
     from sft.data.preparation.packing import AutoPacking
 
     obstacle = model_manager.obstacle_to_packing(config.section(ModelKeys), tokenizer)
-    return AutoPacking(obstacle, rows_a_step(config.section(TrainingKeys), process_count(config)))
+    return AutoPacking(obstacle, sequences_per_step(config.section(TrainingKeys), process_count(config)))
 
 
 def process_count(config: Config) -> int:

@@ -24,8 +24,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.checkpoint.discovery import require_best
 from sft.checkpoint.stream_state import StreamProgress
 from sft.config.best_metric import METRIC_SCHEDULES
-from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import Collator
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.data.streaming.stream import STEP, TrainingStream
 from sft.distributed.collectives import barrier, group_size
 from sft.loss.forward import TokenForward

@@ -48,7 +48,6 @@ class Ledger:
     tokens_trained: int = 0
     tokens_truncated: int = 0
     answers_cut: int = 0
-    seam_merges: int = 0
     control_tokens: int = 0
     unrolled: int = 0
     thoughts_left_out: int = 0
@@ -114,7 +113,6 @@ class Ledger:
                 "truncated": self.tokens_truncated,
             },
             "answers_cut": self.answers_cut,
-            "seam_merges": self.seam_merges,
             "control_tokens": self.control_tokens,
             "unrolled": self.unrolled,
             "thoughts_left_out": self.thoughts_left_out,
@@ -192,9 +190,10 @@ def as_state(ledger: Ledger) -> dict[str, Any]:
 
 
 def from_state(state: dict[str, Any]) -> Ledger:
-    """Restores the ledger that `as_state` was given."""
+    """The ledger that `as_state` was given; counts that older checkpoints hold and nothing reads are skipped."""
     ledger = Ledger()
-    for name, value in state.items():
+    for name in vars(ledger).keys() & state.keys():
+        value = state[name]
         setattr(ledger, name, Counter(dict(value)) if isinstance(getattr(ledger, name), Counter) else value)
     return ledger
 

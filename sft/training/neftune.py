@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 
 
 def noise_scale(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sft.data.documents import IGNORE_INDEX
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.distributed.collectives import current_rank
 from sft.distributed.dtensor import to_local
 from sft.errors import Problem

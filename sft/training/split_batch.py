@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.loss.token_loss import trained_positions
 
 

@@ -60,7 +60,8 @@ def test_a_run_is_that_of_the_number_it_chose(
     rows = chosen(said)
     assert 8 % rows == 0
     assert "1 rows a pass: " in said
-    assert f"{rows} rows a pass × {8 // rows} passes × 1 processes = 8 rows a step" in said
+    sizes = f"{rows} sequences per micro-batch × {8 // rows} accumulation steps × 1 processes"
+    assert f"{sizes} = 8 sequences per step" in said
     curve = losses(tmp_path / "out")
     again = ["--output_dir", str(tmp_path / "given"), "--per_device_train_batch_size", str(rows)]
     assert sft_main.main(["--config_file", str(config_file), *again]) == 0

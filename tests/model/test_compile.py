@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
 import sft_main
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.errors import UserError
 from sft.model import compile as compilation
 from sft.model.activation_checkpointing import checkpoint_activations

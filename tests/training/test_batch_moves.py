@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import Collator
+from sft.data.loading.document_offsets import DocumentOffsets
 from trainer_utils import SFTTrainer
 
 

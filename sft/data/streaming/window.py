@@ -37,7 +37,7 @@ class StreamWindow:
         self.cuts = starts[self._labels[starts] != IGNORE_INDEX]
         """(cuts,) The tokens that lost their label, for a stream was cut in front of them: nothing predicts them."""
         self._labels[self.cuts] = IGNORE_INDEX
-        self._token_ends, self._document_ends = np.cumsum(layout.row_lengths), np.cumsum(layout.counts)
+        self._token_ends, self._document_ends = np.cumsum(layout.sequence_lengths), np.cumsum(layout.counts)
         rows = len(layout.counts)
         self._order = np.arange(rows) if rng is None else rng.permutation(rows)
 

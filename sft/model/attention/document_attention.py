@@ -22,7 +22,7 @@ from torch import Tensor
 # runs, and torch has this one only after the import (20 ms).
 from torch.nn.attention.varlen import varlen_attn
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.distributed.device import autocast_dtype
 from sft.model.attention.kernel import attend
 
