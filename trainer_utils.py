@@ -19,7 +19,7 @@ from sft.checkpoint.stream_state import StreamProgress
 from sft.config.best_metric import WATCHING
 from sft.data.loading.collator import PACKED, Collator
 from sft.data.streaming.stream import TrainingStream
-from sft.distributed.oom import first_line, is_out_of_memory, out_of_memory
+from sft.distributed.oom import allocator_message, is_out_of_memory, out_of_memory
 from sft.errors import RankStopped, TrainingStopped
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import TokenLoss
@@ -181,7 +181,7 @@ class SFTTrainer(GuardedStep, RunRecords, TokenEvaluation):
                 raise
             self._leave_curve()
             rows = 1 if self._shrinking else self.args.per_device_train_batch_size
-            message = f"step {self.state.global_step + 1} ran out of memory: {first_line(error)}"
+            message = f"step {self.state.global_step + 1} ran out of memory: {allocator_message(error)}"
             raise out_of_memory(message, rows) from error
         finally:
             for callback in self.callback_handler.callbacks:

@@ -60,4 +60,9 @@ class TrainingStopped(UserError):
 
 
 class RankStopped(TrainingStopped):
-    """This rank was stopped alone: the others do not know, and wait for it in whatever they exchange next."""
+    """This rank was stopped alone: the others do not know, and wait for it in their next collective."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sft.errors import Problem, RankStopped
+from sft.errors import Problem, RankStopped, first_line
 
 _SAID_BY_ALLOCATORS = (
     "can't allocate memory",  # torch's on the CPU
@@ -27,9 +27,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID_BY_ALLOCATORS)
 
 
-def first_line(error: BaseException) -> str:
-    """The beginning of what an allocator said."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def allocator_message(error: BaseException) -> str:
+    """Returns the first line of an allocator's message: CUDA's go on for hundreds of characters."""
+    return first_line(error)[:200]
 
 
 def out_of_memory(message: str, rows: int = 1) -> RankStopped:
@@ -61,4 +61,4 @@ def measuring(what: str, rows: int) -> Iterator[None]:
         hint, key = "shorten max_seq_length", "max_seq_length"
         if rows > 1:
             hint, key = f"lower it from {rows}, which changes no metric", "per_device_eval_batch_size"
-        raise RankStopped(Problem(f"{what} ran out of memory: {first_line(error)}", hint, key)) from error
+        raise RankStopped(Problem(f"{what} ran out of memory: {allocator_message(error)}", hint, key)) from error

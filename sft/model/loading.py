@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft.distributed.device import device_facts
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 from sft.model.attention.selection import choose_attention
 from sft.model.from_scratch import build_config
 from sft.model.paths import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
@@ -117,9 +117,8 @@ def pretrained(keys: ModelKeys, precision: Precision, quantization: Quantization
         )
     except LOAD_ERRORS as error:
         if "attention" in str(error).lower() or "attn" in str(error).lower():
-            first_line = str(error).strip().splitlines()[0]
             raise UserError(
-                Problem(f"{attention!r} does not run here: {first_line}", "Use auto.", key="attn_implementation")
+                Problem(f"{attention!r} does not run here: {first_line(error)}", "Use auto.", key="attn_implementation")
             ) from error
         raise unavailable(reference, error, "model_name_or_path", "weights") from error
     missing = sorted(loading["missing_keys"])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 from sft.model.embeddings import is_tied
 from sft.model.quantization import import_bitsandbytes, quantized_layers
 
@@ -288,8 +288,9 @@ def attach_saved_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(Problem(f"the adapter in {folder!r} does not fit its base model: {first_line}")) from error
+        raise UserError(
+            Problem(f"the adapter in {folder!r} does not fit its base model: {first_line(error)}")
+        ) from error
     missing = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None)
     if missing is not None:
         raise UserError(Problem(f"the adapter in {folder!r} is not whole: {missing[:300]}"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
@@ -119,12 +119,11 @@ def require_trained(folder: Path, key: str = "--model") -> None:
 
 def unavailable(reference: str, error: Exception, key: str, what: str) -> UserError:
     """What could not be loaded, as a UserError instead of the loader's traceback."""
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(reference).is_dir():
-        return UserError(Problem(f"cannot read the {what} in {reference!r}: {first_line}", key=key))
+        return UserError(Problem(f"cannot read the {what} in {reference!r}: {first_line(error)}", key=key))
     return UserError(
         Problem(
-            f"cannot get the {what} {reference!r} from the hub: {first_line}",
+            f"cannot get the {what} {reference!r} from the hub: {first_line(error)}",
             "Check the name, the network, and that you are logged in where the model is gated; on a machine without "
             "network give the path of a local folder.",
             key=key,
