@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sft.distributed.dtensor import gathered, is_product, shallow_copy, to_full, vocabulary_shard, without_hooks
+from sft.distributed.dtensor import gathered, is_plain_linear, shallow_copy, to_full, vocabulary_shard, without_hooks
 
 _PROBE = 64.0  # a value of a logit far outside of what soft-capping leaves as it is
 _ROUNDINGS = 8  # units in the last place by which two ways to the same logits may differ, relative to the largest
@@ -114,7 +114,7 @@ class OutputHead:
         Its weight may be spread over ranks: gathered by FSDP2, or split by the vocabulary in tensor parallel.
         """
         linear = model.get_submodule(self.linear)
-        if self.transform is None or not is_product(linear):
+        if self.transform is None or not is_plain_linear(linear):
             return None
         # Not a quantized weight, nor one that tensor parallel has split in another way.
         plain = all(type(p) in (nn.Parameter, torch.Tensor, FakeTensor) for p in linear.parameters())
