@@ -168,7 +168,7 @@ def run_training(config: Config, trainer: SFTTrainer, checkpoint: Path | None) -
     Raises:
         TrainingStopped: training went wrong (exit code 3).
     """
-    from sft.distributed.oom import first_line, is_out_of_memory, out_of_memory
+    from sft.distributed.oom import allocator_message, is_out_of_memory, out_of_memory
     from sft.report.progress import ConsoleProgress
 
     if checkpoint and trainer.load_finished(checkpoint):
@@ -186,7 +186,7 @@ def run_training(config: Config, trainer: SFTTrainer, checkpoint: Path | None) -
             raise
         trainer.write_curve()
         searched = config.per_device_train_batch_size == "auto"
-        message = f"step {trainer.state.global_step + 1} ran out of memory: {first_line(error)}"
+        message = f"step {trainer.state.global_step + 1} ran out of memory: {allocator_message(error)}"
         raise out_of_memory(message, 1 if searched else trainer.args.per_device_train_batch_size) from error
     finally:
         for callback in trainer.callback_handler.callbacks:

@@ -61,3 +61,8 @@ class TrainingStopped(UserError):
 
 class RankStopped(TrainingStopped):
     """Reports that only this rank was stopped: the others do not know, and wait for it in their next collective."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

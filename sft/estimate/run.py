@@ -23,7 +23,7 @@ from sft.data.loading.batch_plan import BatchPlan
 from sft.data.loading.collator import Collator, row_lengths
 from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.stream import TrainingStream
-from sft.distributed.cpu import operations_a_second
+from sft.distributed.cpu import measure_flops_per_second
 from sft.distributed.memory import held_bytes, memory_limit
 from sft.estimate.memory import MemoryEstimate, estimate_memory, optimizer_memory
 from sft.estimate.memory_trace import as_fake, fake_batch
@@ -203,7 +203,7 @@ def _least_seconds(
     if total_tokens is None:
         return None
     if device.type == "cpu":
-        speed: float | None = operations_a_second(dtype, lambda: time.process_time() / torch.get_num_threads())
+        speed: float | None = measure_flops_per_second(dtype, lambda: time.process_time() / torch.get_num_threads())
     else:
         speed = peak_flops(device)
     if speed is None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sft.distributed.device import autocast_dtype
-from sft.distributed.dtensor import gathered, spreading, to_full, to_local, vocabulary_shard
+from sft.distributed.dtensor import gathered, sharding_like, to_full, to_local, vocabulary_shard
 from sft.loss.chunked import linear_chunks, module_chunks, score_in_blocks
 from sft.loss.load_balancing import load_balancing_loss
 from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
@@ -185,7 +185,7 @@ class PrecomputedGradients(torch.autograd.Function):
         ctx.scale = scale
         ctx.gradients = gradients
         ctx.dtypes = [gradient_dtype(tensor) for tensor in tensors]
-        ctx.spread = [spreading(tensor) for tensor in tensors]
+        ctx.spread = [sharding_like(tensor) for tensor in tensors]
         return total.clone()
 
     @staticmethod

@@ -9,10 +9,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sft.distributed.device import device_facts, training_device
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 from sft.model.attention.selection import choose_attention
 from sft.model.from_scratch import build_config
-from sft.model.paths import LOAD_ERRORS, first_line, load_failure, require_model, require_weights, resolve_reference
+from sft.model.paths import LOAD_ERRORS, load_failure, require_model, require_weights, resolve_reference
 from sft.model.precision import Precision
 from sft.model.quantization import bits_and_bytes_config
 

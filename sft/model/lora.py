@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sft.distributed.device import autocast_dtype
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 from sft.model.embeddings import is_tied
-from sft.model.paths import first_line
 from sft.model.quantization import import_bitsandbytes, quantized_layers
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
@@ -115,11 +115,6 @@ def require_trained(folder: Path, key: str = "--model") -> None:
     if not is_model(folder) and not is_adapter(folder):
         message = f"{str(folder)!r} holds neither a model nor an adapter"
         raise UserError(Problem(message, _describe_content(folder), key=key))
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_failure(reference: str, error: Exception, key: str, what: str) -> UserError:

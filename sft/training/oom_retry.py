@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sft.distributed.oom import first_line, is_out_of_memory, out_of_memory
+from sft.distributed.oom import allocator_message, is_out_of_memory, out_of_memory
 
 logger = logging.getLogger("sft")
 
@@ -92,7 +92,7 @@ class OomRetry:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("Out of memory: %s", first_line(error))
+            logger.warning("Out of memory: %s", allocator_message(error))
             return None
         return torch.zeros(()) if total is None else total
 

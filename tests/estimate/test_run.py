@@ -106,7 +106,7 @@ def test_a_time_below_which_no_run_can_be_is_told(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """6 operations for each weight but the input embedding's and each token, 4 for frozen ones (`sft.training.mfu`)."""
-    monkeypatch.setattr(run_estimate, "operations_a_second", lambda *_: 1e9)
+    monkeypatch.setattr(run_estimate, "measure_flops_per_second", lambda *_: 1e9)
     told = estimated(tmp_path, keys, capsys)
     model: Any = LlamaForCausalLM.from_pretrained(keys["model_name_or_path"])
     weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()

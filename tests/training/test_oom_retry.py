@@ -74,7 +74,7 @@ def test_only_failed_allocations_are_taken_for_them() -> None:
 @pytest.mark.parametrize(
     ("raised", "key", "hint"),
     [
-        (out_of_memory("step 3", rows=8), "per_device_train_batch_size", "lower it from 8 "),
+        (out_of_memory("step 3", batch_size=8), "per_device_train_batch_size", "lower it from 8 "),
         (out_of_memory("step 3"), "max_seq_length", "shorten max_seq_length, set gradient_checkpointing"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from sft.config.best_metric import METRIC_SCHEDULES
 from sft.config.schema import TrainingKeys
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 from sft.model.quantization import import_bitsandbytes
 
 _STEPS = 1000  # of the trial, where max_steps is not given: no schedule's settings are right or wrong by their number
@@ -69,7 +69,7 @@ def _settings(keys: TrainingKeys) -> dict[str, Any]:
 
 def _refusal(name: str, keys: TrainingKeys, error: Exception) -> Problem:
     key = "lr_scheduler_kwargs" if keys.lr_scheduler_kwargs else "lr_scheduler_type"
-    reason = re.sub(r"^[\w.]+\(\) ", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
+    reason = re.sub(r"^[\w.]+\(\) ", "", first_line(error))
     return keys.problem(
         key, f"{name}: {reason}", f"Its settings, in lr_scheduler_kwargs, are {', '.join(_names(name))}."
     )
