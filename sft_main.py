@@ -181,7 +181,7 @@ def estimate(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(told.as_json()))
     else:
-        show_estimate(told)
+        show_estimate(told.as_json())
     return 0
 
 
