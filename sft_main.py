@@ -251,15 +251,16 @@ def generate(argv: list[str]) -> int:
 
     setup_logging(is_main_process=True)
     quiet_libraries()
-    from sft.inference import batch as generation
+    from sft.inference.batch import run_batch
+    from sft.inference.chat import chat
     from sft.inference.generate import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     asking: dict[str, Any] = {"system": options.system, "trust_remote_code": options.trust_remote_code}
     if options.chat:
-        generation.chat(options.model, sampling, **asking)
+        chat(options.model, sampling, **asking)
     else:
-        generation.run_batch(options.model, options.prompts, options.output, sampling, options.batch_size, **asking)
+        run_batch(options.model, options.prompts, options.output, sampling, options.batch_size, **asking)
     return 0
 
 
