@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from benchmarks._inputs import (
     write_chats,
     write_rendered,
 )
-from benchmarks._measure import age_of_this_process, peak_of_this_process
+from benchmarks._measure import age_of_this_process, peak_of_this_process, run_as_worker
 
 MAX_LENGTH = 2048
 MEAN_LENGTH = 196
@@ -195,12 +194,5 @@ WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    name, arguments, result, scratch = sys.argv[1:]
-    report = WORKERS[name]({**json.loads(arguments), "scratch": scratch})
-    report["own_peak_mib"] = peak_of_this_process()
-    Path(result).write_text(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_as_worker(WORKERS)

@@ -54,5 +54,5 @@ HEAD_CONTESTANTS = {
 
 
 def is_installed(packages: tuple[str, ...]) -> bool:
-    """Whether all packages can be imported."""
+    """Returns whether all packages can be imported."""
     return all(importlib.util.find_spec(package) for package in packages)

@@ -10,17 +10,14 @@ of both inputs. Each reports
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from benchmarks._bare_loop import synchronize
-from benchmarks._measure import peak_of_this_process
+from benchmarks._measure import run_as_worker
 
 Loss = Callable[[Any, Any, Any], Any]  # hidden (N, D), weight (V, D), targets (N,): the mean loss
 
@@ -112,7 +109,7 @@ def trl() -> Loss:
     return loss
 
 
-def measure(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def measure(make_loss: Callable[[], Loss], arguments: dict[str, Any]) -> dict[str, Any]:
     """Measures one contestant."""
     import torch
 
@@ -123,7 +120,7 @@ def measure(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     hidden = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
     weight = torch.nn.Parameter(torch.randn(arguments["vocabulary"], shape[1], device=device, dtype=dtype) * 0.02)
     targets = torch.randint(arguments["vocabulary"], shape[:1], device=device)
-    loss = HEADS[name]()
+    loss = make_loss()
     times, value = [], None
     for repeat in range(arguments["repeats"] + 2):  # the first two compile and tune
         hidden.grad = weight.grad = None
@@ -144,19 +141,10 @@ def measure(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"ms": statistics.median(times), "device_peak_mib": peak, "loss": float(value.detach())}
 
 
-HEADS: dict[str, Callable[[], Loss]] = {
-    head.__name__: head for head in (ours, torch_plain, torch_compiled, liger, cut_cross_entropy, trl)
+WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    head.__name__: partial(measure, head) for head in (ours, torch_plain, torch_compiled, liger, cut_cross_entropy, trl)
 }
 
 
-def main() -> None:
-    name, given, result, _ = sys.argv[1:]
-    arguments = json.loads(given)
-    if arguments["device"] == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    report = measure(name, arguments)
-    Path(result).write_text(json.dumps({**report, "own_peak_mib": peak_of_this_process()}))
-
-
 if __name__ == "__main__":
-    main()
+    run_as_worker(WORKERS)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,17 @@ def run_worker(module: str, name: str, arguments: dict[str, Any], scratch_root: 
         report = json.loads(result.read_text())
     peak = max(seen, report["own_peak_mib"])
     return {**report, "wall_s": wall, "peak_mib": peak, "private_mib": private}
+
+
+def run_as_worker(workers: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Runs the worker that `run_worker` named on the command line, and writes its report."""
+    name, given, result, scratch = sys.argv[1:]
+    arguments = {**json.loads(given), "scratch": scratch}
+    if arguments.get("device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported, which has not happened yet
+    report = workers[name](arguments)
+    report["own_peak_mib"] = max(peak_of_this_process(), report.pop("child_peak_mib", 0.0))
+    Path(result).write_text(json.dumps(report))
 
 
 class _TreeMemory:

@@ -13,7 +13,6 @@ batching allows. Each reports
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 from benchmarks import _bare_loop
 from benchmarks._bare_loop import LEARNING_RATE
-from benchmarks._measure import ROOT, peak_of_this_process
+from benchmarks._measure import ROOT, run_as_worker
 from benchmarks._training_inputs import inputs, model_on_device
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -151,7 +150,7 @@ def with_device_peak(report: dict[str, Any], arguments: dict[str, Any]) -> dict[
 
 
 def trainer_settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What plain Trainer and TRL are told alike; batches of at most 8 rows, which is their default."""
+    """Returns the settings that Trainer and TRL share; batches of at most 8 rows, their default."""
     rows = max(1, round(arguments["step_tokens"] / arguments["mean_length"]))
     micro = min(rows, arguments["micro_rows"])
     return {
@@ -170,7 +169,7 @@ def trainer_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """`transformers.Trainer` as its manual shows it: rows tokenized by `map`, batches padded to their longest row."""
+    """Runs `transformers.Trainer` as its manual shows: rows tokenized by `map`, batches padded to their longest row."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -255,15 +254,5 @@ WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    name, given, result, scratch = sys.argv[1:]
-    arguments = {**json.loads(given), "scratch": scratch}
-    if arguments.get("device") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported, which has not happened yet
-    report = WORKERS[name](arguments)
-    report["own_peak_mib"] = max(peak_of_this_process(), report.pop("child_peak_mib", 0.0))
-    Path(result).write_text(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_as_worker(WORKERS)

@@ -168,7 +168,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     head = [16_384, 248_320, 2048]
     parser.add_argument("--head", nargs=3, type=int, default=head, metavar=("TOKENS", "VOCABULARY", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=20, help="timed repeats for `head`")
-    parser.add_argument("--ours", type=json.loads, default={}, help="config keys for ours beside its defaults, as JSON")
+    parser.add_argument("--ours", type=json.loads, default={}, help="more config keys for ours, as JSON")
     add_data_option(parser)
     parser.add_argument("--work", type=Path, help="folder for temporary files; 34 GB for the largest model, twice")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md")

@@ -127,7 +127,7 @@ def profile_step(config_file: Path, steps: int, warm_up: int, longest: int) -> s
     table = events.table(sort_by=key, row_limit=longest, max_name_column_width=60)
     counted = sum(event.self_cpu_time_total for event in events) / 1e6
     summary = (
-        f"{seconds / taken:.3f} s a step over {taken} steps; operations of torch are {counted / seconds:.1%} of it"
+        f"{seconds / taken:.3f} s per step over {taken} steps; torch operations take {counted / seconds:.1%} of it"
     )
     return f"{summary}\n{table}"
 

@@ -243,7 +243,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512, help="of the hidden states, a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--large-vocabulary", type=int, default=151_936, help="for `memory`, with tied embeddings")
-    parser.add_argument("--max-length", type=int, default=2048, help="limit of a row, and size of a packed one")
+    parser.add_argument("--max-length", type=int, default=2048, help="limit of a row and of a packed sequence")
     parser.add_argument("--step-tokens", type=int, default=4096, help="tokens of an optimizer step")
     parser.add_argument("--rows", type=int, default=7473, help="chats to train on")
     parser.add_argument("--sweep-steps", type=int, default=6)
@@ -253,7 +253,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--sweep-joined", type=int, nargs="*", default=[1, 3, 10], help="questions in a row: its length"
     )
     parser.add_argument("--sweep-rows", type=int, nargs="*", default=[1_000, 7_473, 50_000])
-    parser.add_argument("--ours", type=json.loads, default={}, help="config keys for ours beside its defaults, as JSON")
+    parser.add_argument("--ours", type=json.loads, default={}, help="more config keys for ours, as JSON")
     add_data_option(parser)
     parser.add_argument("--without-trl", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for temporary files; some 4 GB")

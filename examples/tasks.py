@@ -20,7 +20,7 @@ HELD_OUT_IN = 8  # one operand in eight is held out
 
 
 def held_out(operand: str) -> bool:
-    """Whether `operand` belongs to the validation split; this depends on the operand alone."""
+    """Returns whether `operand` belongs to the validation split; this depends on the operand alone."""
     return zlib.crc32(operand.encode()) % HELD_OUT_IN == 0
 
 

@@ -29,6 +29,14 @@ from sft.training.mfu import peak_flops_by_name
 from tests.builders import tiny_llama
 
 
+def run_script(script, *options, cwd=ROOT.parent):
+    """Runs a benchmark, which finds the checkout by itself from any folder."""
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def chats(file):
     return [[m["content"] for m in json.loads(line)["messages"]] for line in file.read_text().splitlines()]
 
@@ -91,24 +99,9 @@ def test_the_error_of_a_failed_worker_is_reported(tmp_path):
 
 @pytest.mark.slow
 def test_the_data_benchmark_runs_at_a_tiny_size_without_trl(tmp_path):
-    options = [
-        "--rows",
-        "60",
-        "--rounds",
-        "1",
-        "--lengths",
-        "2000",
-        "--scale",
-        "40",
-        "--without-trl",
-        "--data",
-        "nowhere.jsonl",
-    ]
-    places = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "all.json")]
-    environment = {**os.environ, "PYTHONPATH": ""}  # it finds the checkout by itself, from any folder
-    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), *options, *places]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    sizes = ("--rows", 60, "--rounds", 1, "--lengths", 2000, "--scale", 40, "--without-trl", "--data", "nowhere.jsonl")
+    places = ("--work", tmp_path, "--out", tmp_path / "out", "--json", tmp_path / "all.json")
+    run_script("data.py", *sizes, *places, cwd=tmp_path)
     found = json.loads((tmp_path / "all.json").read_text())
     compared = {name: reports[0] for name, reports in found["compare"].items()}
     assert set(compared) == {"ours", "encode_batch_fast", "ours, no row twice"}
@@ -123,9 +116,7 @@ def test_the_data_benchmark_runs_at_a_tiny_size_without_trl(tmp_path):
     results = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "## Data" in results
     assert "generated text" in results
-    assert not [
-        path for path in tmp_path.iterdir() if path.name not in ("out", "all.json")
-    ]  # no temporary file is left
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "all.json"}  # no temporary file is left
 
 
 def test_pairs_hold_what_the_chats_hold(tmp_path):
@@ -297,16 +288,6 @@ def test_the_longest_imports_come_first():
     assert list_imports(output, 5).splitlines()[2].split() == ["0.00", "0.00", "torch.nn"]
 
 
-def command(script, *options):
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)],
-        cwd=ROOT.parent, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 SMALL = ("--layers", 1, "--width", 64, "--data", "nowhere.jsonl")
 
 
@@ -317,7 +298,7 @@ def test_the_training_benchmark_runs_at_a_tiny_size_without_trl(tmp_path):
     steps = ("--rounds", 1, "--steps", 2, "--warm-up", 1, "--sweep-steps", 2)
     sweeps = ("--sweep-vocabulary", "--sweep-size", "--sweep-rows", 100, "--sweep-joined", 1)
     places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--without-trl")
-    command("train.py", *SMALL, "--parts", "speed", "sweeps", *sizes, *steps, *sweeps, *places)
+    run_script("train.py", *SMALL, "--parts", "speed", "sweeps", *sizes, *steps, *sweeps, *places)
     found = json.loads((tmp_path / "all.json").read_text())
     reports = {name: of_it[0] for name, of_it in found["speed"]["lora"]["rounds"].items()}
     assert set(reports) == {"ours", "bare loop", "Trainer, bf16", "Trainer, float32"}
@@ -340,7 +321,7 @@ def test_the_gpu_benchmark_can_be_tried_without_a_gpu(tmp_path):
     sizes = ("--sizes", "0.6B", "--methods", "full", "qlora", "--lengths", 256, "--pass-tokens", 256)
     steps = ("--step-tokens", 512, "--steps", 2, "--warm-up", 1, "--rows", 60, "--head", 64, 640, 32, "--repeats", 1)
     places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--data", "nowhere.jsonl")
-    command("gpu.py", "--device", "cpu", "--scale", "tiny", *sizes, *steps, *places)
+    run_script("gpu.py", "--device", "cpu", "--scale", "tiny", *sizes, *steps, *places)
     found = json.loads((tmp_path / "all.json").read_text())
     ours = [one["method"] for one in found["train"] if one["name"] == "ours"]
     assert ours == ["full", "qlora"]
@@ -355,7 +336,7 @@ def test_the_gpu_benchmark_can_be_tried_without_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_the_profile_names_imports_stages_and_operations(tmp_path):
-    command("profile_step.py", *SMALL, "--steps", 1, "--warm-up", 1, "--out", tmp_path / "profile.txt")
+    run_script("profile_step.py", *SMALL, "--steps", 1, "--warm-up", 1, "--out", tmp_path / "profile.txt")
     text = (tmp_path / "profile.txt").read_text()
     assert " torch\n" in text
     assert "Batches:" in text

@@ -37,9 +37,7 @@ class CardFacts:
         metrics: final values by name, e.g. `eval_loss`.
         stop_tokens: texts of the tokens that end a reply.
         chat: whether a chat template was trained; false for plain text.
-        summary: one or two sentences, e.g. tokens and time of the training.
         versions: of the libraries, by name.
-        license: its identifier in the front matter; None where it is unknown.
     """
 
     title: str
@@ -51,9 +49,7 @@ class CardFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     stop_tokens: Sequence[str] = ()
     chat: bool = True
-    summary: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    license: str | None = None
 
 
 def _number(value: float | int) -> str:
@@ -77,8 +73,6 @@ def _front_matter(facts: CardFacts) -> str:
     }
     if facts.base_model and not Path(facts.base_model).exists() and facts.base_model.count("/") <= 1:
         fields["base_model"] = facts.base_model
-    if facts.license:
-        fields["license"] = facts.license
     return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
 
 

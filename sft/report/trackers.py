@@ -56,7 +56,7 @@ def _problems(keys: TrainingKeys) -> Iterator[Problem]:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a module can be imported; a folder without code, such as the `wandb` that runs write, cannot."""
+    """Returns whether a module can be imported; a folder without code, like the `wandb` of earlier runs, cannot."""
     try:
         spec = find_spec(module)
     except ModuleNotFoundError:  # its parent package is missing

@@ -12,13 +12,13 @@ from tests.inference.qa_model import make_qa_model
 
 @pytest.fixture(scope="module")
 def qa_model() -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+    """Returns the model and its tokenizer."""
     return make_qa_model()
 
 
 @pytest.fixture
 def qa_model_dir(qa_model: tuple[Any, Any], tmp_path: Path) -> Path:
-    """The folder of the saved model."""
+    """Returns the folder of the saved model."""
     for part in qa_model:
         part.save_pretrained(tmp_path / "model")
     return tmp_path / "model"

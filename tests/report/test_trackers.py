@@ -176,9 +176,10 @@ def test_check_and_train_report_it_before_the_data_is_read(
         output_dir=str(tmp_path / "out"),
         report_to="mlflow",
     )
-    told, said = refused_before_data(config_file, monkeypatch, capsys, verbs=("train", "evaluate"))
-    assert (told["key"], told["line"], told["message"]) == ("report_to", 5, "mlflow needs mlflow, not installed here")
-    assert all("mlflow needs mlflow" in each for each in said)
+    problem, messages = refused_before_data(config_file, monkeypatch, capsys, verbs=("train", "evaluate"))
+    assert problem["message"] == "mlflow needs mlflow, not installed here"
+    assert (problem["key"], problem["line"]) == ("report_to", 5)
+    assert all("mlflow needs mlflow" in message for message in messages)
     assert not (tmp_path / "out").exists()
 
 
