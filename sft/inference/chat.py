@@ -33,7 +33,7 @@ def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampli
     A second thread generates. When the caller closes the iterator, generation stops after the current token.
 
     Raises:
-        UserError: the chat template refuses the conversation.
+        UserError: the chat template refuses the conversation, or it fills all positions of the model.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
