@@ -60,9 +60,10 @@ def check_run(config: Config, report: Report) -> None:
     if data is None:
         return
     report.data = data.ledger
-    report.serving = report.attempt(lambda: data_handler.serving_contract(keys, tokenizer))
-    if report.serving:
-        report.errors += report.serving.problems
+    serving = report.attempt(lambda: data_handler.serving_contract(keys, tokenizer))
+    if serving:
+        report.serving, report.serving_message = serving.as_json(), serving.message
+        report.errors += serving.problems
     report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
     plan = report.attempt(
         lambda: plan_batches(

@@ -20,5 +20,5 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps(estimate.as_json()))
     else:
-        show_estimate(estimate)
+        show_estimate(estimate.as_json())
     return 0

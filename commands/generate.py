@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from commands.options import Options
-from sft.inference import batch
+from sft.inference.batch import run_batch
+from sft.inference.chat import chat
 from sft.inference.generate import Sampling
 
 
@@ -14,7 +15,7 @@ def run(options: Options) -> int:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     asking: dict[str, Any] = {"system": options.system, "trust_remote_code": options.trust_remote_code}
     if options.chat:
-        batch.chat(options.model, sampling, **asking)
+        chat(options.model, sampling, **asking)
     else:
-        batch.run_batch(options.model, options.prompts, options.output, sampling, options.batch_size, **asking)
+        run_batch(options.model, options.prompts, options.output, sampling, options.batch_size, **asking)
     return 0

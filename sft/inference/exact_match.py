@@ -1,4 +1,4 @@
-"""How many questions a model answers exactly, found out by letting it answer: what the loss only hints at."""
+"""Exact match: the number of questions whose generated reply equals the right answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("sft")
 
 @dataclass(frozen=True)
 class Example:
-    """A question with the right answer and the reply it got, both without white space at the ends."""
+    """A question with its right answer and the model's reply, both stripped of white space."""
 
     question: list[Message]
     answer: str
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """How many replies were the right answer to the letter; `examples` has all of them, in the order given."""
+    """The number of right replies, and all examples in the given order."""
 
     right: int
     examples: tuple[Example, ...]
@@ -49,14 +49,14 @@ def exact_match(
     stop_token_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ExactMatch:
-    """Answers the last turn of each conversation greedily and compares with the answer that it ends with.
+    """Generates a greedy reply to each conversation without its last message, and compares it with that message.
 
     A reply may be 16 tokens longer than the longest right answer.
 
     Args:
-        model: not wrapped for distribution.
-        conversations: each ends with the assistant's message that is the right answer.
-        batch_size: conversations answered at a time.
+        model: not wrapped by DDP.
+        conversations: each ends with the right answer as the assistant's message.
+        batch_size: conversations generated at the same time.
         stop_token_ids, on_progress: as for `generate_replies`.
 
     Raises:
