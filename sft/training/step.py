@@ -20,11 +20,11 @@ from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import Objective, TokenLoss
 from sft.model.compile import CompileSettings
 from sft.training.oom_retry import OomRetry
-from sft.training.optim.factory import skipping, with_master_weights
+from sft.training.optim.factory import find_fused_adam, with_master_weights
 from sft.training.optim.grad_norm import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.training.optim.master_weights import MasterWeights
 from sft.training.optim.resume import PEAK, ConfiguredOptimizer
-from sft.training.optim.split_master_weights import summed_in_a_pass
+from sft.training.optim.split_master_weights import find_summed_weights
 from sft.training.split_batch import split_batch
 from sft.training.step_monitor import StepMonitor
 
@@ -141,13 +141,13 @@ class GuardedStep(Trainer):
         assert self.optimizer is not None
         configured = ConfiguredOptimizer.of(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
-        configured.put_back(self.optimizer, self.lr_scheduler, Path(checkpoint).name)
+        configured.restore(self.optimizer, self.lr_scheduler, Path(checkpoint).name)
 
     def _summed(self) -> list[torch.nn.Parameter] | None:
         """Of a step that is one pass, the weights whose gradients are sums all the same; None for other steps."""
         if self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1 or self._shrinking:
             return None
-        return summed_in_a_pass(self.model)
+        return find_summed_weights(self.model)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> None:
         """Waits for `_get_grad_norm`, which comes next: gradients are judged before they are scaled."""
@@ -174,7 +174,7 @@ class GuardedStep(Trainer):
             made=self.state.global_step,
             left=self._total_steps - self.state.global_step,
             rates=[group["lr"] for group in self.optimizer.param_groups],
-            skipping=None if is_scaled else skipping(self.optimizer),
+            skipping=None if is_scaled else find_fused_adam(self.optimizer),
             scaled=is_scaled,
         ):
             self._sums.absorb(self._watch.sums)
