@@ -171,7 +171,7 @@ class SFTTrainer(Trainer):
         if checkpoint is not None:
             configured = ConfiguredOptimizer.of(self.optimizer)  # type: ignore[arg-type]
             super()._load_optimizer_and_scheduler(checkpoint)
-            configured.put_back(self.optimizer, self.lr_scheduler, Path(checkpoint).name)  # type: ignore[arg-type]
+            configured.restore(self.optimizer, self.lr_scheduler, Path(checkpoint).name)  # type: ignore[arg-type]
 
     # An optimizer step
 

@@ -33,7 +33,7 @@ from sft.loss.token_loss import LossSettings
 from sft.model.lora import without_adapter
 from sft.training.mfu import flops_per_token, peak_flops
 from sft.training.optim.factory import splits_masters
-from sft.training.optim.split_master_weights import summed_in_a_pass
+from sft.training.optim.split_master_weights import find_summed_weights
 
 logger = logging.getLogger("sft")
 
@@ -124,7 +124,7 @@ def estimate_run(
         accumulation_steps=plan.gradient_accumulation_steps,
         world_size=plan.world_size,
         master_weights=master_weights,
-        summed=summed_in_a_pass(model) if is_one_pass and splits_masters(name) else None,
+        summed=find_summed_weights(model) if is_one_pass and splits_masters(name) else None,
     )
     total_tokens = _total_tokens(plan)
     beneath = without_adapter(model)

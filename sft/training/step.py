@@ -17,11 +17,11 @@ from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import LossSettings, TokenLoss
 from sft.model.compile import CompileSettings
 from sft.training.oom_retry import OomRetry
-from sft.training.optim.factory import skipping, with_master_weights
+from sft.training.optim.factory import find_fused_adam, with_master_weights
 from sft.training.optim.grad_norm import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.training.optim.master_weights import MasterWeights
 from sft.training.optim.resume import PEAK
-from sft.training.optim.split_master_weights import summed_in_a_pass
+from sft.training.optim.split_master_weights import find_summed_weights
 from sft.training.split_batch import split_batch
 from sft.training.step_monitor import StepMonitor
 
@@ -137,7 +137,7 @@ class OptimizerStep:
         """Returns the weights whose gradients are sums although a step is one micro-batch; None for other steps."""
         if self._args.gradient_accumulation_steps > 1 or self._args.world_size > 1 or self._retry:
             return None
-        return summed_in_a_pass(self._model)
+        return find_summed_weights(self._model)
 
     def check_and_clip(self, optimizer: torch.optim.Optimizer, state: TrainerState, *, scaled: bool) -> torch.Tensor:
         """Decides whether the step is made, then clips its gradients; returns their norm before clipping, a scalar.
@@ -164,7 +164,7 @@ class OptimizerStep:
             made=state.global_step,
             left=self._total_steps - state.global_step,
             rates=[group["lr"] for group in optimizer.param_groups],
-            skipping=None if scaled else skipping(optimizer),
+            skipping=None if scaled else find_fused_adam(optimizer),
             scaled=scaled,
         ):
             self._model.zero_grad()  # the optimizer then moves nothing

@@ -10,7 +10,7 @@ import torch
 
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import TokenLoss
-from sft.training.first_step_checks import TrustChecks
+from sft.training.first_step_checks import FirstStepChecks
 from sft.training.loss_spikes import LossSpikes
 from sft.training.neftune import Neftune
 from sft.training.nonfinite import NonfiniteGuard
@@ -54,7 +54,7 @@ class StepMonitor:
             on_nonfinite, nonfinite_limit, decode, lambda inputs: evaluate(dict(inputs)).objective
         )
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._checks = TrustChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=noise_alpha)
+        self._checks = FirstStepChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=noise_alpha)
         self._spikes = LossSpikes()
 
     @property
@@ -127,7 +127,7 @@ class StepMonitor:
             made, left: optimizer steps before this one, and from this one to the end of the run.
             rates: learning rates of the step.
             skipping: an optimizer that skips the step itself, on the device, where its `found_inf` is set
-                (`sft.training.optim.factory.skipping`); the outcome is read by the next `check_previous_step`.
+                (`sft.training.optim.factory.find_fused_adam`); the outcome is read by the next `check_previous_step`.
             scaled: whether an fp16 scaler checks the gradients as well.
 
         Raises:

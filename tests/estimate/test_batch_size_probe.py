@@ -199,8 +199,8 @@ def trained(config: Path, output_dir: Path, share: float, processes: int = 0) ->
 def test_a_run_that_is_out_of_memory_goes_on_in_halves_with_the_same_losses(large_head: Path, tmp_path: Path) -> None:
     free, limited = (trained(large_head, tmp_path / name, share) for name, share in (("free", 0), ("limited", 0.6)))
     assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
-    assert "is done again in passes of 1/2 of the rows" in limited.stderr
-    assert "is done again" not in free.stderr
+    assert "is run again in micro-batches of 1/2 of the samples" in limited.stderr
+    assert "is run again" not in free.stderr
     curve = losses(tmp_path / "free")
     assert len(curve) == 6
     assert losses(tmp_path / "limited") == pytest.approx(curve, abs=1e-5)
@@ -220,8 +220,8 @@ def test_a_rank_that_is_out_of_memory_keeps_the_others(large_head: Path, tmp_pat
     shares = (("free", 0), ("limited", 0.8))
     free, limited = (trained(large_head, tmp_path / name, share, 2) for name, share in shares)
     assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
-    assert limited.stderr.count("is done again in passes of 1/2 of the rows") == 1
-    assert "is done again" not in free.stderr
+    assert limited.stderr.count("is run again in micro-batches of 1/2 of the samples") == 1
+    assert "is run again" not in free.stderr
     curve = losses(tmp_path / "free")
     assert len(curve) == 6
     assert losses(tmp_path / "limited") == pytest.approx(curve, abs=1e-5)
@@ -231,7 +231,7 @@ def test_a_rank_that_is_out_of_memory_keeps_the_others(large_head: Path, tmp_pat
 def test_a_single_row_that_does_not_fit_stops_the_run(large_head: Path, tmp_path: Path) -> None:
     done = trained(large_head, tmp_path / "out", 0.08)
     assert done.returncode == 3, done.stderr[-3000:]
-    assert "memory runs out on a pass of a single row" in done.stderr
+    assert "memory runs out on a micro-batch of a single sample" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -240,7 +240,7 @@ def test_a_rank_whose_single_row_does_not_fit_asks_nothing_of_the_others(large_h
     """They wait for its gradients; of the steps since the last log it cannot hear what they trained."""
     keys: dict[str, Any] = yaml.safe_load(large_head.read_text())
     done = trained(write_config(large_head, **(keys | {"logging_steps": 10})), tmp_path / "out", 0.08, 2)
-    assert "memory runs out on a pass of a single row" in done.stderr
+    assert "memory runs out on a micro-batch of a single sample" in done.stderr
     assert "exitcode  : 3" in done.stderr, done.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert (state["global_step"], state["log_history"]) == (3, [])
