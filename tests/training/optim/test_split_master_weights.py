@@ -144,7 +144,8 @@ def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool) -> None
     # 8-bit states have a scale for each block of 256 elements: slices would have other blocks.
     largest = LARGEST_PIECE if "8 bits" in name else 640
     model, twin = layers(), layers()
-    optimizer, summed: Any = OPTIMIZERS[name](groups(model)), [] if is_one_pass else None
+    optimizer = OPTIMIZERS[name](groups(model))
+    summed: list[Any] | None = [] if is_one_pass else None
     ours = SplitMasters(optimizer, summed, largest_piece=largest, bucket_size=1000)
     whole = MasterWeights(OPTIMIZERS[name](groups(twin)))
     for step in range(12):
