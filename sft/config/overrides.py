@@ -67,15 +67,16 @@ def _assignments(
     while rest:
         word = rest.pop(0)
         name = word.removeprefix("--")
+        annotation = annotation_at(schema, tuple(name.replace("-", "_").split(".")))
         if _ASSIGNMENT.match(name):
             key, _, text = name.partition("=")
             yield key, text
         elif not word.startswith("--") or not name:
             hint = "Overrides are written --key value, --key=value or key=value."
             problems.append(Problem(f"{word!r} is not an override", hint, file=COMMAND_LINE))
-        elif rest and _is_value_for(rest[0], annotation_at(schema, tuple(name.replace("-", "_").split(".")))):
+        elif rest and _is_value_for(rest[0], annotation):
             yield name, rest.pop(0)
-        elif accepts(annotation_at(schema, tuple(name.replace("-", "_").split("."))), bool):
+        elif accepts(annotation, bool):
             yield name, "true"
         else:
             problems.append(Problem("needs a value", f"Write {word}=VALUE.", name, COMMAND_LINE))
@@ -116,9 +117,8 @@ def apply_overrides(
         if secrets.intersection(map(str, override.path)):
             logger.info("override: %s = (not shown)", override.key)
         else:
-            logger.info(
-                "override: %s = %s (was %s)", override.key, override.typed[:100], format_value(before).strip("'")
-            )
+            previous = format_value(before).strip("'")
+            logger.info("override: %s = %s (was %s)", override.key, override.typed[:100], previous)
     return problems
 
 

@@ -7,7 +7,6 @@ declared here replace upstream's.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -15,7 +14,7 @@ from pydantic import Field
 
 from sft.config.field_types import Bool, Int, Number, PathText
 from sft.config.section import ConfigSection
-from sft.config.upstream_schema import module_name, upstream_defaults, upstream_keys
+from sft.config.upstream_schema import make_upstream, non_default_values, upstream_defaults, upstream_keys
 
 if TYPE_CHECKING:
 
@@ -209,7 +208,7 @@ class TrainingKeys(TrainingArgumentsKeys):
         if not isinstance(arguments.get("resume_from_checkpoint"), str):
             arguments.pop("resume_from_checkpoint", None)  # upstream's field accepts a path only
         if self.parallelism_config is not None:
-            arguments["parallelism_config"] = _make_upstream(self.parallelism_config)
+            arguments["parallelism_config"] = make_upstream(self.parallelism_config)
         return arguments
 
 
@@ -256,7 +255,7 @@ class LoraKeys(LoraConfigKeys):
 
         Nested sections become peft's own classes, which imports peft.
         """
-        return _non_default("LoraConfig", self)
+        return non_default_values("LoraConfig", self)
 
 
 class QuantizationKeys(BitsAndBytesConfigKeys):
@@ -275,7 +274,7 @@ class QuantizationKeys(BitsAndBytesConfigKeys):
 
     def kwargs(self) -> dict[str, Any]:
         """Returns the keyword arguments for `transformers.BitsAndBytesConfig` that differ from its defaults."""
-        return _non_default("BitsAndBytesConfig", self)
+        return non_default_values("BitsAndBytesConfig", self)
 
 
 class AdapterKeys(ConfigSection):
@@ -341,20 +340,3 @@ _RENAMED_UPSTREAM = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-
-
-def _non_default(class_name: str, keys: ConfigSection) -> dict[str, Any]:
-    """Returns the values that differ from the defaults of an upstream class; nested sections as upstream's classes."""
-    upstream = upstream_defaults(class_name)
-    return {
-        name: _make_upstream(value) if isinstance(value, ConfigSection) else value
-        for name, value in keys
-        if name in upstream and value != upstream[name]
-    }
-
-
-def _make_upstream(section: ConfigSection) -> Any:
-    """Makes the upstream object that a nested section describes, e.g. `peft.EvaConfig(rho=1.0)`."""
-    class_name = type(section).__name__.removesuffix("Keys")
-    module = importlib.import_module(module_name(class_name))
-    return getattr(module, class_name)(**_non_default(class_name, section))

@@ -10,6 +10,7 @@ rewrites from the installed libraries; a test compares the two.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from functools import cache
@@ -68,11 +69,9 @@ def upstream_keys(class_name: str) -> type[ConfigSection]:
     """Makes a model with one field for each key of an upstream class, with upstream's name and default."""
     fields: dict[str, Any] = {}
     for name, fact in facts()[class_name].items():
-        description = (
-            MEANINGS.get(class_name, {}).get(name) or f"`{class_name}.{name}` of upstream, handed on as it is."
-        )
+        meaning = MEANINGS.get(class_name, {}).get(name) or f"`{class_name}.{name}` of upstream, handed on as it is."
         limits = LIMITS.get(class_name, {}).get(name, {})
-        fields[name] = (_annotation(fact, limits), Field(default=fact["default"], description=description))
+        fields[name] = (_annotation(fact, limits), Field(default=fact["default"], description=meaning))
     return create_model(f"{class_name}Keys", __base__=ConfigSection, __doc__=f"Every key of `{class_name}`.", **fields)
 
 
@@ -100,6 +99,23 @@ def _choice(choices: list[str]) -> Any:
         return Literal[tuple(choices)]
     alternatives = (re.sub(r"\\\[.*\\\]", r"[0-9]+", re.escape(choice)) for choice in choices)
     return Annotated[str, StringConstraints(pattern=f"^({'|'.join(alternatives)})$")]
+
+
+def non_default_values(class_name: str, keys: ConfigSection) -> dict[str, Any]:
+    """Returns the values that differ from the defaults of an upstream class; nested sections as upstream's classes."""
+    upstream = upstream_defaults(class_name)
+    return {
+        name: make_upstream(value) if isinstance(value, ConfigSection) else value
+        for name, value in keys
+        if name in upstream and value != upstream[name]
+    }
+
+
+def make_upstream(section: ConfigSection) -> Any:
+    """Makes the upstream object that a nested section describes, e.g. `peft.EvaConfig(rho=1.0)`."""
+    class_name = type(section).__name__.removesuffix("Keys")
+    module = importlib.import_module(module_name(class_name))
+    return getattr(module, class_name)(**non_default_values(class_name, section))
 
 
 # Values that the library accepts and its annotations do not list.
