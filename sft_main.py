@@ -78,7 +78,7 @@ def train(argv: list[str]) -> int:
     import stages
     import training_run
     from readiness import require_apart
-    from sft.checkpoint.discovery import find_checkpoint, where_to_go_on
+    from sft.checkpoint.discovery import describe_resume, find_checkpoint
     from sft.checkpoint.output_dir import archive_previous_run
     from sft.distributed.collectives import barrier
     from sft.model.tokenizer import remember_system_prompt
@@ -111,7 +111,7 @@ def train(argv: list[str]) -> int:
     try:
         training_run.carry_out(config, trainer, tokenizer, data, checkpoint, started)
     except KeyboardInterrupt as stop:
-        stop.add_note(where_to_go_on(output_dir))
+        stop.add_note(describe_resume(output_dir))
         raise
     barrier()
     distributed.destroy_process_group()

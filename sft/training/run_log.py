@@ -96,7 +96,7 @@ class RunRecords(RowOrder):
         if self.progress and self._streamed:
             if self.is_world_process_zero():
                 run_files.write_ledger(Path(str(self.args.output_dir)), self.progress.document(self._streamed))
-            self.progress.judge(stream_state.account_in(self._streamed))
+            self.progress.require_enough_rows(stream_state.account_in(self._streamed))
         self._clock += time.perf_counter() - started
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -343,7 +343,7 @@ def test_too_many_lost_rows_stop_the_run_when_its_rows_are_through(tmp_path: Pat
 
 
 def test_a_checkpoint_without_a_stream_is_refused(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot go on from"):
+    with pytest.raises(UserError, match="cannot resume from"):
         progress_of(stream_of(file)).load(tmp_path)
 
 
