@@ -1,8 +1,8 @@
-"""From a YAML file and command line overrides to one checked `Config`, and back to YAML.
+"""Loads a YAML file and command line overrides as one checked `Config`, and writes it as YAML.
 
     load_config("sft.yaml", ["--learning_rate", "1e-5", "lora_config.r=32"]) -> Config
 
-Nothing here imports torch or transformers: a mistake in the config is told in a fraction of a second.
+Nothing here imports torch or transformers, so that a mistake in the config is reported in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ __all__ = ["config_text", "json_schema", "load_config", "require_trainable", "wr
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the config, for editors."""
+    """Returns the JSON Schema of the config, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
 def write_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config, grouped: what the user set, and every key of ours with its effective value.
 
-    Secrets are left out, and the checkpoint that the run goes on from: the file repeats the run, from its start, and
-    with `auto` would find that it is finished. But for these, loading the file gives an equal config.
+    Secrets and the checkpoint that the run resumes from are omitted: the file repeats the run from step 0, and with
+    `auto` it would find a finished run. But for these, loading the file gives an equal config.
     """
-    if config.resume_from_checkpoint:  # false is a wish for each start of a job, and stays
+    if config.resume_from_checkpoint:  # false applies to each start of a job, and is kept
         config = config.model_copy(update={"resume_from_checkpoint": None})
     Path(path).write_text(config_text(config), encoding="utf-8")
 
 
 def config_text(config: Config) -> str:
-    """The YAML that `write_config` writes."""
+    """Returns the YAML that `write_config` writes."""
     parts = []
     for group in GROUPS:
         title = (group.__doc__ or "").splitlines()[0]
         body = yaml.dump(
-            _written(config.section(group)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
+            _values_to_write(config.section(group)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
         )
         parts.append(f"# {title}\n{body}")
     return "\n".join(parts)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever YAML 1.1 or 1.2 would read as something other than text, and shows long text as a block."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type, and writes text of several lines as a block."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -63,8 +63,8 @@ _Dumper.add_representer(str, _represent_text)
 add_core_resolvers(_Dumper)
 
 
-def _written(keys: ConfigSection) -> dict[str, Any]:
-    """The values that a written config shows of one group or section: ours, and those that the user set."""
+def _values_to_write(keys: ConfigSection) -> dict[str, Any]:
+    """Returns the values of one group or section that are written: keys of ours, and those that the user set."""
     own = type(keys).__annotations__.keys()
     return {
         name: _plain(value) for name, value in keys if name not in SECRET_KEYS and (name in own or keys.is_set(name))
@@ -73,8 +73,8 @@ def _written(keys: ConfigSection) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, ConfigSection):
-        return _written(value)
+        return _values_to_write(value)
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    # `save_steps` is a number that may be a share: 500 reads better than 500.0, and loads as the same.
+    # `save_steps` is a number that may be a share: 500 reads better than 500.0, and loads as the same value.
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value

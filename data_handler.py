@@ -1,9 +1,10 @@
-"""The data stage: from files to token data sets, with an account of every row.
+"""The data stage: turns files into tokenized data sets and accounts for every row in a ledger.
 
-    files → rows → conversations → text with trained spans → input_ids and labels → fitted → mixed → packed → cached
+    files → rows → conversations → text with spans → input_ids and labels → truncated → mixed → packed → cached
 
-`prepare_data` runs it all (once per machine, see `sft.data.preparation.cache`); `preview` shows what it does to the
-first rows.
+`prepare_data` runs all of it, once per machine (see `sft.data.preparation.cache`). `stream_data` does so for training
+rows while training. `preview` shows the result for the first rows, `require_enough_rows` rejects a ledger with too
+many lost rows, `serving_contract` compares training with serving, and `validation_conversations` are for generation.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from sft.data.preparation.prepare import Preparation, packing_mode
 from sft.data.preparation.preview import first_sample, preview, serving_contract, validation_conversations
 from sft.data.sources.dataset_source import split_seed, training_sources
 
-# torch and datasets take 230 MiB and 1.6 s, and nothing here needs them while rows are prepared: checking data, looking
-# at it and preparing it do without.
+# Importing torch and datasets takes 230 MiB and 1.6 s; checking, previewing and preparing data need neither.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -41,23 +41,23 @@ __all__ = [
     "validation_conversations",
 ]
 
-_HEAD = 1000  # rows of a stream that are looked at before training
+_HEAD_ROWS = 1000  # rows of a stream that are read before training
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What the trainer needs of the data.
+    """The data that the trainer needs, and the ledger of how it was made.
 
     Attributes:
-        train: rows of `input_ids` and `labels`; packed rows also have `seq_lengths`. Or a stream of them.
+        train: samples with `input_ids` and `labels`, packed ones also with `seq_lengths`; or a stream of them.
         evals: evaluation sets by name, in the same form.
-        train_tokens: tokens of `train`; None of a stream.
-        ledger: SPEC's LEDGER document; of a stream, that of its first rows.
-        end_token_ids: the tokens that end the trained answers, in the order of first use.
+        train_tokens: number of tokens in `train`; None for a stream.
+        ledger: the ledger document; for a stream, that of its first rows.
+        end_token_ids: the tokens that end the answers, in the order of first use.
         sample: the preview of the first row that is not lost; None when only evaluation sets were prepared.
         from_cache: whether an earlier preparation was found.
-        packing: what `packing: auto` chose for the training rows, in words; empty where it was not asked.
-        eval_ledgers: of the evaluation sets.
+        packing: describes what `packing: auto` chose for the training rows; empty for other settings.
+        eval_ledgers: ledgers of the evaluation sets.
         known: fingerprints of the evaluation sets' rows, in hexadecimal.
     """
 
@@ -74,21 +74,21 @@ class PreparedData:
 
     @property
     def is_stream(self) -> bool:
-        """Whether `train` is read while training."""
+        """Whether `train` is a stream that is read while training."""
         return self.train_tokens is None
 
     @property
     def is_packed(self) -> bool:
-        """Whether samples share rows."""
+        """Whether the training samples are packed."""
         return bool(self.train.is_packed) if self.is_stream else "seq_lengths" in self.train.column_names
 
     @property
     def train_rows(self) -> int | None:
-        """Rows of an epoch; None of a stream."""
+        """Samples of an epoch, packed ones counted once; None for a stream."""
         return None if self.is_stream else len(self.train)
 
     def identity(self) -> dict[str, Any]:
-        """What all processes must find alike."""
+        """Returns what must be equal in all processes."""
         if self.is_stream:
             return dict(self.train.identity())
         return {"training rows": len(self.train), "training tokens": self.train_tokens}
@@ -103,18 +103,18 @@ def prepare_data(
     auto: AutoPacking = NEVER,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> PreparedData:
-    """Prepares all data sets that `keys` names, or reads an earlier preparation of the same.
+    """Prepares all data sets that `keys` names, or reads them from the cache.
 
     Args:
         keys: the data section of the config.
         tokenizer: with its chat template set.
-        seed: what `shuffle_seed: null` stands for.
-        training: False prepares the evaluation sets alone.
-        auto: what `packing: auto` goes by.
-        on_rows: told how many rows have been prepared since it was last told.
+        seed: the run's seed, used for `shuffle_seed: null`.
+        training: False prepares only the evaluation sets.
+        auto: what `packing: auto` decides by.
+        on_rows: called with the number of rows prepared since its last call.
 
     Raises:
-        UserError: data that does not exist or cannot be read.
+        UserError: data does not exist or cannot be read.
     """
     plan = Preparation(keys, tokenizer, split_seed(keys, seed), training, auto, on_rows)
     folder = cache_root(keys.cache_dir) / plan.key()
@@ -149,18 +149,18 @@ def stream_data(
     auto: AutoPacking = NEVER,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> PreparedData:
-    """The training data as a stream, and the evaluation sets prepared as always.
+    """Opens the training data as a stream; the evaluation sets are prepared by `prepare_data`.
 
     Args:
         keys, tokenizer, seed, auto, on_rows: as for `prepare_data`.
-        order_seed: of the order of training rows (`Config.order_seed`).
-        rank, world_size: which process this is, of how many that train together.
-        workers: processes that each of them has for its data; at least 1, for itself.
+        order_seed: seed of the order of training rows (`Config.order_seed`).
+        rank, world_size: this process, and the number of processes that train together.
+        workers: data loader processes per rank; 1 if the rank itself loads the data.
         shuffle: whether the rows of a window are shuffled.
-        whole_window: whether the ledger is of the first window's rows, not of the first thousand.
+        whole_window: whether the ledger covers the first window instead of the first thousand rows.
 
     Raises:
-        UserError: data that does not exist or cannot be read.
+        UserError: data does not exist or cannot be read.
     """
     from sft.data.streaming.stream import StreamPlan, TrainingStream
 
@@ -168,7 +168,7 @@ def stream_data(
     sources = training_sources(keys)
     weights = tuple(source.weight for source in sources if source.weight is not None)
     packing = packing_mode(keys.packing)
-    if packing == "auto":  # its steps are given, and a window has samples enough
+    if packing == "auto":  # a stream has a fixed number of steps, and each window enough samples to pack
         packing = None if auto.obstacle else "bfd"
     plan = StreamPlan(
         sources=tuple(sources),
@@ -181,12 +181,10 @@ def stream_data(
         workers=workers,
     )
     stream = TrainingStream(tokenizer, keys, plan, rank)
-    account = stream.head(max(_HEAD, keys.streaming_window) if whole_window else _HEAD, on_rows)
+    account = stream.head(max(_HEAD_ROWS, keys.streaming_window) if whole_window else _HEAD_ROWS, on_rows)
     if not account.ends_epoch:
         read = sum(ledger.rows_read for ledger in account.ledgers.values())
-        logger.warning(
-            "streaming: the data has been looked at up to row %s; the rest is read while training", f"{read:,}"
-        )
+        logger.warning("streaming: checked the first %s rows; the rest is read while training", f"{read:,}")
     return replace(
         prepared,
         train=stream,

@@ -1,4 +1,4 @@
-"""The model stage: a tokenizer that can chat and pad, and a model that trains what the config names and nothing else.
+"""The model stage: loads the tokenizer and the model, quantizes and adapts it, saves and merges what was trained.
 
     tokenizer = load_tokenizer(keys)
     precision = plan_precision(keys, lora, quantization, bf16=..., fp16=...)
@@ -6,13 +6,12 @@
     save_final_model(model, tokenizer, output_dir, end_token_ids)
     model, tokenizer = load_trained(output_dir)
 
-The number format, the attention kernel, the pad token, grown embeddings and the parameter counts are said aloud.
+Dtype, attention, pad token, grown embeddings and parameter counts are logged.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +21,17 @@ from sft.errors import Problem, UserError
 from sft.model.attention.selection import choose_attention
 from sft.model.embeddings import embedding_rows, resize_embeddings
 from sft.model.from_scratch import build_config, check_settings
-from sft.model.loading import init_random, load_meta, model_class, pretrained, read_config
+from sft.model.loading import init_random, load_meta, load_pretrained, model_class, read_config
 from sft.model.lora import attach_adapter, count_parameters
 from sft.model.merging import merge
 from sft.model.paths import require_weights, resolve_reference
 from sft.model.precision import Precision, choose_precision, keep_precision
 from sft.model.quantization import (
     import_bitsandbytes,
+    prepare_quantized,
     quantized_layers,
-    require_trained_weights,
-    require_trainer_takes,
-    settle,
+    require_adapter_if_quantized,
+    require_trainable_quantization,
 )
 from sft.model.saving import save_companions, save_final_model
 from sft.model.tokenizer import configure_tokenizer, load_tokenizer, read_tokenizer
@@ -69,14 +68,14 @@ def plan_precision(
     fp16: bool | None = None,
     kept: str | None = None,
 ) -> Precision:
-    """The number formats of this run on this machine; the Trainer is to get `precision.bf16` and `precision.fp16`.
+    """Chooses the dtypes of this run on this machine; the Trainer gets `precision.bf16` and `precision.fp16`.
 
     Args:
-        bf16, fp16: as the user set them, None where not.
-        kept: the format of the weights in the checkpoint that the run goes on from; `dtype: auto` stays with it.
+        bf16, fp16: as the user set them, None if not set.
+        kept: the dtype of the weights in the checkpoint that the run resumes from; `dtype: auto` keeps it.
 
     Raises:
-        UserError: the settings exclude each other, or the device cannot do it.
+        UserError: the settings exclude each other, or the device does not support them.
     """
     with located(keys):
         trains_everything = lora is None and quantization is None
@@ -93,48 +92,24 @@ def plan_precision(
     return precision
 
 
-def _check_combination(
-    keys: ModelKeys, lora: LoraKeys | None, quantization: QuantizationKeys | None, for_training: bool
-) -> None:
-    if keys.from_scratch is not None:
-        wrong = "lora_config" if lora is not None else "quantization_config" if quantization is not None else None
-        if wrong:
-            raise UserError(
-                Problem("from_scratch starts from random weights, which are not to be frozen", key=wrong),
-            )
-    elif not keys.model_name_or_path:
-        raise UserError(
-            Problem("no model is named", "A folder, a name on the hub, or `from_scratch`.", key="model_name_or_path")
-        )
-    if quantization is not None and lora is None and for_training:
-        raise UserError(
-            Problem(
-                "quantized weights cannot be trained",
-                "Add a `lora_config` (`{}` takes every default), or leave quantization_config out.",
-                key="quantization_config",
-            )
-        )
-
-
 def check_model(keys: ModelKeys, lora: LoraKeys | None = None) -> None:
-    """What can be told of the model without reading its weights.
+    """Checks the model without reading its weights.
 
     Raises:
-        UserError: there is no model of that name, it is no causal language model, it has no weights, or quantized ones
-            and no adapter to train.
+        UserError: there is no model of that name, it is not a causal language model, it has no weights, or quantized
+            ones and no adapter to train.
     """
     with located(keys):
-        _check_combination(keys, None, None, for_training=False)
         if keys.from_scratch is not None:
             check_settings(keys.from_scratch)
-            return
-        reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-        require_trained_weights(read_config(reference, keys), lora)
-        require_weights(reference, "model_name_or_path")
+        elif keys.model_name_or_path:
+            reference = resolve_reference(keys.model_name_or_path, "model_name_or_path")
+            require_adapter_if_quantized(read_config(reference, keys), lora)
+            require_weights(reference, "model_name_or_path")
 
 
 def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Why samples of the model that is named should not share a row; None: its attention keeps them apart at no cost.
+    """Returns why samples should not be packed for the named model; None if its attention isolates them at no cost.
 
     Raises:
         UserError: there is no such model.
@@ -151,7 +126,7 @@ def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def router_aux_loss_coef(model: PreTrainedModel | PeftModel, asked: float | None) -> float:
-    """The weight of the loss that balances a mixture of experts: `asked`, or the model's own where its config uses it.
+    """Returns the weight of the load balancing loss: `asked`, or the model's own if its config uses that loss.
 
     Raises:
         UserError: it is asked for and the model has no router.
@@ -162,73 +137,9 @@ def router_aux_loss_coef(model: PreTrainedModel | PeftModel, asked: float | None
         return router_coefficient(model.config)
     config: Any = model.config.get_text_config()
     if asked and getattr(config, "router_aux_loss_coef", None) is None:
-        message = f"{config.model_type} is no mixture of experts: there is no router to balance"
+        message = f"{config.model_type} is not a mixture of experts: there is no router to balance"
         raise UserError(Problem(message, "Remove it.", key="router_aux_loss_coef"))
     return asked
-
-
-def _untrained_tokens(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, rows_before: int) -> list[int]:
-    """Ids whose embedding rows have never been trained: of tokens the user added, and beyond the model's rows.
-
-    A model with spare rows (Qwen has hundreds) needs no new ones for an added token, whose row is untrained all the
-    same. The pad token is never predicted nor attended to, so that its row does not matter.
-    """
-    first_new = rows_before
-    if keys.special_tokens:
-        first_new = min(first_new, len(read_tokenizer(keys)))
-    return [token for token in range(first_new, len(tokenizer)) if token != tokenizer.pad_token_id]
-
-
-def _attach(model: PreTrainedModel, lora: LoraKeys, new_ids: Sequence[int]) -> PeftModel:
-    adapted, rows = attach_adapter(model, lora, new_ids)
-    if rows:
-        where = " and ".join(rows)
-        logger.info("The adapter also trains the rows of %d new tokens in %s", len(new_ids), where)
-    elif new_ids:
-        logger.info("The rows of %d new tokens are trained as far as lora_config trains the embeddings", len(new_ids))
-    return adapted
-
-
-def _base(
-    keys: ModelKeys,
-    tokenizer: PreTrainedTokenizerFast,
-    precision: Precision,
-    quantization: QuantizationKeys | None,
-    outline: bool,
-) -> tuple[PreTrainedModel, int]:
-    """The model without an adapter, with a row of its embeddings for each token, and how many rows it had before."""
-    with _device(outline):
-        if keys.from_scratch is not None:
-            model = init_random(keys, tokenizer, precision)
-        elif outline:
-            model = load_meta(keys, precision)
-        else:
-            model = pretrained(keys, precision, quantization)
-        rows_before = embedding_rows(model)
-        grown = resize_embeddings(model, len(tokenizer))
-    if grown:
-        logger.info("Embeddings grown by %d rows to %d, one for each token", grown, rows_before + grown)
-    if quantization is not None:
-        bits = 4 if quantization.load_in_4bit else 8
-        layers = _as_if_quantized(model, quantization, bits) if outline else settle(model)
-        logger.info("Quantized to %d bits: %d linear layers", bits, layers)
-    elif quantized_layers(model):
-        logger.info("Quantized in its files: %d linear layers", settle(model))
-    model.config.use_cache = False
-    return model, rows_before
-
-
-def _device(outline: bool) -> AbstractContextManager[Any]:
-    import torch
-
-    return torch.device("meta") if outline else nullcontext()
-
-
-def _as_if_quantized(model: PreTrainedModel, keys: QuantizationKeys, bits: int) -> int:
-    from sft.model.meta_quantization import fake_quantize
-
-    skipped = tuple(keys.llm_int8_skip_modules or ())
-    return fake_quantize(model.requires_grad_(False), bits, keys.bnb_4bit_use_double_quant, skipped)
 
 
 def load_model(
@@ -241,46 +152,118 @@ def load_model(
     gradient_checkpointing: bool = False,
     activation_checkpoint: ActivationKeys | None = None,
     for_training: bool = True,
-    outline: bool = False,
+    meta: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Any causal language model, ready to train; quantized, frozen and adapted as the config says.
+    """Loads any causal language model, quantized, frozen and adapted as the config says.
 
     Args:
         tokenizer: from `load_tokenizer`; the embeddings grow to hold all its tokens.
         precision: from `plan_precision`.
-        gradient_checkpointing: recompute activations in the backward pass, without reentrance (which would need a
-            gradient at the frozen embeddings, and hides a graph that never reaches the adapters).
-        activation_checkpoint: the same with a choice of what is recomputed, and where the rest waits.
-        for_training: false for evaluating the base as the config describes it.
-        outline: the same model on the meta device, in a second: no weight is read; quantized layers compute nothing.
+        gradient_checkpointing: recompute activations in the backward pass. Never reentrant: that needs a gradient at
+            the frozen embeddings, and hides a graph that does not reach the adapters.
+        activation_checkpoint: the same with a choice of what is recomputed, and where the rest is kept.
+        for_training: false to evaluate the base as the config describes it.
+        meta: build the same model on the meta device, in a second: no weight is read; quantized layers compute nothing.
 
     Raises:
-        UserError: the model cannot be had, is no causal language model, or a setting does not fit it.
+        UserError: the model cannot be loaded, is not a causal language model, or a setting does not fit it.
     """
     with located(keys):
-        _check_combination(keys, lora, quantization, for_training)
         if lora is not None or quantization is not None:
             import_bitsandbytes()
-        model, rows_before = _base(keys, tokenizer, precision, quantization, outline)
+        model = _load_base(keys, precision, quantization, tokenizer, meta)
+        rows_before = _grow_embeddings(model, len(tokenizer), meta)
+        _prepare_quantization(model, quantization, meta)
+        model.config.use_cache = False
         if gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if activation_checkpoint is not None:
-            from sft.model.activation_checkpointing import checkpoint_activations
-
-            checkpoint_activations(
-                model,
-                activation_checkpoint.mode,
-                offload=activation_checkpoint.offload,
-                device=training_device(),  # the Trainer moves the model there; an outline never goes
-            )
-        adapted: PreTrainedModel | PeftModel = model
+            _checkpoint_activations(model, activation_checkpoint)
+        trained: PreTrainedModel | PeftModel = model
         if lora is not None:
-            with _device(outline):
-                adapted = _attach(model, lora, _untrained_tokens(keys, tokenizer, rows_before))
-        counts = count_parameters(adapted)
+            trained = _attach_adapter(model, lora, _untrained_tokens(keys, tokenizer, rows_before), meta)
+        counts = count_parameters(trained)
         logger.info("Parameters: %s", counts)
         if for_training:
-            require_trainer_takes(adapted)
+            require_trainable_quantization(trained)
             if not counts.trainable:
                 raise UserError(Problem("no weight of the model is trained", key="lora_config"))
+    return trained
+
+
+def _load_base(
+    keys: ModelKeys,
+    precision: Precision,
+    quantization: QuantizationKeys | None,
+    tokenizer: PreTrainedTokenizerFast,
+    meta: bool,
+) -> PreTrainedModel:
+    """Loads the model without an adapter: randomly initialized, pretrained, or on the meta device."""
+    with _device(meta):
+        if keys.from_scratch is not None:
+            return init_random(keys, tokenizer, precision)
+        return load_meta(keys, precision) if meta else load_pretrained(keys, precision, quantization)
+
+
+def _grow_embeddings(model: PreTrainedModel, tokens: int, meta: bool) -> int:
+    """Gives every token a row in the embeddings, and returns how many rows there were before."""
+    rows_before = embedding_rows(model)
+    with _device(meta):
+        grown = resize_embeddings(model, tokens)
+    if grown:
+        logger.info("Embeddings grown by %d rows to %d, one for each token", grown, rows_before + grown)
+    return rows_before
+
+
+def _prepare_quantization(model: PreTrainedModel, keys: QuantizationKeys | None, meta: bool) -> None:
+    """Freezes and counts the layers that are quantized, by the config or in the model's files."""
+    if keys is not None:
+        bits = 4 if keys.load_in_4bit else 8
+        layers = _fake_quantize(model, keys, bits) if meta else prepare_quantized(model)
+        logger.info("Quantized to %d bits: %d linear layers", bits, layers)
+    elif quantized_layers(model):
+        logger.info("Quantized in its files: %d linear layers", prepare_quantized(model))
+
+
+def _fake_quantize(model: PreTrainedModel, keys: QuantizationKeys, bits: int) -> int:
+    from sft.model.meta_quantization import fake_quantize
+
+    skipped = tuple(keys.llm_int8_skip_modules or ())
+    return fake_quantize(model.requires_grad_(False), bits, keys.bnb_4bit_use_double_quant, skipped)
+
+
+def _checkpoint_activations(model: PreTrainedModel, keys: ActivationKeys) -> None:
+    from sft.model.activation_checkpointing import checkpoint_activations
+
+    # The Trainer moves the model to the training device later; a meta model stays where it is.
+    checkpoint_activations(model, keys.mode, offload=keys.offload, device=training_device())
+
+
+def _untrained_tokens(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, rows_before: int) -> list[int]:
+    """Returns the ids whose embedding rows have never been trained: of added tokens, and beyond the model's rows.
+
+    An added token needs no new row if the model has spare ones (Qwen has hundreds), and its row is untrained all the
+    same. The pad token is never predicted nor attended to: its row does not matter.
+    """
+    first_new = rows_before
+    if keys.special_tokens:
+        first_new = min(first_new, len(read_tokenizer(keys)))
+    return [token for token in range(first_new, len(tokenizer)) if token != tokenizer.pad_token_id]
+
+
+def _attach_adapter(model: PreTrainedModel, lora: LoraKeys, new_ids: list[int], meta: bool) -> PeftModel:
+    """Attaches the adapter, and logs whether it trains the embedding rows of new tokens."""
+    with _device(meta):
+        adapted, rows = attach_adapter(model, lora, new_ids)
+    if rows:
+        where = " and ".join(rows)
+        logger.info("The adapter also trains the rows of %d new tokens in %s", len(new_ids), where)
+    elif new_ids:
+        logger.info("The rows of %d new tokens are trained as far as lora_config trains the embeddings", len(new_ids))
     return adapted
+
+
+def _device(meta: bool) -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.device("meta") if meta else nullcontext()

@@ -1,6 +1,6 @@
-"""A training loop written by hand around this pipeline's attention, loss, packed rows and optimizer, and nothing else.
+"""A hand-written training loop with this pipeline's attention, loss, packed sequences and optimizer, and nothing else.
 
-What the command is slower than this is what Trainer, callbacks, logs and checks cost.
+The difference between the command and this loop is the cost of Trainer, callbacks, logs and checks.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 LEARNING_RATE = 2e-4
 
 
-def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
-    """The model that is trained and the causal LM beneath its adapter (the same without one), on the device.
+def load_model(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
+    """Returns the model on the device, the causal LM inside its adapter (the model itself without one), and `bf16`.
 
-    The third says whether it computes under bf16 autocast, as the pipeline would.
+    The last is whether it computes under bf16 autocast, as the pipeline would.
     """
     from transformers import AutoModelForCausalLM
 
@@ -37,12 +37,12 @@ def load(arguments: dict[str, Any], adapter: Any) -> tuple[Any, Any, bool]:
 
         model = get_peft_model(causal_lm, adapter)
     if reason := fused_linear.install(causal_lm):
-        raise RuntimeError(f"the head stays apart from the loss: {reason}")
+        raise RuntimeError(f"the output head cannot be fused with the loss: {reason}")
     return model.train(), causal_lm, precision.bf16
 
 
-def batches(arguments: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """For each optimizer step the collated batches of its passes, packed and shuffled."""
+def make_batches(arguments: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Returns the collated micro-batches of each optimizer step, packed and shuffled."""
     import torch
     from transformers import AutoTokenizer
 
@@ -61,16 +61,16 @@ def batches(arguments: dict[str, Any]) -> list[list[dict[str, Any]]]:
     rows = data_handler.prepare_data(keys, tokenizer, seed=0).train
     collate = Collator(int(tokenizer.pad_token_id), flatten=True)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    size, passes = arguments["packed_rows"], arguments["passes"]
+    size, count = arguments["packed_rows"], arguments["micro_batches"]
 
     def batch(number: int) -> dict[str, Any]:
         return collate([rows[order[(number * size + n) % len(order)]] for n in range(size)])
 
-    return [[batch(step * passes + n) for n in range(passes)] for step in range(arguments["steps"])]
+    return [[batch(step * count + n) for n in range(count)] for step in range(arguments["steps"])]
 
 
 def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
-    """Trains for `arguments["steps"]`, the learning rate falling to 0, clipping at 1."""
+    """Trains for `arguments["steps"]` with a linear learning rate decay to 0 and gradients clipped at 1."""
     import torch
 
     from sft.distributed import onednn_cache
@@ -81,8 +81,8 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     onednn_cache.limit_onednn_cache(os.environ)
     device = torch.device(arguments["device"])
     torch.manual_seed(0)
-    model, causal_lm, autocasts = load(arguments, adapter)
-    prepared = batches(arguments)
+    model, causal_lm, autocasts = load_model(arguments, adapter)
+    steps = make_batches(arguments)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     if any(weight.dtype != torch.float32 for weight in weights):
@@ -90,10 +90,10 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     objective = Objective()
     began, seconds, tokens = 0.0, 0.0, 0
     total = torch.zeros((), device=device)
-    for step, passes in enumerate(prepared):
-        trained = sum(len(batch["trained_positions"]) for batch in passes)
+    for step, batches in enumerate(steps):
+        trained = sum(len(batch["trained_positions"]) for batch in batches)
         total = torch.zeros((), device=device)
-        for batch in passes:
+        for batch in batches:
             names = ("input_ids", "position_ids", "labels", "trained_positions")
             on_device = {name: batch[name].to(device, non_blocking=True) for name in names}
             attention = attention_inputs(causal_lm.config, batch["documents"].to(device, non_blocking=True))
@@ -104,24 +104,24 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - step / len(prepared))
+            group["lr"] = LEARNING_RATE * (1 - step / len(steps))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step + 1 == arguments["warm_up"]:
-            wait(device)
+            synchronize(device)
             began = time.perf_counter()
         elif began:
-            tokens += sum(batch["input_ids"].numel() for batch in passes)
-    wait(device)
+            tokens += sum(batch["input_ids"].numel() for batch in batches)
+    synchronize(device)
     seconds = time.perf_counter() - began
     if arguments["save"]:
         model.save_pretrained(Path(arguments["scratch"]) / "run")
-    steps = arguments["steps"] - arguments["warm_up"]
-    return {"seconds": seconds, "tokens": tokens, "steps": steps, "loss": float(total)}
+    timed = arguments["steps"] - arguments["warm_up"]
+    return {"seconds": seconds, "tokens": tokens, "steps": timed, "loss": float(total)}
 
 
-def wait(device: Any) -> None:
-    """Until the device has done what it was given."""
+def synchronize(device: Any) -> None:
+    """Waits until the device has finished its queued work."""
     import torch
 
     if device.type == "cuda":

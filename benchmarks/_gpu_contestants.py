@@ -1,4 +1,4 @@
-"""Who takes part in the GPU benchmark, and with what settings."""
+"""The contestants of the GPU benchmark and their settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who trains: a worker, what it is told beyond what all are told, and the packages without which it stays away."""
+    """A worker of `_train_contestants`, its own settings and arguments, and the packages that it needs."""
 
     name: str
     worker: str
@@ -22,14 +22,14 @@ def _attention() -> str:
     return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def contestants() -> list[Contestant]:
-    """All that can take part, whether they are installed or not; those of the same settings stand together."""
-    half = {
+def list_contestants() -> list[Contestant]:
+    """Returns all contestants, installed or not."""
+    packed = {
         "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": _attention()},
         "packing": True,
         "packing_strategy": "bfd",
     }
-    fast = {**half, "gradient_checkpointing": False}
+    uncheckpointed = {**packed, "gradient_checkpointing": False}
     return [
         Contestant("ours", "ours"),
         Contestant("bare loop", "bare"),
@@ -37,9 +37,9 @@ def contestants() -> list[Contestant]:
         Contestant("Trainer, Liger", "plain", ("liger_kernel",), {"use_liger_kernel": True}),
         Contestant("Trainer, CCE", "plain", ("cut_cross_entropy",), extra={"cut_cross_entropy": True}),
         Contestant("TRL", "trl", ("trl",)),
-        Contestant("TRL, packed", "trl", ("trl",), half),
-        Contestant("TRL, packed, no checkpointing", "trl", ("trl",), fast),
-        Contestant("TRL, packed, Liger", "trl", ("trl", "liger_kernel"), {**fast, "use_liger_kernel": True}),
+        Contestant("TRL, packed", "trl", ("trl",), packed),
+        Contestant("TRL, packed, no checkpointing", "trl", ("trl",), uncheckpointed),
+        Contestant("TRL, packed, Liger", "trl", ("trl", "liger_kernel"), {**uncheckpointed, "use_liger_kernel": True}),
     ]
 
 
@@ -54,5 +54,5 @@ HEAD_CONTESTANTS = {
 
 
 def is_installed(packages: tuple[str, ...]) -> bool:
-    """Whether all of them can be imported."""
+    """Returns whether all packages can be imported."""
     return all(importlib.util.find_spec(package) for package in packages)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks._report import Figures
 
-# What one H100 with 80 GB is to reach: tokens a second of full, LoRA and other training at any of the lengths.
+# Targets for one H100 with 80 GB: tokens per second by model size and method, at any length.
 H100_SPEEDS = {
     ("8B", "lora"): 13_500,
     ("8B", "full 8-bit"): 8_500,
@@ -17,27 +17,27 @@ H100_SPEEDS = {
 }
 H100_HEAD_MS, H100_HEAD_GB, H100_HEAD_SHAPE = 90, 3.0, [16_384, 248_320, 2048]
 H100_8BIT_GB = 72
-H100_QLORA_GIB, QLORA_OF_LORA = 7.0, 0.85  # the memory at 2 rows of 2,048
+H100_QLORA_GIB, QLORA_OF_LORA = 7.0, 0.85  # memory with 2 sequences of 2,048 tokens
 TIMES_TRL, TIMES_TRL_BEST = 1.5, 1.15
 Measured = dict[str, Any]
 
 
 def device_line(results: Measured) -> str:
-    """The machine, and the conventions by which the figures are to be read."""
+    """Describes the machine and how the figures are computed."""
     at, device = results["machine"], results["device"]
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
     memory = f", {device['memory_gib']} GiB" if device["memory_gib"] else ""
     peak = f"{device['peak'] / 1e12:,.1f} TFLOP/s" if device["peak"] else "unknown: no MFU"
     return (
         f"{device['name']}{memory}; {at['cpu']}, {at['system']}; {versions}. Rows: {results['data']}.\n\n"
-        "Operations of a token: 6 N for full training, 4 N where the weights are frozen; N counts the weights that it "
-        "is multiplied with, the output layer among them, without embeddings, adapters, attention's own products and "
-        f"what checkpointing computes again. Dense bfloat16 peak by the data sheet: {peak}."
+        "Operations per token: 6 N for full training, 4 N where the weights are frozen; N counts the weights that a "
+        "token is multiplied with, the output layer included, without embeddings, adapters, the matrix multiplications "
+        f"of attention and recomputed activations. Dense bfloat16 peak by the data sheet: {peak}."
     )
 
 
 def tokens_per_second(one: Measured) -> float | None:
-    """The median over the runs that came through, None where none did."""
+    """Returns the median over the successful runs, None without any."""
     speeds = [run["tokens"] / run["seconds"] for run in one["runs"] if "failed" not in run]
     return median(speeds) if speeds else None
 
@@ -52,7 +52,7 @@ def _peak_gb(runs: list[Measured]) -> float | None:
 
 
 def all_figures(results: Measured) -> list[Figures]:
-    """The targets, where the device is the one they are for; training by size; the head."""
+    """Returns the tables: targets that apply to this device, training by model size, the output layer."""
     tables = []
     if found := targets(results):
         lines = [
@@ -78,7 +78,7 @@ def _met(reached: float | str, sign: str, limit: float) -> str:
 
 
 def training_figures(size: str, results: Measured) -> Figures:
-    """One size of model, all methods and lengths."""
+    """Returns the table of one model size, with all methods and lengths."""
     peak = results["device"]["peak"]
     lines = []
     for one in results["train"]:
@@ -92,7 +92,7 @@ def training_figures(size: str, results: Measured) -> Figures:
 
 
 def head_figures(runs: dict[str, list[Measured]], shape: list[int]) -> Figures:
-    """The output layer and the loss alone."""
+    """Returns the table of the output layer and the loss."""
     lines = []
     for name, of_it in runs.items():
         times, held = [run["ms"] for run in of_it if "ms" in run], _peak_gb(of_it)
@@ -104,11 +104,11 @@ def head_figures(runs: dict[str, list[Measured]], shape: list[int]) -> Figures:
 
 
 Target = tuple[str, float | str, str, float]
-"""What, what was reached (or why nothing was), the sign, what was promised."""
+"""Name, value reached (or why there is none), comparison, target value."""
 
 
 def targets(results: Measured) -> list[Target]:
-    """Ratios to peers on any GPU, absolute figures on an H100."""
+    """Compares ratios to peers with their targets on any GPU, and absolute figures on an H100."""
     is_h100 = re.search("H100", results["device"]["name"]) is not None
     found: list[Target] = []
     places: dict[tuple[str, str, int, int], dict[str, Measured]] = {}

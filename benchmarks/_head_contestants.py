@@ -1,32 +1,29 @@
-"""The output layer and the loss alone: `python -m benchmarks._head_contestants NAME ARGUMENTS`, alone in a process.
+"""The output layer and the loss, each contestant in its own process: `python -m benchmarks._head_contestants NAME ...`.
 
-Hidden states and weight are drawn at random; every token is trained; forward and backward are timed, with gradients
-of both. Each reports
+Hidden states and weight are random; every token is supervised; forward and backward pass are timed, with the gradients
+of both inputs. Each reports
 
-    ms               median time of a forward and a backward
-    device_peak_mib  the most that they added to what the inputs take, gradients included; None where it is unknown
+    ms               median time of a forward and backward pass
+    device_peak_mib  peak memory above that of the inputs, gradients included; None where it is unknown
     loss             mean over the tokens, the same for all
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from benchmarks._bare_loop import wait
-from benchmarks._measure import peak_of_this_process
+from benchmarks._bare_loop import synchronize
+from benchmarks._measure import run_as_worker
 
 Loss = Callable[[Any, Any, Any], Any]  # hidden (N, D), weight (V, D), targets (N,): the mean loss
 
 
 def ours() -> Loss:
-    """`sft.loss.fused_linear`, as the trainer calls it."""
+    """Returns `sft.loss.fused_linear`'s loss, as the trainer calls it."""
     import torch
 
     from sft.loss.fused_linear import head_loss
@@ -38,8 +35,8 @@ def ours() -> Loss:
         model = torch.nn.Module()
         model.lm_head = torch.nn.Linear(1, 1, bias=False, device="meta")
         model.lm_head.weight = weight
-        weight.grad_dtype = torch.float32  # as in full training, where master values take the gradient
-        # Position t predicts token t + 1: one position more, whose hidden state nobody reads.
+        weight.grad_dtype = torch.float32  # as in full training, where the gradient goes to the master weights
+        # Position t predicts token t + 1, so a last position is added, whose hidden state is not used.
         row = torch.cat([hidden, hidden[-1:].detach()])[None]
         labels = torch.cat([targets[:1], targets])[None]
         positions = torch.arange(1, len(targets) + 1, device=targets.device)
@@ -49,21 +46,21 @@ def ours() -> Loss:
 
 
 def torch_plain() -> Loss:
-    """What transformers does: all logits, their float32 copy, cross entropy."""
+    """Returns the loss of transformers: all logits, their float32 copy, cross entropy."""
     import torch.nn.functional as F
 
     return lambda hidden, weight, targets: F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
 def torch_compiled() -> Loss:
-    """The same, compiled."""
+    """Returns the same loss under torch.compile."""
     import torch
 
     return torch.compile(torch_plain())
 
 
 def liger() -> Loss:
-    """Liger Kernel's fused linear cross entropy."""
+    """Returns Liger Kernel's fused linear cross entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss()
@@ -71,14 +68,14 @@ def liger() -> Loss:
 
 
 def cut_cross_entropy() -> Loss:
-    """Apple's cut-cross-entropy."""
+    """Returns Apple's cut-cross-entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
     return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets)
 
 
 def trl() -> Loss:
-    """TRL's fused output layer, with the outputs that its SFTTrainer asks for."""
+    """Returns the loss of TRL's fused output layer, with the outputs that its SFTTrainer requests."""
     import types
 
     import torch
@@ -100,7 +97,7 @@ def trl() -> Loss:
             return self.lm_head
 
         def forward(self, hidden: Any) -> Any:
-            """Replaced below."""
+            """Is replaced by `add_fused_lm_head`."""
 
     model = Model()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
@@ -112,8 +109,8 @@ def trl() -> Loss:
     return loss
 
 
-def measure(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Times one contestant."""
+def measure(make_loss: Callable[[], Loss], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Measures one contestant."""
     import torch
 
     device = torch.device(arguments["device"])
@@ -123,18 +120,18 @@ def measure(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     hidden = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
     weight = torch.nn.Parameter(torch.randn(arguments["vocabulary"], shape[1], device=device, dtype=dtype) * 0.02)
     targets = torch.randint(arguments["vocabulary"], shape[:1], device=device)
-    loss = HEADS[name]()
+    loss = make_loss()
     times, value = [], None
-    for repeat in range(arguments["repeats"] + 2):  # the first ones compile and tune
+    for repeat in range(arguments["repeats"] + 2):  # the first two compile and tune
         hidden.grad = weight.grad = None
-        wait(device)
+        synchronize(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         started = time.perf_counter()
         value = loss(hidden, weight, targets)
         value.backward()
-        wait(device)
+        synchronize(device)
         if repeat > 1:
             times.append((time.perf_counter() - started) * 1000)
     peak = (torch.cuda.max_memory_allocated() - held) / 2**20 if device.type == "cuda" else None
@@ -144,19 +141,10 @@ def measure(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"ms": statistics.median(times), "device_peak_mib": peak, "loss": float(value.detach())}
 
 
-HEADS: dict[str, Callable[[], Loss]] = {
-    head.__name__: head for head in (ours, torch_plain, torch_compiled, liger, cut_cross_entropy, trl)
+WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    head.__name__: partial(measure, head) for head in (ours, torch_plain, torch_compiled, liger, cut_cross_entropy, trl)
 }
 
 
-def main() -> None:
-    name, given, result, _ = sys.argv[1:]
-    arguments = json.loads(given)
-    if arguments["device"] == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    report = measure(name, arguments)
-    Path(result).write_text(json.dumps({**report, "own_peak_mib": peak_of_this_process()}))
-
-
 if __name__ == "__main__":
-    main()
+    run_as_worker(WORKERS)

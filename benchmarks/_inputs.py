@@ -1,4 +1,4 @@
-"""What the data benchmark reads: chat rows, a tokenizer of realistic size, and the rows' rendered texts."""
+"""The inputs of the benchmarks: chats, a tokenizer of realistic size, rendered texts, document lengths."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# How GPT-4's and Llama 3's tokenizers cut text into words: contractions, letters, up to three digits, signs, blanks.
+# Splits text into words like the tokenizers of GPT-4 and Llama 3: contractions, letters, 1 to 3 digits, signs, blanks.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WORDS = 20_000  # in the generated language, used in Zipf's proportions
+_WORDS = 20_000  # of the generated text, with frequencies by Zipf's law
 
 
 def build_tokenizer(folder: Path, texts: list[Path], rows: list[dict[str, str]]) -> None:
@@ -55,8 +55,19 @@ def build_tokenizer(folder: Path, texts: list[Path], rows: list[dict[str, str]])
     tokenizer.save_pretrained(folder)
 
 
+def find_corpus_files(source: Path) -> list[Path]:
+    """Returns the text files next to the folder of `source`, on which the tokenizer is trained too."""
+    names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
+    return [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
+
+
+def name_source(source: Path) -> str:
+    """Returns the name of the data for the report."""
+    return source.parent.name if source.is_file() else "generated text"
+
+
 def read_questions(file: Path | None) -> list[dict[str, str]]:
-    """Rows of `question` and `answer`: those of `file`, or 7,473 generated ones with lengths like gsm8k's."""
+    """Reads rows of `question` and `answer` from `file`; without it, generates 7,473 with lengths like gsm8k's."""
     if file is not None and file.is_file():
         with file.open(encoding="utf-8") as lines:
             return [{key: row[key] for key in ("question", "answer")} for row in map(json.loads, lines)]
@@ -81,10 +92,10 @@ def _generated_questions() -> Iterator[dict[str, str]]:
 
 
 def write_chats(file: Path, questions: list[dict[str, str]], rows: int, distinct: bool = False) -> None:
-    """Writes `rows` chats of one question and one answer, going through `questions` again and again.
+    """Writes `rows` chats of one question and one answer, repeating `questions` in order.
 
     Args:
-        distinct: each repeat gets other digits and a number in front, so that no row stands in the file twice.
+        distinct: each repeat gets other digits and a number in front, so no row is repeated.
     """
     with file.open("w", encoding="utf-8") as stream:
         for at in range(rows):
@@ -99,7 +110,7 @@ def write_chats(file: Path, questions: list[dict[str, str]], rows: int, distinct
 
 
 def write_rendered(file: Path, chats: Path, tokenizer: Any) -> None:
-    """Writes what the chat template makes of each row of `chats`, a JSON string a line."""
+    """Writes each row of `chats` as rendered by the chat template, one JSON string per line."""
     with chats.open(encoding="utf-8") as lines, file.open("w", encoding="utf-8") as stream:
         for line in lines:
             text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
@@ -107,7 +118,7 @@ def write_rendered(file: Path, chats: Path, tokenizer: Any) -> None:
 
 
 def log_normal_lengths(count: int, mean: float, limit: int) -> np.ndarray:
-    """Lengths of documents as chat data has them: (count,) int64 in 1..limit, log-normal with sigma 0.7."""
+    """Draws document lengths like those of chat data: (count,) int64 in 1..limit, log-normal with sigma 0.7."""
     sigma = 0.7
     drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(np.rint(drawn), 1, limit).astype(np.int64)

@@ -1,4 +1,4 @@
-"""One measurement in one fresh process: its result, its time, and the memory of the whole process tree."""
+"""Runs one measurement in a new process, and records its result, its time and the memory of its process tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 _MIB = 1024 * 1024
-_STARTED = "BENCHMARK_STARTED"  # environment variable that tells a worker when it was started
-_EVERY = 0.2  # seconds between two looks at the memory
+_STARTED = "BENCHMARK_STARTED"  # environment variable with the start time of a worker
+_EVERY = 0.2  # seconds between two samples of the memory
 
 
 def peak_of_this_process() -> float:
-    """The most MiB that this process has held in memory since it started its program.
+    """Returns the peak memory of this process in MiB.
 
-    Linux' `ru_maxrss` is handed on to a new program by the process that starts it; `VmHWM` begins anew.
+    On Linux `ru_maxrss` is inherited from the parent process; `VmHWM` is not.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -41,23 +41,23 @@ def peak_of_this_process() -> float:
 
 
 def age_of_this_process() -> float:
-    """Seconds since `run_worker` started this process: the interpreter's start and all imports are in it."""
+    """Returns the seconds since `run_worker` started this process, with the interpreter's start and all imports."""
     return time.monotonic() - float(os.environ[_STARTED])  # one clock for all processes of a machine
 
 
 def run_worker(module: str, name: str, arguments: dict[str, Any], scratch_root: Path) -> dict[str, Any]:
-    """Runs `python -m module name` with `arguments` in a process of its own, with caches of its own.
+    """Runs `python -m module name` with `arguments` in its own process, with its own caches.
 
     Args:
-        scratch_root: where the worker's folder for caches and results is made; it is removed at the end.
+        scratch_root: where the worker's folder for caches and results is created; it is removed at the end.
 
     Returns:
-        What the worker reports, with `wall_s` (its start to its end), and `peak_mib`: the larger of what the kernel
-        noted as the process's own peak and the largest sum over the process tree that was seen (a page that several
-        processes share is shared out among them); `private_mib` is the part of that sum that is no file's.
+        The worker's report, with `wall_s` (its start to its end) and `peak_mib`: the larger of the kernel's peak of the
+        process and the largest sampled sum over the process tree (PSS: shared pages are divided among the processes);
+        `private_mib` is the part of that sum that is not backed by files.
 
     Raises:
-        RuntimeError: it failed; the message is the end of what it said.
+        RuntimeError: the worker failed; the message has the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="bench_", dir=scratch_root) as scratch:
         result = Path(scratch) / "result.json"
@@ -66,22 +66,33 @@ def run_worker(module: str, name: str, arguments: dict[str, Any], scratch_root: 
         command = [sys.executable, "-m", module, name, json.dumps(arguments), str(result), scratch]
         started = time.monotonic()
         environment[_STARTED] = str(started)
-        with open(f"{scratch}/said.txt", "w+") as said:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+        with open(f"{scratch}/output.txt", "w+") as output:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
             tree = _TreeMemory(process.pid)
             code = process.wait()
             wall = time.monotonic() - started
             seen, private = tree.stop()
-            said.seek(0)
+            output.seek(0)
             if code or not result.exists():
-                raise RuntimeError(f"{name} ended with exit code {code}:\n{said.read()[-3000:]}")
+                raise RuntimeError(f"{name} ended with exit code {code}:\n{output.read()[-3000:]}")
         report = json.loads(result.read_text())
     peak = max(seen, report["own_peak_mib"])
     return {**report, "wall_s": wall, "peak_mib": peak, "private_mib": private}
 
 
+def run_as_worker(workers: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Runs the worker that `run_worker` named on the command line, and writes its report."""
+    name, given, result, scratch = sys.argv[1:]
+    arguments = {**json.loads(given), "scratch": scratch}
+    if arguments.get("device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported, which has not happened yet
+    report = workers[name](arguments)
+    report["own_peak_mib"] = max(peak_of_this_process(), report.pop("child_peak_mib", 0.0))
+    Path(result).write_text(json.dumps(report))
+
+
 class _TreeMemory:
-    """Looks at a process and all its children from time to time, in a thread."""
+    """Samples the memory of a process and its children, in a thread."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -91,7 +102,7 @@ class _TreeMemory:
         self._thread.start()
 
     def stop(self) -> tuple[float, float]:
-        """The largest sums seen, in MiB: all memory, and that which is no file's."""
+        """Stops, and returns the largest sums in MiB: all memory, and the part that is not backed by files."""
         self._done.set()
         self._thread.join()
         return self._most, self._most_private
@@ -108,32 +119,32 @@ class _TreeMemory:
 
 
 def _shares(pid: int) -> tuple[float, float]:
-    """A process's proportional share of memory in MiB, and the part of it that is no file's; 0 where it is unknown."""
+    """Returns the PSS of a process in MiB, and the part of it that is not backed by files; 0 where it is unknown."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:  # it has just ended, or this is not Linux
+    except OSError:  # the process has just ended, or this is not Linux
         return 0.0, 0.0
     found = {key: int(kib) / 1024 for key, kib in re.findall(r"^(Pss|Pss_Anon):\s+(\d+)", text, re.MULTILINE)}
     return found.get("Pss", 0.0), found.get("Pss_Anon", 0.0)
 
 
 def median(reports: list[dict[str, Any]], key: str) -> float:
-    """Median of one figure over the rounds."""
+    """Returns the median of one figure over the rounds."""
     return statistics.median(report[key] for report in reports)
 
 
 def speed(reports: list[dict[str, Any]]) -> float:
-    """Median tokens per second."""
+    """Returns the median tokens per second."""
     return statistics.median(report["tokens"] / report["seconds"] for report in reports)
 
 
 def added_memory(reports: list[dict[str, Any]]) -> float:
-    """Median MiB of the peak that were not there when the work began: without libraries and tokenizer."""
+    """Returns the median MiB that the work added to the peak: without libraries and tokenizer."""
     return statistics.median(report["peak_mib"] - report["ready_mib"] for report in reports)
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """What the figures depend on: processor, cores, memory, and versions (of the packages that are installed)."""
+    """Returns what the figures depend on: processor, cores, memory, and the versions of installed packages."""
     try:
         named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -151,3 +162,9 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
     }
+
+
+def describe_machine(facts: dict[str, Any]) -> str:
+    """Formats `machine`'s facts in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['system']}; {versions}."

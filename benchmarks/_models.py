@@ -1,4 +1,4 @@
-"""The models that are trained: shapes, how many operations a token costs, and what a GPU can do in a second."""
+"""The models of the benchmarks: their shapes and their operations per token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder like Llama's or Qwen3's.
+    """Shape of a decoder like Llama or Qwen3.
 
     Attributes:
         family: the `model_type`.
@@ -29,7 +29,7 @@ class Shape:
     tied: bool = False
 
     def config(self, positions: int = 8192) -> Any:
-        """The model's config in transformers."""
+        """Returns the config in transformers."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(
@@ -49,26 +49,26 @@ class Shape:
         )
 
     def multiplied_parameters(self) -> int:
-        """N: weights that each token is multiplied with, those of the output layer among them, embeddings not."""
+        """Returns N: the weights that each token is multiplied with, with the output layer, without embeddings."""
         attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.inner) + self.width * self.vocabulary
 
     def operations(self, frozen: bool) -> int:
-        """Floating point operations of a token's forward and backward: 6 N, or 4 N where the weights are frozen.
+        """Returns the operations of a forward and backward pass per token: 6 N, or 4 N where the weights are frozen.
 
         Each weight costs a multiplication and an addition for the output, as many for the gradient of the input, and
-        as many again for its own gradient, which frozen weights have not. The products of attention itself, the
-        adapters, and what is computed twice under checkpointing do not count.
+        as many for its own gradient, which frozen weights do not have. The matrix multiplications of attention, the
+        adapters, and activations that checkpointing recomputes are not counted.
         """
         return (4 if frozen else 6) * self.multiplied_parameters()
 
     def as_dict(self) -> dict[str, Any]:
-        """For a worker's arguments; `Shape(**...)` reads it."""
+        """Returns the arguments of `Shape`, as JSON for a worker."""
         return asdict(self)
 
 
 def square(layers: int, width: int, vocabulary: int, tied: bool = False) -> Shape:
-    """A small Llama with heads of 64 and a feed-forward layer of 2.75 times the width, as Llama 2's is 2.69."""
+    """Returns a small Llama with heads of 64 and a feed-forward layer of 2.75 times the width (Llama 2: 2.69)."""
     heads = width // 64
     inner = round(width * 2.75 / 64) * 64
     return Shape(layers, width, inner, heads, max(1, heads // 2), vocabulary, tied=tied)
@@ -97,7 +97,7 @@ def save_model(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> None:
-    """A model folder as a user names it in `model_name_or_path`: weights drawn at random, and the tokenizer."""
+    """Writes a model folder for `model_name_or_path`: randomly initialized weights, and the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

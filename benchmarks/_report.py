@@ -1,4 +1,4 @@
-"""Tables, plots and the results file of the benchmarks."""
+"""Tables, targets, plots and the results file of the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,13 +14,14 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figures:
-    """A table of results, for the terminal and for Markdown."""
+    """A table of results."""
 
     title: str
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
     def show(self, console: Console) -> None:
+        """Prints the table."""
         table = Table(title=self.title, title_justify="left")
         for number, name in enumerate(self.head):
             table.add_column(name, justify="right" if number else "left")
@@ -28,13 +30,34 @@ class Figures:
         console.print(table)
 
     def markdown(self) -> str:
+        """Returns the table as Markdown."""
         rule = ("---", *["---:"] * (len(self.head) - 1))
         lines = [" | ".join(row).join(("| ", " |")) for row in (self.head, rule, *self.rows)]
         return f"**{self.title}**\n\n" + "\n".join(lines)
 
 
+Target = tuple[str, float, str, float]
+"""Name, value reached, comparison (`>=`, `<=`; empty without a target), target value."""
+
+
+def compare_with_targets(found: Sequence[Target]) -> list[dict[str, Any]]:
+    """Returns each value with its target and whether it is met; a value without a target is for information."""
+    return [
+        {"what": what, "reached": reached}
+        | ({"target": f"{sign} {limit}", "met": reached >= limit if sign == ">=" else reached <= limit} if sign else {})
+        for what, reached, sign, limit in found
+    ]
+
+
+def target_figures(compared: Sequence[dict[str, Any]], digits: int) -> Figures:
+    """Returns the table of `compare_with_targets`."""
+    verdicts = {True: "yes", False: "no", None: ""}
+    rows = [(t["what"], f"{t['reached']:.{digits}g}", t.get("target", ""), verdicts[t.get("met")]) for t in compared]
+    return Figures("Targets", ("", "reached", "target", "met"), rows)
+
+
 def write_section(file: Path, title: str, text: str) -> None:
-    """Puts `text` under `## title` in a Markdown file; what other sections say stays."""
+    """Replaces the section `## title` of a Markdown file, or appends it; other sections stay."""
     known = file.read_text() if file.exists() else "# Results\n"
     section = f"## {title}\n\n{text.strip()}\n"
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -46,7 +69,7 @@ def write_section(file: Path, title: str, text: str) -> None:
 
 
 def plot_scaling(file: Path, speeds: dict[str, dict[int, float]]) -> bool:
-    """Draws tokens per second by rows, one line a contestant; returns False where matplotlib is not installed."""
+    """Draws tokens per second by rows, one line per contestant; returns False where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:

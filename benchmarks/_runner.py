@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: their parts run one after another, and their figures are shown and written."""
+"""What the benchmark scripts share: options, running the parts in order, printing and writing the figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks._measure import machine
+from benchmarks._measure import ROOT, machine
 from benchmarks._report import Figures
 
 
@@ -21,12 +21,12 @@ def run_parts(
     console: Console,
     packages: Sequence[str],
 ) -> tuple[dict[str, Any], int]:
-    """The figures of each part in `options.parts`, by name, with the machine; and how many parts failed.
+    """Runs each part in `options.parts`; returns the figures by part, with the machine, and how many parts failed.
 
     Args:
-        make: a benchmark, with an attribute `data` and a method for each part.
-        options: as given, with `work`, the folder for temporary files.
-        packages: whose versions are noted.
+        make: makes a benchmark, which has an attribute `data` and a method for each part.
+        options: of the command line; `work` is the folder for temporary files.
+        packages: their versions are recorded.
     """
     results: dict[str, Any] = {"machine": machine(packages), "options": {k: str(v) for k, v in vars(options).items()}}
     failed = 0
@@ -36,20 +36,26 @@ def run_parts(
         for part in options.parts:
             try:
                 results[part] = getattr(benchmark, part)()
-            except RuntimeError as error:  # the other parts' figures are not lost for it
+            except RuntimeError as error:  # keep the figures of the other parts
                 console.print(f"{part}: {error}", markup=False, highlight=False)
                 failed += 1
     return results, failed
 
 
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--data`, the questions that the rows are made of."""
+    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+
+
 def wide_console() -> Console:
-    """The terminal, or 150 columns of text where there is none."""
+    """Returns a console for the terminal, or for text of 150 columns."""
     console = Console()
     return console if console.is_terminal else Console(width=150)
 
 
 def show(console: Console, tables: Sequence[Figures], results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Prints the tables; writes all figures to `options.json` where it is given."""
+    """Prints the tables, and writes all figures to `options.json` if it is set."""
     for table in tables:
         table.show(console)
     if options.json:

@@ -1,19 +1,18 @@
-"""Who trains in the training benchmark: `python -m benchmarks._train_contestants NAME ARGUMENTS`, alone in a process.
+"""The contestants of the training benchmarks, each in its own process (`python -m benchmarks._train_contestants ...`).
 
-All get the same model folder, the same chats, AdamW, clipping at 1, and as many tokens in an optimizer step as their
-way of batching allows. Each reports
+All get the same model folder, the same chats, AdamW, clipping at 1, and as many tokens per optimizer step as their
+batching allows. Each reports
 
-    seconds, tokens   of the steps behind the first `warm_up` ones; real tokens only, counted in the batches themselves
-    steps             that these are
+    seconds, tokens   of the steps after the first `warm_up` ones; tokens are counted in the batches, without padding
+    steps             the number of these steps
     loss              of the last log
-    wall_s            of the whole process, from its start to its end (`run_worker` adds it where a contestant does not)
-    own_peak_mib      the most memory that it ever had
+    wall_s            from the start of the process to its end (`run_worker` adds it where a contestant does not)
+    own_peak_mib      peak memory of the process
 """
 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -24,14 +23,14 @@ from typing import Any
 
 from benchmarks import _bare_loop
 from benchmarks._bare_loop import LEARNING_RATE
-from benchmarks._measure import ROOT, peak_of_this_process
+from benchmarks._measure import ROOT, run_as_worker
 from benchmarks._training_inputs import inputs, model_on_device
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
 def ours(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The command as a user starts it, with the defaults that it ships with; `settings` adds keys to the config."""
+    """Runs the command with its defaults, as a user does; `settings` adds keys to the config."""
     scratch = Path(arguments["scratch"])
     config = {
         "model_name_or_path": arguments["model"],
@@ -41,7 +40,7 @@ def ours(arguments: dict[str, Any]) -> dict[str, Any]:
         "max_seq_length": arguments["max_length"],
         "truncation": "right",  # as the others do
         "per_device_train_batch_size": arguments["packed_rows"],
-        "gradient_accumulation_steps": arguments["passes"],
+        "gradient_accumulation_steps": arguments["micro_batches"],
         "max_steps": arguments["steps"],
         "learning_rate": LEARNING_RATE,
         "logging_steps": arguments["warm_up"],
@@ -73,16 +72,16 @@ def ours(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def real_tokens(batch: dict[str, Any]) -> Any:
-    """Tokens of a collated batch without padding, on its device, so that no step waits for the number.
+    """Counts the tokens of a collated batch without padding, on its device, so no step waits for the number.
 
-    Without a mask there is none to count.
+    A batch without a mask has no padding.
     """
     mask = batch.get("attention_mask")
     return mask.sum() if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
 
 
-def clocked(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
-    """A Trainer's subclass that counts what it trains on, and the report that it fills."""
+def add_clock(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
+    """Returns a subclass of the Trainer that counts its tokens and times its steps, and the report that it fills."""
     from transformers import TrainerCallback
 
     report: dict[str, Any] = {"tokens": 0, "steps": 0, "seconds": 0.0}
@@ -99,7 +98,7 @@ def clocked(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step in (warm_up, state.max_steps):
-                _bare_loop.wait(args.device)
+                _bare_loop.synchronize(args.device)
             if state.global_step == warm_up:
                 begun["at"] = time.perf_counter()
             elif begun:
@@ -119,7 +118,7 @@ def clocked(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
 
 
 def adapter(arguments: dict[str, Any]) -> Any:
-    """The same adapter for all, or None for full training."""
+    """Returns the adapter's config, the same for all; None for full training."""
     if not arguments["lora"]:
         return None
     from peft import LoraConfig
@@ -128,7 +127,7 @@ def adapter(arguments: dict[str, Any]) -> Any:
 
 
 def quantization(arguments: dict[str, Any]) -> Any:
-    """QLoRA's 4 bits (arXiv:2305.14314), or None."""
+    """Returns the config of QLoRA's 4 bits (arXiv:2305.14314), or None."""
     if not arguments["quantized"]:
         return None
     from transformers import BitsAndBytesConfig
@@ -142,7 +141,7 @@ def quantization(arguments: dict[str, Any]) -> Any:
 
 
 def with_device_peak(report: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Adds the most memory that tensors took on a GPU."""
+    """Adds the peak memory of tensors on a GPU."""
     if arguments["device"] == "cuda":
         import torch
 
@@ -151,7 +150,7 @@ def with_device_peak(report: dict[str, Any], arguments: dict[str, Any]) -> dict[
 
 
 def trainer_settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What plain Trainer and TRL are told alike; batches of at most 8 rows, which is their default."""
+    """Returns the settings that Trainer and TRL share; batches of at most 8 rows, their default."""
     rows = max(1, round(arguments["step_tokens"] / arguments["mean_length"]))
     micro = min(rows, arguments["micro_rows"])
     return {
@@ -170,7 +169,7 @@ def trainer_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """`transformers.Trainer` as its manual shows it: rows tokenized by `map`, batches padded to their longest row."""
+    """Runs `transformers.Trainer` as its manual shows: rows tokenized by `map`, batches padded to their longest row."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -199,7 +198,7 @@ def plain(arguments: dict[str, Any]) -> dict[str, Any]:
         if arguments["quantized"]:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, adapter(arguments))
-    trainer_class, report = clocked(Trainer, arguments["warm_up"])
+    trainer_class, report = add_clock(Trainer, arguments["warm_up"])
     trainer = trainer_class(
         model=model,
         args=TrainingArguments(**{**trainer_settings(arguments), **arguments["settings"]}),
@@ -212,9 +211,9 @@ def plain(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def trl(arguments: dict[str, Any]) -> dict[str, Any]:
-    """TRL's SFTTrainer on a model's name, as its manual shows it; `settings` are given to SFTConfig.
+    """Runs TRL's SFTTrainer on a model's name, as its manual shows it; `settings` are passed to SFTConfig.
 
-    Packed rows are taken one at a time, so that attention's dense mask is the smallest possible.
+    A micro-batch is one packed sequence, which keeps the dense attention mask as small as possible.
     """
     from datasets import load_dataset
     from transformers import AutoTokenizer
@@ -222,9 +221,9 @@ def trl(arguments: dict[str, Any]) -> dict[str, Any]:
 
     settings = {**trainer_settings(arguments), "max_length": arguments["max_length"], **arguments["settings"]}
     if settings.get("packing"):
-        passes = max(1, round(arguments["step_tokens"] / settings["max_length"]))
-        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": passes}
-    trainer_class, report = clocked(SFTTrainer, arguments["warm_up"])
+        micro_batches = max(1, round(arguments["step_tokens"] / settings["max_length"]))
+        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": micro_batches}
+    trainer_class, report = add_clock(SFTTrainer, arguments["warm_up"])
     trainer = trainer_class(
         model=arguments["model"],
         args=SFTConfig(**settings),
@@ -238,7 +237,7 @@ def trl(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish(trainer: Any, arguments: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """Trains; saves the final model where the run is measured as a whole, as the command does."""
+    """Trains, and saves the final model where the whole run is measured, as the command does."""
     trainer.train()
     if arguments["save"]:
         trainer.save_model()
@@ -246,7 +245,7 @@ def finish(trainer: Any, arguments: dict[str, Any], report: dict[str, Any]) -> d
 
 
 def bare(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The loop written by hand: no Trainer, no command."""
+    """Runs the hand-written loop."""
     return with_device_peak(_bare_loop.train(arguments, adapter(arguments)), arguments)
 
 
@@ -255,15 +254,5 @@ WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    name, given, result, scratch = sys.argv[1:]
-    arguments = {**json.loads(given), "scratch": scratch}
-    if arguments.get("device") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported, which has not happened yet
-    report = WORKERS[name](arguments)
-    report["own_peak_mib"] = max(peak_of_this_process(), report.pop("child_peak_mib", 0.0))
-    Path(result).write_text(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_as_worker(WORKERS)

@@ -1,4 +1,4 @@
-"""What the training benchmark reads: the same chats for each contestant in the form it takes, and their mean length."""
+"""The inputs of the training benchmarks: chats in the format of each contestant, their mean length, model folders."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks._inputs import build_tokenizer, read_questions
+from benchmarks._inputs import build_tokenizer, find_corpus_files, name_source, read_questions
 from benchmarks._models import Shape, save_model
 
 
 def write_pairs(chats: Path, pairs: Path, questions: list[dict[str, str]], rows: int, joined: int = 1) -> None:
-    """Writes `rows` chats in two forms, going through `questions` again and again.
+    """Writes `rows` chats in two formats, repeating `questions` in order.
 
     Args:
         chats: gets `messages` of one question and one answer.
-        pairs: gets the same as `prompt` and `completion`, whose answers TRL trains alone.
-        joined: questions that one row asks at once, for long rows.
+        pairs: gets the same as `prompt` and `completion`, of which TRL trains the completion only.
+        joined: questions per row, for long rows.
     """
     with chats.open("w", encoding="utf-8") as one, pairs.open("w", encoding="utf-8") as other:
         for row in range(rows):
@@ -27,10 +27,10 @@ def write_pairs(chats: Path, pairs: Path, questions: list[dict[str, str]], rows:
             other.write(json.dumps({"prompt": [question], "completion": [answer]}, ensure_ascii=False) + "\n")
 
 
-def mean_length(chats: Path, tokenizer: Any, looked_at: int = 1000) -> float:
-    """Tokens of a row with all that the template adds, from the first `looked_at`."""
+def mean_length(chats: Path, tokenizer: Any, sampled: int = 1000) -> float:
+    """Returns the mean tokens of a row, rendered by the template, over the first `sampled` rows."""
     with chats.open(encoding="utf-8") as lines:
-        messages = [json.loads(line)["messages"] for line, _ in zip(lines, range(looked_at), strict=False)]
+        messages = [json.loads(line)["messages"] for line, _ in zip(lines, range(sampled), strict=False)]
     texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in messages]
     return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) / len(texts)
 
@@ -40,19 +40,17 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments: `work`, `source`; `shapes` by the names of their folders; `files`: for each name its `rows` and
-            how many questions are `joined` in one.
+            how many questions are `joined` in each.
 
     Returns:
-        `tokenizer`, `data`, and `means`: tokens of a row by the file's name.
+        `tokenizer`, `data`, and `means`: mean tokens of a row, by file name.
     """
     from transformers import AutoTokenizer
 
     work, source = Path(arguments["work"]), Path(arguments["source"])
     questions = read_questions(source)
     folder = work / "tokenizer"
-    names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
-    texts = [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
-    build_tokenizer(folder, texts, questions)
+    build_tokenizer(folder, find_corpus_files(source), questions)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     means = {}
     for name, of_it in arguments["files"].items():
@@ -61,15 +59,11 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
         means[name] = mean_length(chats, tokenizer)
     for name, shape in arguments["shapes"].items():
         save_model(work / name, Shape(**shape), str(folder))
-    return {
-        "tokenizer": str(folder),
-        "data": source.parent.name if source.is_file() else "generated text",
-        "means": means,
-    }
+    return {"tokenizer": str(folder), "data": name_source(source), "means": means}
 
 
 def model_on_device(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Draws a large model's weights on the device itself, in bfloat16, and saves them: seconds instead of minutes."""
+    """Initializes a large model on the device, in bfloat16, and saves it: seconds instead of minutes."""
     save_model(
         Path(arguments["folder"]),
         Shape(**arguments["shape"]),

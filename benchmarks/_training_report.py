@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._measure import median, speed
-from benchmarks._report import Figures
+from benchmarks._report import Figures, Target, compare_with_targets, target_figures
 
 Reports = dict[str, list[dict[str, Any]]]
-Sweeps = dict[str, dict[str, dict[str, dict[str, Any]]]]  # axis, value, contestant: its report
+Sweeps = dict[str, dict[str, dict[str, dict[str, Any]]]]  # reports by axis, value and contestant
 OURS, BARE, PLAIN, PLAIN_32, TRL, TRL_PACKED = (
     "ours",
     "bare loop",
@@ -23,8 +23,8 @@ _MEASURES = (("tokens/s", "tokens_per_s"), ("whole run, s", "wall_s"), ("peak Mi
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was promised beside what was reached, from what was measured; a figure without a target is for the eye."""
-    found: list[tuple[str, float, str, float]] = []
+    """Compares what was measured with its targets."""
+    found: list[Target] = []
     for method, parts in results.get("speed", {}).items():
         found += _speed_targets(method, parts["rounds"])
     process = results.get("process", {})
@@ -39,20 +39,15 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         ratio = speed(memory[OURS]) / speed(memory[rival])
         limit = (">=", 1) if rival in (PLAIN, PLAIN_32) else ("", 0)
         found.append((f"tokens/s with it, times those of {rival}", ratio, *limit))
-    met = {">=": lambda reached, limit: reached >= limit, "<=": lambda reached, limit: reached <= limit}
-    return [
-        {"what": what, "reached": reached}
-        | ({"target": f"{sign} {limit}", "met": met[sign](reached, limit)} if sign else {})
-        for what, reached, sign, limit in found
-    ]
+    return compare_with_targets(found)
 
 
-def _speed_targets(method: str, reports: Reports) -> list[tuple[str, float, str, float]]:
+def _speed_targets(method: str, reports: Reports) -> list[Target]:
     limits = {TRL: 8, TRL_PACKED: 3.5, PLAIN: 3, BARE: 0.95} if method == "full" else {BARE: 0.95}
-    found: list[tuple[str, float, str, float]] = []
+    found: list[Target] = []
     for rival, theirs in reports.items():
         if rival != OURS:
-            # The ratio of each round, whose turns lie next to each other, and of these the median.
+            # The median of the ratios within a round, whose runs follow each other.
             rounds = min(len(theirs), len(reports[OURS]))
             ratios = sorted(
                 speed([one]) / speed([other])
@@ -64,15 +59,8 @@ def _speed_targets(method: str, reports: Reports) -> list[tuple[str, float, str,
     return found
 
 
-def target_figures(found: list[dict[str, Any]]) -> Figures:
-    """The targets as a table."""
-    verdicts = {True: "yes", False: "no", None: ""}
-    lines = [(t["what"], f"{t['reached']:.3g}", t.get("target", ""), verdicts[t.get("met")]) for t in found]
-    return Figures("Targets", ("", "reached", "target", "met"), lines)
-
-
 def figures(title: str, reports: Reports) -> Figures:
-    """Medians by contestant, and the range of its speeds."""
+    """Returns the table of medians by contestant, with the range of its speeds."""
     head = ("", "tokens/s", "slowest–fastest", "tokens a step", "whole run, s", "peak MiB", "last loss")
     lines = []
     for name, of_it in reports.items():
@@ -92,18 +80,18 @@ def figures(title: str, reports: Reports) -> Figures:
 
 
 def sweep_figures(axis: str, points: dict[str, dict[str, dict[str, Any]]]) -> Figures:
-    """One axis of the sweeps."""
+    """Returns the table of one axis of the sweeps."""
     lines = [
         (name, value, f"{speed([one]):,.0f}", f"{one['wall_s']:.1f}", f"{one['peak_mib']:,.0f}")
         for value, reports in points.items()
         for name, one in reports.items()
     ]
-    return Figures(f"Along {axis}, one run a point", ("", axis, *(title for title, _ in _MEASURES)), lines)
+    return Figures(f"Along {axis}, one run per point", ("", axis, *(title for title, _ in _MEASURES)), lines)
 
 
 def all_figures(results: dict[str, Any]) -> list[Figures]:
-    """Every table of a run, the targets first."""
-    tables = [target_figures(results["targets"])] if results["targets"] else []
+    """Returns every table of a run, the targets first."""
+    tables = [target_figures(results["targets"], digits=3)] if results["targets"] else []
     for method, parts in results.get("speed", {}).items():
         rounds = len(parts["rounds"][OURS])
         title = f"{'Full training' if method == 'full' else 'LoRA'}, medians of {rounds} round{'s' * (rounds > 1)}"
@@ -113,12 +101,12 @@ def all_figures(results: dict[str, Any]) -> list[Figures]:
     if "process" in results:
         tables.append(figures("Short runs from process start to end", results["process"]))
     if "memory" in results:
-        tables.append(figures("A large vocabulary, a step's tokens in one pass", results["memory"]))
+        tables.append(figures("A large vocabulary, all tokens of a step in one micro-batch", results["memory"]))
     return tables + [sweep_figures(axis, points) for axis, points in results.get("sweeps", {}).items()]
 
 
 def plot_sweeps(file: Path, sweeps: Sweeps) -> bool:
-    """Draws each measure along each axis, one line a contestant; returns False where matplotlib is not installed."""
+    """Draws each measure along each axis, one line per contestant; returns False where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:

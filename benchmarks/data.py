@@ -1,10 +1,10 @@
-"""How fast, how small and how full the data stage is, beside TRL's SFTTrainer and the bare tokenizer.
+"""Measures speed, memory and packing of the data stage, TRL's SFTTrainer and the bare tokenizer.
 
     python benchmarks/data.py                          # everything, about ten minutes on two cores
     python benchmarks/data.py --rows 20000 --rounds 1 --parts compare
 
-What is measured and how: benchmarks/README.md. The figures go to the terminal, to RESULTS.md and data.svg in `--out`,
-and with `--json FILE` to a file. TRL takes part when it is installed (requirements-bench.txt).
+What is measured and how: benchmarks/README.md. The figures are printed, written to RESULTS.md and data.svg in `--out`,
+and with `--json FILE` to a file. TRL is measured when it is installed (requirements-bench.txt).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/data.py`
 
-from benchmarks._measure import ROOT, added_memory, median, run_worker, speed
-from benchmarks._report import Figures, plot_scaling, write_section
-from benchmarks._runner import run_parts, show, wide_console
+from benchmarks._measure import ROOT, added_memory, describe_machine, median, run_worker, speed
+from benchmarks._report import Figures, Target, compare_with_targets, plot_scaling, target_figures, write_section
+from benchmarks._runner import add_data_option, run_parts, show, wide_console
 
 PARTS = ("compare", "packing", "scale")
-CONTESTANTS = "benchmarks._contestants"
+CONTESTANTS = "benchmarks._data_contestants"
 CAPACITY = 2048
 PACKAGES = ("trl", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "torch")
 OURS, DISTINCT, TRL, TRL_2, BARE = "ours", "ours, no row twice", "TRL", "TRL, 2 processes", "encode_batch_fast"
@@ -32,17 +32,17 @@ Reports = dict[str, list[dict[str, Any]]]
 
 
 class Benchmark:
-    """The measurements, one after another, each in a process of its own.
+    """Runs the measurements in order, each in its own process.
 
     Args:
-        work: a folder for the inputs and for what is prepared.
+        work: a folder for the inputs and the prepared data.
     """
 
     def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
         self._options, self._work, self._console = options, work, console
         self._with_trl = not options.without_trl and importlib.util.find_spec("trl") is not None
         if not self._with_trl and not options.without_trl:
-            console.print("TRL is not installed: its figures are left out (pip install -r requirements-bench.txt)")
+            console.print("TRL is not installed: it is skipped (pip install -r requirements-bench.txt)")
         files = set(options.scale if "scale" in options.parts else [])
         compared = options.rows if "compare" in options.parts else None
         arguments = {
@@ -65,7 +65,7 @@ class Benchmark:
         return str(self._work / f"{name}.jsonl")
 
     def _take_turn(self, found: Reports, label: str, worker: str, **arguments: Any) -> None:
-        """Adds a measurement to `found`; TRL drops out when it fails, for it is not ours to mend."""
+        """Adds a measurement to `found`; when TRL fails, it is skipped from then on."""
         try:
             found.setdefault(label, []).append(self._run(label, worker, **arguments))
         except RuntimeError as error:
@@ -73,10 +73,10 @@ class Benchmark:
                 raise
             del found[label]
             self._with_trl = False
-            self._console.print(f"TRL takes no further part: {error}", markup=False, highlight=False)
+            self._console.print(f"TRL failed and is skipped: {error}", markup=False, highlight=False)
 
     def compare(self) -> Reports:
-        """The contestants take turns, so that a slow minute of the machine hits them all."""
+        """Compares the contestants, which take turns so that a slow minute of the machine hits them all."""
         file, found = self._file(self._options.rows), Reports()
         for round_number in range(self._options.rounds):
             self._take_turn(found, OURS, "ours", file=file)
@@ -89,7 +89,7 @@ class Benchmark:
         return found
 
     def packing(self) -> Reports:
-        """Which documents share a row; TRL's one turn also moves their tokens, of a byte each."""
+        """Measures packing; TRL runs once, and also moves the tokens, of one byte each."""
         found = Reports()
         for _ in range(self._options.rounds):
             self._take_turn(found, OURS, "our_packing", lengths=self._options.lengths)
@@ -98,7 +98,7 @@ class Benchmark:
         return found
 
     def scale(self) -> dict[str, Any]:
-        """Tokens per second by rows; the largest set is started again from its cache."""
+        """Measures tokens per second by rows, and a second start of the largest set, from its cache."""
         by_rows: dict[str, dict[int, dict[str, Any]]] = {OURS: {}, TRL: {}}
         cache = str(self._work / "kept")
         largest = max(self._options.scale)
@@ -114,7 +114,7 @@ class Benchmark:
         for _ in range(self._options.rounds):
             self._take_turn(second, "second start", "ours", file=self._file(largest), cache=cache)
         if not all(report["from_cache"] for report in second["second start"]):
-            raise RuntimeError("the second start did not find what the first had prepared")
+            raise RuntimeError("the second start did not use the cache of the first")
         return {"by_rows": by_rows, "second_start": second["second start"]}
 
 
@@ -190,8 +190,8 @@ def scale_figures(found: dict[str, Any]) -> list[Figures]:
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was promised beside what was reached; only what was measured. A figure without a target is for the eye."""
-    found: list[tuple[str, float, str, float]] = []
+    """Compares what was measured with its targets."""
+    found: list[Target] = []
     if compared := results.get("compare"):
         rivals = [name for name in (TRL, TRL_2) if name in compared]
         ours = compared[OURS]
@@ -209,30 +209,18 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(("seconds of a second start", median(scaled["second_start"], "seconds"), "<=", 1))
         speeds = [one["tokens"] / one["seconds"] for one in scaled["by_rows"][OURS].values()]
         found.append(("slowest by fastest tokens/s over the numbers of rows", min(speeds) / max(speeds), "", 0))
-    met = {">=": lambda reached, limit: reached >= limit, "<=": lambda reached, limit: reached <= limit}
-    return [
-        {"what": what, "reached": reached}
-        | ({"target": f"{sign} {limit}", "met": met[sign](reached, limit)} if sign else {})
-        for what, reached, sign, limit in found
-    ]
-
-
-def target_figures(found: list[dict[str, Any]]) -> Figures:
-    verdicts = {True: "yes", False: "no", None: ""}
-    lines = [(t["what"], f"{t['reached']:.4g}", t.get("target", ""), verdicts[t.get("met")]) for t in found]
-    return Figures("Targets", ("", "reached", "target", "met"), lines)
+    return compare_with_targets(found)
 
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=75_000, help="rows that the contestants prepare")
+    parser.add_argument("--rows", type=int, default=75_000, help="rows that each contestant prepares")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each contestant takes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--lengths", type=int, default=1_000_000, help="documents to pack, for `packing`")
     parser.add_argument("--scale", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="rows, for `scale`")
     parser.add_argument("--scale-trl", type=int, default=10_000, help="most rows that TRL prepares for `scale`")
-    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+    add_data_option(parser)
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer's folder; default: one trained on the data")
     parser.add_argument("--without-trl", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for temporary files; some 4 GB for a million rows")
@@ -252,7 +240,7 @@ def main() -> int:
 
 
 def all_figures(results: dict[str, Any], options: argparse.Namespace) -> list[Figures]:
-    tables = [target_figures(results["targets"])]
+    tables = [target_figures(results["targets"], digits=4)]
     if "compare" in results:
         tables.append(compared_figures(results["compare"], options.rows))
     if "packing" in results:
@@ -263,11 +251,8 @@ def all_figures(results: dict[str, Any], options: argparse.Namespace) -> list[Fi
 
 
 def write_report(folder: Path, results: dict[str, Any], tables: list[Figures]) -> None:
-    """The section `## Data` of RESULTS.md, and the plot beside it."""
-    at = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
-    machine_line = f"{at['cpu']}, {at['cores']} cores, {at['memory_gib']} GiB, {at['system']}; {versions}."
-    text = [machine_line, f"Rows: {results['data']}.", *(table.markdown() for table in tables)]
+    """Writes the section `## Data` of RESULTS.md, and the plot."""
+    text = [describe_machine(results["machine"]), f"Rows: {results['data']}.", *(table.markdown() for table in tables)]
     if "scale" in results:
         speeds = {
             name: {rows: one["tokens"] / one["seconds"] for rows, one in by_rows.items()}

@@ -1,12 +1,12 @@
-"""How fast and how small training is on one GPU, beside the peers that are installed.
+"""Measures speed and memory of training on one GPU, for this pipeline and the peers that are installed.
 
     benchmarks/gpu.sh                                              # everything; hours
     python benchmarks/gpu.py --sizes 0.6B --methods full --lengths 4096
-    python benchmarks/gpu.py --device cpu --scale tiny             # tries every path without a GPU
+    python benchmarks/gpu.py --device cpu --scale tiny             # runs every path without a GPU
 
-What is measured and how: benchmarks/README.md. The figures go to the terminal and, each as soon as it is there, to the
-file `--json` and to the section `## One GPU` of RESULTS.md in `--out`. What that file held before stays in it and in
-the tables, so that the work can be done in pieces.
+What is measured and how: benchmarks/README.md. Each figure is printed and written at once to the file `--json` and to
+the section `## One GPU` of RESULTS.md in `--out`. Earlier figures of the file are kept and shown, so the work can be
+done in pieces.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/gpu.py`
 
-from benchmarks._gpu_contestants import HEAD_CONTESTANTS, Contestant, contestants, is_installed
+from benchmarks._gpu_contestants import HEAD_CONTESTANTS, Contestant, is_installed, list_contestants
 from benchmarks._gpu_report import all_figures, device_line
 from benchmarks._measure import ROOT, machine, run_worker
 from benchmarks._models import GPU_SHAPES, Shape
 from benchmarks._report import write_section
+from benchmarks._runner import add_data_option, wide_console
 from sft.training.mfu import peak_flops_by_name
 
 METHODS = ("full", "full 8-bit", "lora", "qlora")
@@ -39,10 +40,10 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Benchmark:
-    """The measurements, one after another, each in a process of its own.
+    """Runs the measurements in order, each in its own process.
 
     Args:
-        work: a folder for the rows and for one model at a time.
+        work: a folder for the rows and one model at a time.
     """
 
     def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
@@ -54,27 +55,25 @@ class Benchmark:
         self.data, self._mean, self._tokenizer = made["data"], made["means"]["rows"], made["tokenizer"]
 
     def train(self) -> Iterator[list[dict[str, Any]]]:
-        """Every contestant at every size, method and length; a model's folder is there only while its size is on."""
+        """Yields the results of each size, method and length; only one model folder exists at a time."""
         for size in self._options.sizes:
-            shape = self._fitting(GPU_SHAPES[self._options.scale][size])
+            shape = self._with_vocabulary(GPU_SHAPES[self._options.scale][size])
             folder = self._work / size
             given = {"folder": str(folder), "shape": shape.as_dict(), "tokenizer": self._tokenizer}
-            made = self._record(
-                f"{size} is made", WORKERS, "model_on_device", {**given, "device": self._options.device}
-            )
+            made = self._record(f"make {size}", WORKERS, "model_on_device", {**given, "device": self._options.device})
             for method in self._options.methods:
                 for length in self._options.lengths:
                     yield self._compare(size, shape, method, length, made)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _fitting(self, shape: Shape) -> Shape:
-        """The tiny shapes get as many tokens as the rows' tokenizer has."""
+    def _with_vocabulary(self, shape: Shape) -> Shape:
+        """Gives the tiny shapes the vocabulary size of the tokenizer."""
         return replace(shape, vocabulary=32_000) if self._options.scale == "tiny" else shape
 
     def _compare(self, size: str, shape: Shape, method: str, length: int, made: dict[str, Any]) -> list[dict[str, Any]]:
-        who = [c for c in contestants() if is_installed(c.needs) and self._can(c, method)]
+        who = [c for c in list_contestants() if is_installed(c.needs) and self._can(c, method)]
         runs: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in who}
-        if "failed" in made:  # without a model there is nothing to train
+        if "failed" in made:  # no model, no training
             runs = {name: [made] for name in runs}
         for _ in range(self._options.rounds):
             for contestant in who:
@@ -96,8 +95,8 @@ class Benchmark:
         ours = options.ours if who.worker == "ours" else {}
         step_tokens = options.step_tokens
         if (size, method) == ("8B", "full 8-bit"):
-            # 48 GB of weights, remainders and states leave no room for sums of gradients in float32 (32 GB), which
-            # several passes a step need, nor for all activations of a pass. TRL checkpoints by default.
+            # 48 GB of weights, master weights and states leave no memory for float32 gradients (32 GB), which gradient
+            # accumulation needs, nor for all activations. TRL checkpoints activations by default.
             step_tokens = options.pass_tokens
             ours = {"activation_checkpoint": {"mode": "full"}, **ours} if who.worker == "ours" else ours
         arguments = {
@@ -109,7 +108,7 @@ class Benchmark:
             "max_length": length,
             "step_tokens": step_tokens,
             "packed_rows": packed_rows,
-            "passes": max(1, step_tokens // (packed_rows * length)),
+            "micro_batches": max(1, step_tokens // (packed_rows * length)),
             "micro_rows": max(1, round(options.pass_tokens / self._mean)),
             "steps": options.steps,
             "warm_up": options.warm_up,
@@ -124,7 +123,7 @@ class Benchmark:
         return self._record(f"{size} {method} {length:,} {who.name}", WORKERS, who.worker, arguments)
 
     def head(self) -> dict[str, list[dict[str, Any]]]:
-        """The output layer and the loss alone, at one shape."""
+        """Measures the output layer and the loss at one shape."""
         tokens, vocabulary, width = self._options.head
         arguments = {"device": self._options.device, "tokens": tokens, "vocabulary": vocabulary, "width": width}
         runs: dict[str, list[dict[str, Any]]] = {}
@@ -136,7 +135,7 @@ class Benchmark:
         return runs
 
     def _record(self, label: str, module: str, worker: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A run's report; a run that ends badly is a result as well."""
+        """Returns the report of a run; a failed run is a result too."""
         try:
             report = run_worker(module, worker, arguments, self._work)
         except RuntimeError as error:
@@ -155,7 +154,7 @@ class Benchmark:
 def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--scale", choices=tuple(GPU_SHAPES), default="real", help="tiny: every path, no real figure")
+    parser.add_argument("--scale", choices=tuple(GPU_SHAPES), default="real", help="tiny: every path, no real figures")
     parser.add_argument("--parts", nargs="+", choices=("train", "head"), default=("train", "head"))
     parser.add_argument("--sizes", nargs="+", choices=tuple(GPU_SHAPES["real"]), default=tuple(GPU_SHAPES["real"]))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -168,13 +167,12 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=20_000, help="chats to train on")
     head = [16_384, 248_320, 2048]
     parser.add_argument("--head", nargs=3, type=int, default=head, metavar=("TOKENS", "VOCABULARY", "WIDTH"))
-    parser.add_argument("--repeats", type=int, default=20, help="timed passes for `head`")
-    parser.add_argument("--ours", type=json.loads, default={}, help="config keys for ours beside its defaults, as JSON")
-    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+    parser.add_argument("--repeats", type=int, default=20, help="timed repeats for `head`")
+    parser.add_argument("--ours", type=json.loads, default={}, help="more config keys for ours, as JSON")
+    add_data_option(parser)
     parser.add_argument("--work", type=Path, help="folder for temporary files; 34 GB for the largest model, twice")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md")
-    parser.add_argument("--json", type=Path, help="all figures; what it holds already is kept")
+    parser.add_argument("--json", type=Path, help="file of all figures; those it has are kept")
     options = parser.parse_args(argv)
     if options.steps < 2 * options.warm_up:
         parser.error("--steps must be at least twice --warm-up: logs are written every --warm-up steps")
@@ -182,40 +180,40 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def describe_device(kind: str) -> dict[str, Any]:
-    """The GPU's name, its memory, and what its data sheet promises in bfloat16, where that is known."""
+    """Returns the GPU's name, memory, and bfloat16 peak by its data sheet, where that is known."""
     import torch
 
     if kind == "cpu":
         return {"name": "no GPU: a trial of the script", "memory_gib": None, "peak": None}
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU is here; `--device cpu --scale tiny` tries the script without one")
+        raise SystemExit("no CUDA GPU was found; `--device cpu --scale tiny` tries the script without one")
     facts = torch.cuda.get_device_properties(0)
     memory = round(facts.total_memory / 2**30, 1)
     return {"name": facts.name, "memory_gib": memory, "peak": peak_flops_by_name(facts.name)}
 
 
-def earlier(file: Path | None, device: str) -> dict[str, Any]:
-    """What `--json` holds already; nothing where there is no such file."""
+def read_earlier(file: Path | None, device: str) -> dict[str, Any]:
+    """Reads the earlier figures of `--json`; empty without a file."""
     if file is None or not file.is_file():
         return {}
     found: dict[str, Any] = json.loads(file.read_text())
     if found["device"]["name"] != device:
-        raise SystemExit(f"{file} holds figures of {found['device']['name']}, and this is {device}: name another file")
+        raise SystemExit(f"{file} has figures of {found['device']['name']}, and this is {device}: name another file")
     return found
 
 
-def added(found: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`found` with `new` in the places of those that were measured before."""
+def merge_runs(found: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns `found` with `new`, which replaces earlier results of the same measurement."""
 
-    def place(one: dict[str, Any]) -> tuple[Any, ...]:
+    def key(one: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(one[key] for key in ("size", "method", "length", "pass_tokens", "name"))
 
-    places = {place(one) for one in new}
-    return [one for one in found if place(one) not in places] + new
+    keys = {key(one) for one in new}
+    return [one for one in found if key(one) not in keys] + new
 
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
-    """All figures so far, as tables and as they are."""
+    """Writes all figures so far, as tables and as JSON."""
     text = [device_line(results), *(table.markdown() for table in all_figures(results))]
     options.out.mkdir(parents=True, exist_ok=True)
     write_section(options.out / "RESULTS.md", "One GPU", "\n\n".join(text))
@@ -226,20 +224,17 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    options = read_options()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    options, console = read_options(), wide_console()
     device = describe_device(options.device)
-    results = earlier(options.json, device["name"]) | {"machine": machine(PACKAGES), "device": device}
+    results = read_earlier(options.json, device["name"]) | {"machine": machine(PACKAGES), "device": device}
     results |= {"options": {key: str(value) for key, value in vars(options).items()}}
-    now: list[dict[str, Any]] = []  # runs of ours
+    now: list[dict[str, Any]] = []  # our runs
     with tempfile.TemporaryDirectory(prefix="gpu_benchmark_", dir=options.work) as work:
         benchmark = Benchmark(options, Path(work), console)
         results["data"] = benchmark.data
         if "train" in options.parts:
             for compared in benchmark.train():
-                results["train"] = added(results.get("train", []), compared)
+                results["train"] = merge_runs(results.get("train", []), compared)
                 now += [run for one in compared if one["name"] == "ours" for run in one["runs"]]
                 write(results, options)
         if "head" in options.parts:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The training benchmark on one CUDA GPU: all sizes, methods and lengths, and the output layer alone. Takes hours and up
+# Runs the training benchmark on one CUDA GPU: all sizes, methods and lengths, and the output layer. Takes hours and up
 # to 34 GB of disk; options are benchmarks/gpu.py's (--help), e.g.
 #   benchmarks/gpu.sh --sizes 8B --methods lora qlora --lengths 4096
 # Without a GPU:
@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if command -v nvidia-smi >/dev/null; then
-  # What else runs on the GPU, and its clocks: a figure taken beside another program, or at low power, is none.
+  # Shows what else uses the GPU, and its clocks: figures measured next to another program, or at low power, are invalid.
   nvidia-smi --query-gpu=name,driver_version,memory.used,clocks.sm,power.limit --format=csv
 fi
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"

@@ -1,11 +1,11 @@
-"""Where the time goes: of the command's start, by import and by stage, and of a training step, by operation.
+"""Profiles the command's start, by import and log line, and its training steps, by operation.
 
     python benchmarks/profile_step.py                          # both, for a small random model on the CPU
     python benchmarks/profile_step.py --config my.yaml --steps 8 --parts step
 
-Start: the command runs for one step under `python -X importtime`, and says what it says with the seconds in front.
-Step: the same run's optimizer steps under torch.profiler, behind `--warm-up` of them. The text goes to the terminal,
-and to `--out`.
+Start: the command runs for one step under `python -X importtime`; its output is printed with the seconds in front.
+Step: optimizer steps of the same run under torch.profiler, after `--warm-up` steps. The text is printed, and written to
+`--out`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 from benchmarks._measure import ROOT, run_worker
 from benchmarks._models import square
+from benchmarks._runner import add_data_option
 
 PARTS = ("start", "step")
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \| ( *)(\S+)")
 
 
-def default_config(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A config for the training benchmark's model and rows, which are made in `work`."""
+def make_config(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Makes the training benchmark's model and rows in `work`; returns a config for them."""
     shape = square(options.layers, options.width, options.vocabulary)
     rows = {"rows": {"rows": 2000, "joined": 1}}
     arguments = {"work": str(work), "source": str(options.data), "files": rows, "shapes": {"model": shape.as_dict()}}
@@ -44,9 +45,9 @@ def default_config(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def imports(said: str, longest: int) -> str:
-    """The imports that took longest, with all that they import in turn, from what `-X importtime` writes."""
-    found = [(int(total), int(own), name) for own, total, _, name in _IMPORT.findall(said)]
+def list_imports(output: str, longest: int) -> str:
+    """Lists the slowest imports, nested imports included, from the output of `-X importtime`."""
+    found = [(int(total), int(own), name) for own, total, _, name in _IMPORT.findall(output)]
     lines = [f"{'seconds':>8} {'own':>8}  module"]
     for total, own, name in sorted(found, reverse=True)[:longest]:
         lines.append(f"{total / 1e6:8.2f} {own / 1e6:8.2f}  {name}")
@@ -54,28 +55,29 @@ def imports(said: str, longest: int) -> str:
 
 
 def profile_start(config_file: Path, longest: int) -> str:
-    """The command for one step: its imports, and when it said what."""
+    """Runs the command for one step; returns its slowest imports and its output with times."""
     command = [sys.executable, "-X", "importtime", str(ROOT / "sft_main.py"), "--config_file", str(config_file)]
     started = time.perf_counter()
     process = subprocess.Popen(
         [*command, "max_steps=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
-    said, timed = [], []
+    import_lines, timed = [], []
     assert process.stdout is not None
     for line in process.stdout:
         if _IMPORT.match(line):
-            said.append(line)
+            import_lines.append(line)
         elif line.strip() and not line.startswith("import time:"):
             timed.append(f"{time.perf_counter() - started:8.2f}  {line.rstrip()}")
     if process.wait():
         raise SystemExit("\n".join(timed))
     whole = time.perf_counter() - started
-    return "\n".join([imports("".join(said), longest), "", " seconds  what was said", *timed, f"{whole:8.2f}  the end"])
+    slowest = list_imports("".join(import_lines), longest)
+    return "\n".join([slowest, "", " seconds  output", *timed, f"{whole:8.2f}  the end"])
 
 
 @contextlib.contextmanager
 def profiled_steps(warm_up: int, found: list[Any]) -> Iterator[None]:
-    """Profiles the optimizer steps behind the first `warm_up` of whatever the Trainer trains in this block."""
+    """Profiles the optimizer steps after the first `warm_up` of the training in this block."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import Trainer, TrainerCallback
@@ -110,7 +112,7 @@ def profiled_steps(warm_up: int, found: list[Any]) -> Iterator[None]:
 
 
 def profile_step(config_file: Path, steps: int, warm_up: int, longest: int) -> str:
-    """The steps of the command in this process, by operation: its own time first."""
+    """Runs the command in this process; returns the operations of its steps, by their own time."""
     import sft_main
 
     found: list[Any] = []
@@ -125,7 +127,7 @@ def profile_step(config_file: Path, steps: int, warm_up: int, longest: int) -> s
     table = events.table(sort_by=key, row_limit=longest, max_name_column_width=60)
     counted = sum(event.self_cpu_time_total for event in events) / 1e6
     summary = (
-        f"{seconds / taken:.3f} s a step over {taken} steps; operations of torch are {counted / seconds:.1%} of it"
+        f"{seconds / taken:.3f} s per step over {taken} steps; torch operations take {counted / seconds:.1%} of it"
     )
     return f"{summary}\n{table}"
 
@@ -140,8 +142,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+    add_data_option(parser)
     parser.add_argument("--out", type=Path, help="a file for the text")
     return parser.parse_args(argv)
 
@@ -156,7 +157,7 @@ def main() -> int:
 
             config = yaml.safe_load(options.config.read_text())
         else:
-            config = default_config(work, options)
+            config = make_config(work, options)
         for part in options.parts:
             file = work / f"{part}.json"  # JSON is YAML
             places = {"output_dir": str(work / part), "cache_dir": str(work / "cache"), "save_strategy": "no"}

@@ -1,10 +1,10 @@
-"""How fast and how small training is, beside plain transformers.Trainer, TRL's SFTTrainer and a bare PyTorch loop.
+"""Measures speed and memory of training: this pipeline, transformers.Trainer, TRL's SFTTrainer, a bare PyTorch loop.
 
-    python benchmarks/train.py             # everything; the better part of an hour on two cores
+    python benchmarks/train.py             # everything; almost an hour on two cores
     python benchmarks/train.py --quick     # the speeds of full training, one round: some two minutes
 
-What is measured and how: benchmarks/README.md. The figures go to the terminal, to the section `## Training` of
-RESULTS.md and to train.svg in `--out`, and with `--json FILE` to a file. TRL takes part when it is installed
+What is measured and how: benchmarks/README.md. The figures are printed, written to the section `## Training` of
+RESULTS.md and to train.svg in `--out`, and with `--json FILE` to a file. TRL is measured when it is installed
 (requirements-bench.txt).
 """
 
@@ -22,10 +22,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/train.py`
 
-from benchmarks._measure import ROOT, run_worker
+from benchmarks._measure import ROOT, describe_machine, run_worker
 from benchmarks._models import Shape, square
 from benchmarks._report import write_section
-from benchmarks._runner import run_parts, show, wide_console
+from benchmarks._runner import add_data_option, run_parts, show, wide_console
 from benchmarks._training_report import Reports, Sweeps, all_figures, plot_sweeps, targets
 
 PARTS = ("speed", "process", "memory", "sweeps")
@@ -36,7 +36,7 @@ PACKAGES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who trains, how the weights are held, and what it is told beyond what all are told."""
+    """A worker of `_train_contestants`, the dtype of its weights, and its own settings."""
 
     name: str
     worker: str
@@ -45,36 +45,36 @@ class Contestant:
 
 
 OURS = Contestant("ours", "ours")
-BARE = Contestant("bare loop", "bare")  # the dtype is what ours finds best
+BARE = Contestant("bare loop", "bare")  # takes the dtype that ours chooses
 PLAIN = Contestant("Trainer, bf16", "plain")
 PLAIN_32 = Contestant("Trainer, float32", "plain", dtype="float32")
 TRL = Contestant("TRL", "trl")
-_HALF = {
+_BF16 = {
     "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "sdpa"},
-    "bf16": False,  # the weights are bfloat16; autocast on top only costs time
+    "bf16": False,  # the weights are bfloat16; autocast would only cost time
     "gradient_checkpointing": False,
 }
-TRL_PACKED = Contestant("TRL, packed", "trl", settings={**_HALF, "packing": True, "packing_strategy": "bfd"})
-# What else might be TRL's best on some machine: each runs once, and the fastest of them and the packed one goes on.
+TRL_PACKED = Contestant("TRL, packed", "trl", settings={**_BF16, "packing": True, "packing_strategy": "bfd"})
+# Other settings that may be TRL's fastest on some machine: each runs once, and the fastest joins the rounds.
 TRL_OTHERS = (
     Contestant("TRL, packed at 1,024", "trl", settings={**TRL_PACKED.settings, "max_length": 1024}),
-    Contestant("TRL, padded", "trl", settings=_HALF),
-    Contestant("TRL, grouped", "trl", settings={**_HALF, "train_sampling_strategy": "group_by_length"}),
+    Contestant("TRL, padded", "trl", settings=_BF16),
+    Contestant("TRL, grouped", "trl", settings={**_BF16, "train_sampling_strategy": "group_by_length"}),
 )
 
 
 class Benchmark:
-    """The measurements, one after another, each in a process of its own.
+    """Runs the measurements in order, each in its own process.
 
     Args:
-        work: a folder for the inputs, the models and what is trained.
+        work: a folder for the inputs, the models and the runs.
     """
 
     def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
         self._options, self._work, self._console = options, work, console
         self._with_trl = not options.without_trl and importlib.util.find_spec("trl") is not None
         if not self._with_trl and not options.without_trl:
-            console.print("TRL is not installed: its figures are left out (pip install -r requirements-bench.txt)")
+            console.print("TRL is not installed: it is skipped (pip install -r requirements-bench.txt)")
         self._models: dict[str, Shape] = {"model": square(options.layers, options.width, options.vocabulary)}
         self._files: dict[str, dict[str, int]] = {"rows": {"rows": options.rows, "joined": 1}}
         if "memory" in options.parts:
@@ -95,9 +95,9 @@ class Benchmark:
         self.data, self._means = made["data"], made["means"]
 
     def _plan_sweeps(self) -> dict[str, dict[str, dict[str, str]]]:
-        """For each axis, by value, the names of the model and of the file of rows; notes what must be made.
+        """Returns for each axis, by value, the names of its model and file; adds those that must be made.
 
-        What all axes have in common has the same names on each, so that it is measured once.
+        A point that several axes share has the same names on each, and is measured once.
         """
         options = self._options
         axes: dict[str, dict[str, dict[str, str]]] = {"vocabulary": {}, "layers x width": {}, "length": {}, "rows": {}}
@@ -116,14 +116,14 @@ class Benchmark:
         return axes
 
     def _model(self, shape: Shape) -> str:
-        """The name of a model of this shape, a new one where there is none."""
+        """Returns the name of the model of this shape, which is added if it is new."""
         names = (name for name, other in self._models.items() if other == shape)
         name = next(names, f"model_{len(self._models)}")
         self._models[name] = shape
         return name
 
     def _file(self, rows: int, joined: int) -> str:
-        """The name of a file of so many rows of so many questions each, a new one where there is none."""
+        """Returns the name of the file of `rows` rows with `joined` questions each, which is added if it is new."""
         content = {"rows": rows, "joined": joined}
         names = (name for name, other in self._files.items() if other == content)
         name = next(names, f"rows_{len(self._files)}")
@@ -145,7 +145,7 @@ class Benchmark:
                 "max_length": self._options.max_length,
                 "step_tokens": self._options.step_tokens,
                 "packed_rows": max(1, round(self._options.step_tokens / self._options.max_length)),
-                "passes": 1,
+                "micro_batches": 1,
                 "steps": self._options.steps,
                 "warm_up": self._options.warm_up,
                 "micro_rows": 8,
@@ -165,7 +165,7 @@ class Benchmark:
         return report
 
     def _take_turn(self, found: Reports, who: Contestant, label: str, **arguments: Any) -> None:
-        """Adds a measurement to `found`; a rival that fails is left out and named, for it is not ours to mend."""
+        """Adds a measurement to `found`; a rival that fails is printed and skipped."""
         if who.worker == "trl" and not self._with_trl:
             return
         try:
@@ -173,12 +173,12 @@ class Benchmark:
         except RuntimeError as error:
             if who.worker in ("ours", "bare"):
                 raise
-            self._console.print(f"{label}: {who.name} has no figure: {error}", markup=False, highlight=False)
+            self._console.print(f"{label}: {who.name} failed and is skipped: {error}", markup=False, highlight=False)
         if not found[who.name]:
             del found[who.name]
 
     def speed(self) -> dict[str, Any]:
-        """Tokens per second: the contestants take turns, so that a slow minute of the machine hits them all."""
+        """Measures tokens per second; the contestants take turns, so a slow minute of the machine hits them all."""
         return {method: self._speed(method) for method in self._options.methods}
 
     def _speed(self, method: str) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Benchmark:
         return {"rounds": found, "heats": heats}
 
     def process(self) -> Reports:
-        """A short run from the start of its process to its end, the checkpoint and the final model written."""
+        """Measures whole short runs, from the start of the process to its end, with checkpoint and final model."""
         found: Reports = {}
         for turn in range(self._options.rounds):
             for who in (OURS, PLAIN, TRL, TRL_PACKED):
@@ -206,7 +206,7 @@ class Benchmark:
         return found
 
     def memory(self) -> Reports:
-        """Peaks where the vocabulary is large and each step's tokens go through the model together."""
+        """Measures peak memory with a large vocabulary and all tokens of a step in one micro-batch."""
         found: Reports = {}
         for who in (OURS, PLAIN, PLAIN_32, TRL, TRL_PACKED):
             arguments = {"micro_rows": 1_000_000, "steps": 2 * self._options.warm_up}
@@ -214,7 +214,7 @@ class Benchmark:
         return found
 
     def sweeps(self) -> Sweeps:
-        """Speed, time of a whole run and peak memory along each axis, one run a point."""
+        """Measures speed, time of a whole run and peak memory along each axis, one run per point."""
         found: Sweeps = {}
         measured: dict[tuple[str, ...], Reports] = {}
         steps = self._options.sweep_steps
@@ -243,7 +243,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512, help="of the hidden states, a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--large-vocabulary", type=int, default=151_936, help="for `memory`, with tied embeddings")
-    parser.add_argument("--max-length", type=int, default=2048, help="limit of a row, and size of a packed one")
+    parser.add_argument("--max-length", type=int, default=2048, help="limit of a row and of a packed sequence")
     parser.add_argument("--step-tokens", type=int, default=4096, help="tokens of an optimizer step")
     parser.add_argument("--rows", type=int, default=7473, help="chats to train on")
     parser.add_argument("--sweep-steps", type=int, default=6)
@@ -253,9 +253,8 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--sweep-joined", type=int, nargs="*", default=[1, 3, 10], help="questions in a row: its length"
     )
     parser.add_argument("--sweep-rows", type=int, nargs="*", default=[1_000, 7_473, 50_000])
-    parser.add_argument("--ours", type=json.loads, default={}, help="config keys for ours beside its defaults, as JSON")
-    data = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-    parser.add_argument("--data", type=Path, default=data, help="rows of question and answer; absent: generated text")
+    parser.add_argument("--ours", type=json.loads, default={}, help="more config keys for ours, as JSON")
+    add_data_option(parser)
     parser.add_argument("--without-trl", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for temporary files; some 4 GB")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of RESULTS.md and train.svg")
@@ -279,13 +278,11 @@ def main() -> int:
 
 
 def write_report(options: argparse.Namespace, results: dict[str, Any], tables: list[str]) -> None:
-    """The section `## Training` of RESULTS.md, and the plot beside it."""
-    at = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    """Writes the section `## Training` of RESULTS.md, and the plot."""
     text = [
-        f"{at['cpu']}, {at['cores']} cores, {at['memory_gib']} GiB, {at['system']}; {versions}.",
+        describe_machine(results["machine"]),
         f"Rows: {results['data']}. Model: a Llama of {options.layers} layers, width {options.width}, "
-        f"{options.vocabulary:,} tokens, drawn at random; {options.step_tokens:,} tokens a step.",
+        f"{options.vocabulary:,} tokens, randomly initialized; {options.step_tokens:,} tokens per step.",
         *tables,
     ]
     if results.get("sweeps") and plot_sweeps(options.out / "train.svg", results["sweeps"]):

@@ -1,6 +1,6 @@
-"""Makes the example data, the tokenizer and the pretraining corpus, all from one seed.
+"""Makes the example data, the tokenizer and the pretraining corpus from one seed.
 
-    .venv/bin/python -m examples.make_examples           # data/, the tokenizer in tiny_llama/: files that are committed
+    .venv/bin/python -m examples.make_examples           # data/ and the tokenizer in tiny_llama/, which are committed
     .venv/bin/python -m examples.make_examples --corpus  # also the corpus that configs/pretrain_tiny.yaml trains on
 
 The same seed gives the same bytes on every machine. Run it from the repository's root.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.tasks import SYSTEM_PROMPTS, TASKS, Task, entry, make_operand, page, sentences
+from examples.tasks import SYSTEM_PROMPTS, TASKS, Task, list_sentences, make_entry, make_operand, make_page
 from examples.tokenizer import build_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -32,42 +32,42 @@ CORPUS_ROWS = {"train": 58_000, "validation": 200}
 Row = dict[str, Any]
 
 
-def problems(rng: random.Random, validation: bool) -> Iterator[tuple[Task, str, str]]:
-    """Endless (task, operand, answer): the tasks in shuffled rounds, so that each is asked equally often."""
+def draw_problems(rng: random.Random, validation: bool) -> Iterator[tuple[Task, str, str]]:
+    """Yields (task, operand, answer) without end, in shuffled rounds of all tasks, each equally often."""
     while True:
         for task in rng.sample(list(TASKS.values()), k=len(TASKS)):
             operand = make_operand(task.kind, rng, validation)
             yield task, operand, task.solve(operand)
 
 
-def alpaca_row(asked: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
-    """`instruction`, `input`, `output`; one row in three has the operand in the instruction and an empty input."""
-    task, operand, answer = next(asked)
+def alpaca_row(problems: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
+    """Returns `instruction`, `input`, `output`; in a third of the rows without input, the operand in `instruction`."""
+    task, operand, answer = next(problems)
     if rng.random() < 1 / 3:
         return {"instruction": rng.choice(task.orders).format(x=operand), "input": "", "output": answer}
     return {"instruction": rng.choice(task.instructions), "input": operand, "output": answer}
 
 
-def chat_row(asked: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
-    """`messages` of one to three turns; one row in three opens with a system prompt."""
+def chat_row(problems: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
+    """Returns `messages` of one to three turns, a third of them after a system prompt."""
     messages = []
     if rng.random() < 1 / 3:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     for _ in range(rng.choices((1, 2, 3), weights=(6, 3, 1))[0]):
-        task, operand, answer = next(asked)
+        task, operand, answer = next(problems)
         messages.append({"role": "user", "content": rng.choice(task.orders + task.questions).format(x=operand)})
         messages.append({"role": "assistant", "content": answer})
     return {"messages": messages}
 
 
-def qa_row(asked: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
-    """`question` and `answer`."""
-    task, operand, answer = next(asked)
+def qa_row(problems: Iterator[tuple[Task, str, str]], rng: random.Random) -> Row:
+    """Returns `question` and `answer`."""
+    task, operand, answer = next(problems)
     return {"question": rng.choice(task.questions).format(x=operand), "answer": answer}
 
 
-def told(row: Row) -> tuple[str, ...]:
-    """The texts of a row as a model would read them, so that rows of different formats can be compared."""
+def texts_of(row: Row) -> tuple[str, ...]:
+    """Returns the texts of a row as the model reads them, to compare rows of different formats."""
     if "messages" in row:
         return tuple(message["content"] for message in row["messages"])
     if row.get("input"):
@@ -75,45 +75,45 @@ def told(row: Row) -> tuple[str, ...]:
     return tuple(text for text in row.values() if text)
 
 
-def rows(kind: str, count: int, rng: random.Random, validation: bool, seen: set[tuple[str, ...]]) -> list[Row]:
-    """`count` rows of the format `kind` that say nothing that is in `seen`, which grows by them."""
-    asked = problems(rng, validation)
+def make_rows(kind: str, count: int, rng: random.Random, validation: bool, seen: set[tuple[str, ...]]) -> list[Row]:
+    """Makes `count` rows of the format `kind` whose texts are not in `seen`, and adds them to it."""
+    problems = draw_problems(rng, validation)
     makers = {
-        "alpaca": lambda: alpaca_row(asked, rng),
-        "chat": lambda: chat_row(asked, rng),
-        "qa": lambda: qa_row(asked, rng),
-        "text": lambda: {"text": entry(rng, validation)},
+        "alpaca": lambda: alpaca_row(problems, rng),
+        "chat": lambda: chat_row(problems, rng),
+        "qa": lambda: qa_row(problems, rng),
+        "text": lambda: {"text": make_entry(rng, validation)},
     }
-    made: list[Row] = []
-    while len(made) < count:
+    rows: list[Row] = []
+    while len(rows) < count:
         row = makers[kind]()
-        if told(row) not in seen:
-            seen.add(told(row))
-            made.append(row)
-    return made
+        if texts_of(row) not in seen:
+            seen.add(texts_of(row))
+            rows.append(row)
+    return rows
 
 
-def write_alpaca(path: Path, made: list[Row]) -> None:
-    """One JSON array, a row on each line."""
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in made) + "\n]\n", encoding="utf-8")
+def write_alpaca(path: Path, rows: list[Row]) -> None:
+    """Writes a JSON array, one row per line."""
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
-def write_jsonl(path: Path, made: list[Row]) -> None:
-    """One JSON object on each line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+def write_jsonl(path: Path, rows: list[Row]) -> None:
+    """Writes one JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_csv(path: Path, made: list[Row]) -> None:
-    """A header and one line for each row."""
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Writes a header and one line per row."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(made[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(made)
+        writer.writerows(rows)
 
 
-def write_text(path: Path, made: list[Row]) -> None:
-    """One document on each line."""
-    path.write_text("".join(row["text"] + "\n" for row in made), encoding="utf-8")
+def write_text(path: Path, rows: list[Row]) -> None:
+    """Writes one document per line."""
+    path.write_text("".join(row["text"] + "\n" for row in rows), encoding="utf-8")
 
 
 WRITERS = {
@@ -125,7 +125,7 @@ WRITERS = {
 
 
 def make_data(folder: Path, seed: int) -> list[Path]:
-    """Writes `train/` and `validation/`, four files each, and returns their paths."""
+    """Writes four files each to `train/` and `validation/`, and returns their paths."""
     written = []
     for split, counts in ROWS.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -134,30 +134,30 @@ def make_data(folder: Path, seed: int) -> list[Path]:
             name, write = WRITERS[kind]
             path = folder / split / name
             rng = random.Random(f"{seed} {split} {kind}")
-            write(path, rows(kind, count, rng, split == "validation", seen))
+            write(path, make_rows(kind, count, rng, split == "validation", seen))
             written.append(path)
     return written
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Writes the tokenizer, in Hugging Face layout; it depends on the sentences alone, on no seed."""
-    build_tokenizer(sentences(), MAX_LENGTH).save_pretrained(folder)
+    """Writes the tokenizer in Hugging Face layout; it depends on the sentences, not on the seed."""
+    build_tokenizer(list_sentences(), MAX_LENGTH).save_pretrained(folder)
 
 
 def make_corpus(folder: Path, seed: int) -> list[Path]:
-    """Writes the plain-text corpus, one document a row, and returns the paths of its two splits."""
+    """Writes the plain-text corpus, one document per row, and returns the paths of its two splits."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for split, count in CORPUS_ROWS.items():
         rng = random.Random(f"{seed} {split} corpus")
         path = folder / f"{split}.jsonl"
-        write_jsonl(path, [{"text": page(rng, split == "validation")} for _ in range(count)])
+        write_jsonl(path, [{"text": make_page(rng, split == "validation")} for _ in range(count)])
         written.append(path)
     return written
 
 
 def main() -> None:
-    """Parses the command line and writes what it asks for."""
+    """Writes the files that the command line asks for."""
     parser = argparse.ArgumentParser(description="Make the example data and tokenizer, and the pretraining corpus.")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--data", type=Path, default=HERE / "data", help="where the example data goes")
@@ -165,10 +165,10 @@ def main() -> None:
     parser.add_argument(
         "--corpus", type=Path, nargs="?", const=CORPUS, help=f"also write the corpus, to {CORPUS} unless named"
     )
-    asked = parser.parse_args()
-    written = make_data(asked.data, asked.seed)
-    make_tokenizer(asked.tokenizer)
-    written += make_corpus(asked.corpus, asked.seed) if asked.corpus else []
+    options = parser.parse_args()
+    written = make_data(options.data, options.seed)
+    make_tokenizer(options.tokenizer)
+    written += make_corpus(options.corpus, options.seed) if options.corpus else []
     for path in written:
         print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
 

@@ -1,9 +1,9 @@
-"""Small string and number tasks with one right answer, and the ways to speak of them.
+"""Small string and number tasks with one right answer, and their wordings.
 
-Each task is told twice. `facts` and `notes` are declarative sentences for the pretraining corpus: they teach a base
-model the skill. `orders`, `instructions` and `questions` are what a user would say: the example data for tuning are
-made of them. An operand (a word, a number, a pair of numbers) is held out for validation by its checksum alone, so the
-corpus and the training files can share no operand with the validation files, whatever the seed.
+Each task has two kinds of wordings. `facts` and `notes` are statements for the pretraining corpus, which teach a base
+model the skill. `orders`, `instructions` and `questions` are what a user would type; the fine-tuning data is made of
+them. The checksum of an operand (a word, a number, a pair of numbers) decides whether it is held out for validation:
+whatever the seed, no operand of the validation files is in the corpus or in the training files.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 VOWELS = "aeiou"
 CONSONANTS = "bdfgklmnprstvz"
-HELD_OUT_IN = 8  # one operand in eight is for validation
+HELD_OUT_IN = 8  # one operand in eight is held out
 
 
 def held_out(operand: str) -> bool:
-    """Whether `operand` belongs to the validation split; a property of the operand, not of a run."""
+    """Returns whether `operand` belongs to the validation split; this depends on the operand alone."""
     return zlib.crc32(operand.encode()) % HELD_OUT_IN == 0
 
 
 def make_word(rng: random.Random) -> str:
-    """A pronounceable made-up word of three to six letters."""
+    """Draws a pronounceable made-up word of three to six letters."""
     length = rng.choice((3, 4, 4, 5, 5, 6))
     starts_with_vowel = rng.random() < 0.25
     return "".join(
@@ -34,12 +34,12 @@ def make_word(rng: random.Random) -> str:
 
 
 def make_number(rng: random.Random) -> str:
-    """A whole number of three or four digits."""
+    """Draws a number of three or four digits."""
     return str(rng.randint(100, 999) if rng.random() < 0.5 else rng.randint(1000, 9999))
 
 
 def make_pair(rng: random.Random) -> str:
-    """Two different numbers below fifty, as `a and b`."""
+    """Draws two different numbers below fifty, written `a and b`."""
     first, second = rng.sample(range(1, 50), 2)
     return f"{first} and {second}"
 
@@ -52,15 +52,15 @@ OPERANDS: dict[str, Callable[[random.Random], str]] = {
 
 
 def make_operand(kind: str, rng: random.Random, validation: bool) -> str:
-    """Draws operands of `kind` until one falls in the wanted split and is no word of the sentences themselves."""
+    """Draws operands of `kind` until one belongs to the split and is not a word of the wordings."""
     while True:
         operand = OPERANDS[kind](rng)
         if held_out(operand) == validation and operand not in SENTENCE_WORDS:
             return operand
 
 
-def numbers_of(pair: str) -> tuple[int, int]:
-    """The two numbers of a `pair` operand."""
+def parse_pair(pair: str) -> tuple[int, int]:
+    """Returns the two numbers of a `pair` operand."""
     first, second = pair.split(" and ")
     return int(first), int(second)
 
@@ -71,11 +71,11 @@ class Task:
 
     Attributes:
         kind: the operand it works on, a key of `OPERANDS`.
-        solve: from the operand to the one right answer.
+        solve: returns the right answer for an operand.
         facts: sentences of the corpus, with `{x}` for the operand and `{y}` for the answer.
-        notes: sentences of the corpus about an operand that was named before, with `{y}` alone.
+        notes: sentences of the corpus about an operand named before, with `{y}` only.
         orders: what a user types, with `{x}`.
-        instructions: the same without the operand, which an alpaca row carries in `input`.
+        instructions: the same without the operand, which is the `input` of an alpaca row.
         questions: the same as questions, with `{x}`.
     """
 
@@ -208,7 +208,7 @@ TASKS: dict[str, Task] = {
     ),
     "sum": Task(
         kind="pair",
-        solve=lambda pair: str(sum(numbers_of(pair))),
+        solve=lambda pair: str(sum(parse_pair(pair))),
         facts=(
             "The sum of {x} is {y}.",
             "To add {x} gives {y}.",
@@ -221,7 +221,7 @@ TASKS: dict[str, Task] = {
     ),
     "larger": Task(
         kind="pair",
-        solve=lambda pair: str(max(numbers_of(pair))),
+        solve=lambda pair: str(max(parse_pair(pair))),
         facts=(
             "The larger of {x} is {y}.",
             "Of {x} the one that is more is {y}.",
@@ -234,7 +234,7 @@ TASKS: dict[str, Task] = {
     ),
     "smaller": Task(
         kind="pair",
-        solve=lambda pair: str(min(numbers_of(pair))),
+        solve=lambda pair: str(min(parse_pair(pair))),
         facts=(
             "The smaller of {x} is {y}.",
             "Of {x} the one that is less is {y}.",
@@ -257,34 +257,34 @@ SYSTEM_PROMPTS = (
 ROLES = ("system", "user", "assistant")
 
 
-def sentences() -> list[str]:
-    """Every sentence that examples are made of, with nothing in the place of operand and answer."""
-    told = [
+def list_sentences() -> list[str]:
+    """Returns every sentence of the examples, without operands and answers."""
+    wordings = [
         sentence.format(x="", y="")
         for task in TASKS.values()
         for sentence in (*task.facts, *task.notes, *task.orders, *task.instructions, *task.questions)
     ]
-    return [*told, *SYSTEM_PROMPTS, *ROLES, "and"]
+    return [*wordings, *SYSTEM_PROMPTS, *ROLES, "and"]
 
 
-# The tokenizer has these whole, so they cannot be read letter by letter.
-SENTENCE_WORDS = frozenset(re.findall("[a-z]+", " ".join(sentences())))
+# Each is one token, so no task can be asked about its letters.
+SENTENCE_WORDS = frozenset(re.findall("[a-z]+", " ".join(list_sentences())))
 
 
-def entry(rng: random.Random, validation: bool = False) -> str:
-    """One line about one operand: two to four facts, or notes under it as a heading."""
+def make_entry(rng: random.Random, validation: bool = False) -> str:
+    """Makes one line about one operand: two to four facts, or notes after the operand as a heading."""
     kind = rng.choices(tuple(OPERANDS), weights=(6, 3, 3))[0]
     operand = make_operand(kind, rng, validation)
     tasks = [task for task in TASKS.values() if task.kind == kind]
-    told = rng.sample(tasks, k=min(len(tasks), rng.randint(2, 4)))
+    chosen = rng.sample(tasks, k=min(len(tasks), rng.randint(2, 4)))
     if rng.random() < 0.4:
-        return f"{operand}: " + " ".join(rng.choice(task.notes).format(y=task.solve(operand)) for task in told)
-    return " ".join(rng.choice(task.facts).format(x=operand, y=task.solve(operand)) for task in told)
+        return f"{operand}: " + " ".join(rng.choice(task.notes).format(y=task.solve(operand)) for task in chosen)
+    return " ".join(rng.choice(task.facts).format(x=operand, y=task.solve(operand)) for task in chosen)
 
 
-def page(rng: random.Random, validation: bool = False) -> str:
-    """One document of the corpus: one to six entries, a line each.
+def make_page(rng: random.Random, validation: bool = False) -> str:
+    """Makes one document of the corpus: one to six entries, one per line.
 
-    Several operands in one document, as in a conversation of several turns: the right one has to be found.
+    A document has several operands, like a conversation of several turns, and the model must find the right one.
     """
-    return "\n".join(entry(rng, validation) for _ in range(rng.randint(1, 6)))
+    return "\n".join(make_entry(rng, validation) for _ in range(rng.randint(1, 6)))

@@ -1,8 +1,8 @@
-"""The tokenizer of the example model: whole words it knows, and single characters for all else.
+"""The tokenizer of the example model: one token for each word of its sentences, single bytes for everything else.
 
-A byte-level BPE with no merges at all: a piece of text that is in the vocabulary as it stands is one token
-(`ignore_merges`), and any other piece falls to its bytes. So sentences are short, a made-up word or a number is read
-letter by letter, which is what string tasks need, and every text can be written and read back.
+A byte-level BPE without merges: a word that is in the vocabulary is one token (`ignore_merges`), and any other word is
+split into its bytes. So sentences are short, a made-up word or a number is read letter by letter, as string tasks need,
+and every text can be encoded and decoded without loss.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def known_pieces(sentences: Iterable[str]) -> list[str]:
-    """The words of `sentences` as byte-level symbols, sorted; the first of each also as it is after a space.
+def list_words(sentences: Iterable[str]) -> list[str]:
+    """Returns the words of `sentences` as byte-level symbols, sorted; the first word of each also with a space before.
 
-    Letters that stand alone are left out: as an answer they must be the same token as within a word.
+    Single letters are excluded: as an answer they must be the same token as within a word.
     """
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces = {
@@ -39,17 +39,17 @@ def known_pieces(sentences: Iterable[str]) -> list[str]:
 
 
 def build_tokenizer(sentences: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer that knows the words of `sentences`.
+    """Builds the tokenizer whose tokens are the words of `sentences`.
 
-    The end of a turn is also the end of a document: `<|im_end|>` is the EOS. Pretraining on plain text, which ends each
-    document with it, has so taught the base model to end before tuning teaches it when. LoRA trains no embedding, and
-    a control token that was never a target would stay out of its reach. `<|im_start|>` is only read, never predicted.
+    `<|im_end|>` ends a turn and is the EOS. Pretraining ends each document with it, so the base model has learned to
+    predict it. LoRA trains no embeddings, and could hardly teach a token that was never a target. `<|im_start|>` is
+    only read, never predicted.
 
     Args:
         sentences: texts whose words become tokens.
         max_length: `model_max_length`, in tokens.
     """
-    symbols = [*CONTROL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *known_pieces(sentences)]
+    symbols = [*CONTROL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *list_words(sentences)]
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,6 +1,6 @@
-"""Mistakes of the user's, as data: what is wrong, where, and what to do about it.
+"""The user's mistakes as data: what is wrong, where, and what to do about it.
 
-A stage raises `UserError`; `sft_main` prints it and ends with its exit code. It is never a traceback.
+A stage raises `UserError`; `sft_main` prints it without a traceback and exits with its exit code.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One mistake of the user.
 
     Attributes:
         message: what is wrong, with the value received.
         hint: what to do.
         key: the config key as the user typed it, e.g. `lora_config.rank`.
-        file: where the mistake stands: a YAML file, a data file, or `command line`.
+        file: that holds the mistake: a YAML file, a data file, or `command line`.
         line: the line in `file`, counted from 1.
     """
 
@@ -28,14 +28,14 @@ class Problem:
     line: int | None = None
 
     def where(self) -> str:
-        """`file:line: key`, as much of it as is known."""
+        """Returns `file:line: key`, or the parts of it that are known."""
         place = self.file or ""
         if place and self.line is not None:
             place += f":{self.line}"
         return ": ".join(part for part in (place, self.key) if part)
 
     def as_json(self) -> dict[str, Any]:
-        """The shape that `check --json` prints: no field that is unknown."""
+        """Returns the fields that are known, as `check --json` prints them."""
         return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """The config or the data is wrong: all `problems` at once, exit code 2."""
+    """Reports a wrong config or wrong data: all `problems` at once, exit code 2."""
 
     exit_code = 2
 
@@ -54,10 +54,15 @@ class UserError(Exception):
 
 
 class TrainingStopped(UserError):
-    """Training went wrong and was stopped before it did damage (a loss that is not finite, say), exit code 3."""
+    """Reports training that was stopped before it did damage, e.g. at a loss that is not finite: exit code 3."""
 
     exit_code = 3
 
 
 class RankStopped(TrainingStopped):
-    """This rank was stopped alone: the others do not know, and wait for it in whatever they exchange next."""
+    """Reports that only this rank was stopped: the others do not know, and wait for it in their next collective."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

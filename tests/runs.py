@@ -59,12 +59,12 @@ def refused_before_data(
     verbs: Sequence[str] = ("train",),
 ) -> tuple[dict[str, Any], list[str]]:
     """The one error that `check` tells as JSON, and what each verb says; all refuse the config, and read no data."""
+    import pipeline
     import sft_main
-    import stages
 
     assert sft_main.main(["check", "--config_file", str(config_file), "--json"]) == 2
     (told,) = json.loads(capsys.readouterr().out)["errors"]
-    monkeypatch.setattr(stages, "prepare", lambda *_, **__: pytest.fail("the data was prepared"))
+    monkeypatch.setattr(pipeline, "prepare_data", lambda *_, **__: pytest.fail("the data was prepared"))
     said = []
     for verb in verbs:
         assert sft_main.main([verb, "--config_file", str(config_file)]) == 2

@@ -1,4 +1,4 @@
-"""A real SLURM of one node, for a test: munged, slurmctld and slurmd on 127.0.0.1, as root, all of it in one folder."""
+"""A real SLURM of one node: munged, slurmctld and slurmd on 127.0.0.1, as root, in a folder and on ports of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ranks import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 # More than the machine has: the job scripts ask for what a training node offers, and nothing here enforces it.
 CPUS = 64
@@ -20,7 +22,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 def why_not() -> str | None:
-    """Why a cluster cannot be started here; None when it can."""
+    """Returns why a cluster cannot be started here; None when it can."""
     missing = [name for name in PROGRAMS if find_program(name) is None]
     if missing:
         return f"SLURM is not installed ({', '.join(missing)}); Debian: apt-get install slurm-wlm munge"
@@ -30,19 +32,19 @@ def why_not() -> str | None:
 
 
 def find_program(name: str) -> str | None:
-    """The daemons are in sbin, which is not on everyone's PATH."""
+    """Searches the folders of the daemons as well, which are not on everyone's PATH."""
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster: what a user's commands need to reach it."""
+    """A running cluster, with what a user's commands need to reach it."""
 
     folder: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's own, without the variables of a job it may be part of."""
+        """This process's environment, without the variables of a job it may be part of."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return {**own, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
@@ -58,11 +60,11 @@ class Cluster:
         return self.command("sbatch", "--parsable", *words, cwd=cwd, extra=extra).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says about a job, by name."""
+        """Returns the fields that `scontrol show job` prints about a job, by name."""
         return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", number)))
 
     def wait(self, number: str, seconds: float) -> dict[str, str]:
-        """The job once it has ended; an assertion fails when it has not in time."""
+        """Returns the job once it has ended; an assertion fails when it has not in time."""
         end = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in ENDED:
             assert time.monotonic() < end, f"job {number} is {job['JobState']} ({job['Reason']}) after {seconds} s"
@@ -72,13 +74,13 @@ class Cluster:
 
 @contextmanager
 def one_node_cluster(folder: Path) -> Iterator[Cluster]:
-    """Starts the three daemons, waits until the node takes jobs, and ends all of it again."""
-    # A socket's path has at most 107 characters, so the folder should be a short one.
+    """Starts the three daemons, waits until the node takes jobs, and stops them on leaving."""
+    # A socket's path has at most 107 characters, so the folder's must be short.
     cluster = Cluster(folder)
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     (folder / "slurm.conf").write_text(configuration(folder))
-    # Nothing here uses cgroups, but slurmd loads a plugin for them, and only this one asks nothing of the machine.
+    # Nothing here uses cgroups, but slurmd loads a plugin for them, and only this one needs none of the machine's.
     (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={folder}/cgroup\n")
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -97,13 +99,12 @@ def one_node_cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def configuration(folder: Path) -> str:
-    """slurm.conf: everything inside `folder`, no accounting, no cgroups, free ports."""
-    controller, node = _free_ports(2)
+    """Returns slurm.conf: everything inside `folder`, no accounting, no cgroups, free ports."""
     return f"""\
 ClusterName=test
 SlurmctldHost={socket.gethostname().split(".")[0]}(127.0.0.1)
-SlurmctldPort={controller}
-SlurmdPort={node}
+SlurmctldPort={free_port()}
+SlurmdPort={free_port()}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -131,17 +132,9 @@ PartitionName=all Nodes=node0 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 @contextmanager
 def daemon(cluster: Cluster, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon in the foreground; ended by its own process number, whatever happens inside."""
+    """Runs a daemon in the foreground and stops it by its process number, whatever happens inside."""
     program = find_program(name)
     assert program is not None
     with open(cluster.folder / f"{name}.out", "wb") as out:
@@ -169,7 +162,7 @@ def _is_idle(cluster: Cluster) -> bool:
 
 
 def _cancel_all(cluster: Cluster) -> None:
-    """No job may outlive its daemon."""
+    """Cancels every job, for none may outlive its daemon."""
     cluster.command("scancel", "--user=root", "--full")
     _until(lambda: not cluster.command("squeue", "--noheader").strip(), "jobs are still running", cluster.folder)
 
@@ -189,7 +182,7 @@ def _until(
 
 
 def logs(folder: Path, names: Sequence[str] = ("munged", "slurmctld", "slurmd")) -> str:
-    """The ends of the daemons' logs, for a failure's message."""
+    """Returns the ends of the daemons' logs, for a failure's message."""
     texts = []
     for name in names:
         for path in (folder / f"{name}.log", folder / f"{name}.out"):

@@ -1,4 +1,4 @@
-"""Chat templates in the manners of the model families, each with a tokenizer to match, for the tests of masks."""
+"""Chat templates like those of the model families, each with a matching tokenizer, for the tests of masks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.conftest import SHARED_DATA
 
 @dataclass(frozen=True)
 class Family:
-    """One manner of writing conversations.
+    """One way of writing conversations.
 
     Attributes:
-        kind: the tokenizer's, see `spelled_tokenizer`.
-        control_tokens: besides BOS and EOS.
-        added: tokens that are added, and not flagged special.
+        kind: kind of the tokenizer, see `spelled_tokenizer`.
+        control_tokens: control tokens besides BOS and EOS.
+        added: added tokens that are not flagged special.
         file: a real SentencePiece model in the folder of shared data, instead of a spelled tokenizer.
         end: the text of the token that ends an answer.
         said: what the template makes of an answer's text, up to its end token.
-        said_last: the same for an answer that ends the conversation, where that is another.
-        system: whether it takes a system message.
-        rewrites: whether an answer is written otherwise as soon as others follow it.
-        tools: whether it takes tools and calls.
-        moves: a system message and tools stand at the last question, wherever that is.
+        said_last: the same for the last answer of a conversation, if that differs.
+        system: whether it supports a system message.
+        rewrites: whether an answer is rendered differently once others follow it.
+        tools: whether it supports tools and calls.
+        moves: whether a system message and tools move to the last question.
     """
 
     template: str
@@ -52,14 +52,14 @@ class Family:
     file: str | None = None
 
     def answers(self, texts: Sequence[str]) -> list[str]:
-        """What is trained of a conversation that has these answers in turn with questions, and ends with the last."""
+        """Returns what is trained of a conversation with these answers, each after a question."""
         last = self.said_last or self.said
         return [self.said(text) + self.end for text in texts[:-1]] + [last(text) + self.end for text in texts[-1:]]
 
 
 @cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """The family's tokenizer with its template; not to be changed."""
+    """Returns the family's tokenizer with its template; it is cached and must not be changed."""
     family = FAMILIES[name]
     if family.file:
         tokenizer = _sentencepiece_tokenizer(family)
@@ -78,21 +78,21 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 @cache
 def renderer_of(name: str) -> ChatRenderer:
-    """The family's renderer, made once: it tries its template."""
+    """Returns the family's renderer; cached, because it tries the template."""
     return ChatRenderer(tokenizer_of(name))
 
 
 @cache
 def encoder_of(name: str) -> Encoder:
-    """The family's encoder, made once: it reads its vocabulary."""
+    """Returns the family's encoder; cached, because it reads the vocabulary."""
     return Encoder(tokenizer_of(name))
 
 
 def _sentencepiece_tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """The model's vocabulary and merges, with the manner of putting blanks that the family's fast tokenizer has."""
+    """Makes a tokenizer from the model's vocabulary that prepends spaces as the family's fast tokenizer does."""
     file = SHARED_DATA / "tokenizers" / str(family.file)
     if not file.is_file():
-        pytest.skip("the real vocabularies stand beside the checkout on development machines only")
+        pytest.skip("the real vocabularies are only available on development machines")
     pytest.importorskip("sentencepiece")
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
@@ -400,3 +400,12 @@ FAMILIES = {
     "words_metaspace_always": Family(_WORDS, "</s>", "metaspace_always"),
     "words_prepend": Family(_WORDS, "</s>", "prepend"),
 }
+
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if m['tool_calls'] %}{% for c in m['tool_calls'] %}<call>{{ c['function']['name'] }} "
+    "{{ c['function']['arguments'] | tojson }}</call>{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A ChatML template that renders tools and calls."""

@@ -1,4 +1,4 @@
-"""The benchmarks run on any machine, at any size, and count what they say they count."""
+"""The benchmarks run on any machine at any size, and their figures count what they name."""
 
 from __future__ import annotations
 
@@ -18,22 +18,30 @@ from benchmarks._inputs import log_normal_lengths, read_questions, write_chats
 from benchmarks._measure import ROOT, run_worker
 from benchmarks._models import GPU_SHAPES, Shape, square
 from benchmarks._report import Figures, write_section
-from benchmarks._train_contestants import clocked, real_tokens
+from benchmarks._train_contestants import add_clock, real_tokens
 from benchmarks._training_inputs import write_pairs
 from benchmarks._training_report import figures, plot_sweeps
 from benchmarks._training_report import targets as training_targets
 from benchmarks.data import targets
-from benchmarks.gpu import added, earlier
-from benchmarks.profile_step import imports
+from benchmarks.gpu import merge_runs, read_earlier
+from benchmarks.profile_step import list_imports
 from sft.training.mfu import peak_flops_by_name
 from tests.builders import tiny_llama
+
+
+def run_script(script, *options, cwd=ROOT.parent):
+    """Runs a benchmark, which finds the checkout by itself from any folder."""
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def chats(file):
     return [[m["content"] for m in json.loads(line)["messages"]] for line in file.read_text().splitlines()]
 
 
-def test_chats_go_through_the_questions_again_and_again(tmp_path):
+def test_chats_repeat_the_questions_in_order(tmp_path):
     questions = [{"question": "1 + 9?", "answer": "10"}, {"question": "why?", "answer": "so"}]
     write_chats(tmp_path / "plain.jsonl", questions, 5)
     write_chats(tmp_path / "distinct.jsonl", questions, 5, distinct=True)
@@ -47,7 +55,7 @@ def test_chats_go_through_the_questions_again_and_again(tmp_path):
     ]
 
 
-def test_generated_questions_are_the_same_each_time_and_as_long_as_gsm8ks():
+def test_generated_questions_are_deterministic_and_as_long_as_gsm8ks():
     generated = read_questions(None)
     assert generated == read_questions(None)
     assert len(generated) == 7473
@@ -55,7 +63,7 @@ def test_generated_questions_are_the_same_each_time_and_as_long_as_gsm8ks():
         assert np.mean([len(row[key].split()) for row in generated]) == pytest.approx(words, rel=0.15)
 
 
-def test_lengths_have_the_mean_they_are_named_for():
+def test_lengths_have_the_requested_mean():
     lengths = log_normal_lengths(50_000, 196, 2048)
     assert lengths.mean() == pytest.approx(196, rel=0.01)
     assert lengths.min() >= 1
@@ -84,31 +92,16 @@ def test_targets_are_met_or_not():
     ]
 
 
-def test_a_worker_that_fails_says_why(tmp_path):
+def test_the_error_of_a_failed_worker_is_reported(tmp_path):
     with pytest.raises(RuntimeError, match=r"ended with exit code 1:[\s\S]*KeyError: 'nobody'"):
-        run_worker("benchmarks._contestants", "nobody", {}, tmp_path)
+        run_worker("benchmarks._data_contestants", "nobody", {}, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_data_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
-    options = [
-        "--rows",
-        "60",
-        "--rounds",
-        "1",
-        "--lengths",
-        "2000",
-        "--scale",
-        "40",
-        "--without-trl",
-        "--data",
-        "nowhere.jsonl",
-    ]
-    places = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "all.json")]
-    environment = {**os.environ, "PYTHONPATH": ""}  # it finds the checkout by itself, from any folder
-    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), *options, *places]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_data_benchmark_runs_at_a_tiny_size_without_trl(tmp_path):
+    sizes = ("--rows", 60, "--rounds", 1, "--lengths", 2000, "--scale", 40, "--without-trl", "--data", "nowhere.jsonl")
+    places = ("--work", tmp_path, "--out", tmp_path / "out", "--json", tmp_path / "all.json")
+    run_script("data.py", *sizes, *places, cwd=tmp_path)
     found = json.loads((tmp_path / "all.json").read_text())
     compared = {name: reports[0] for name, reports in found["compare"].items()}
     assert set(compared) == {"ours", "encode_batch_fast", "ours, no row twice"}
@@ -123,9 +116,7 @@ def test_the_data_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
     results = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "## Data" in results
     assert "generated text" in results
-    assert not [
-        path for path in tmp_path.iterdir() if path.name not in ("out", "all.json")
-    ]  # no temporary file is left
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "all.json"}  # no temporary file is left
 
 
 def test_pairs_hold_what_the_chats_hold(tmp_path):
@@ -147,7 +138,7 @@ def test_operations_are_those_of_the_weights_that_are_multiplied(shape, frozen):
 
 
 @pytest.mark.parametrize(("size", "billions"), [("0.6B", 0.596), ("1.7B", 1.721), ("8B", 8.030)])
-def test_gpu_models_have_the_sizes_that_they_are_named_for(size, billions):
+def test_gpu_models_have_the_sizes_of_their_names(size, billions):
     shape = GPU_SHAPES["real"][size]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape.config())
@@ -163,10 +154,10 @@ def test_padding_is_never_counted():
     assert on_device.device.type == "meta"  # the step that is timed does not wait for the number
 
 
-def test_the_clock_starts_behind_the_warm_up(tmp_path):
+def test_the_clock_starts_after_the_warm_up(tmp_path):
     model = tiny_llama(50)
     rows = [{"input_ids": [1] * n, "attention_mask": [1] * n, "labels": [1] * n} for n in (5, 7) * 6]
-    trainer_class, report = clocked(Trainer, warm_up=2)
+    trainer_class, report = add_clock(Trainer, warm_up=2)
     arguments = TrainingArguments(
         str(tmp_path), max_steps=5, per_device_train_batch_size=1, gradient_accumulation_steps=2, use_cpu=True,
         report_to="none", train_sampling_strategy="sequential", save_strategy="no",
@@ -213,7 +204,7 @@ def test_figures_are_medians_and_ranges():
     assert table.rows == [("ours", "1,000", "900–1,300", "450", "10.0", "1,000", "9.000")]
 
 
-def test_the_sweeps_are_drawn_the_same_each_time(tmp_path):
+def test_the_plot_of_the_sweeps_is_deterministic(tmp_path):
     pytest.importorskip("matplotlib")
     points = {"32000": {"ours": run_of(900), "TRL": run_of(100)}, "64000": {"ours": run_of(800)}}
     for name in ("one.svg", "two.svg"):
@@ -243,7 +234,7 @@ def gpu_results(name, **changed):
     }
 
 
-def test_a_gpus_figures_state_mfu_and_what_did_not_fit():
+def test_gpu_figures_have_mfu_and_failures():
     (table,) = gpu_figures(gpu_results("Some card"))[1:]
     assert table.rows[0] == ("lora", "4,096", "ours", "12,000", "", "30.0")  # no peak is known: no MFU
     (table,) = gpu_figures(gpu_results("NVIDIA H100 80GB HBM3"))[1:]
@@ -268,19 +259,19 @@ def test_absolute_targets_are_those_of_an_h100():
     ]
 
 
-def test_the_gpu_benchmark_goes_on_with_the_figures_of_an_earlier_piece(tmp_path):
+def test_the_gpu_benchmark_keeps_the_figures_of_earlier_runs(tmp_path):
     one = {"size": "8B", "method": "lora", "length": 4096, "pass_tokens": 8192, "name": "ours"}
     first = [{**one, "runs": [1]}, {**one, "length": 8192, "runs": [2]}]
-    assert added(first, [{**one, "runs": [3]}]) == [first[1], {**one, "runs": [3]}]
+    assert merge_runs(first, [{**one, "runs": [3]}]) == [first[1], {**one, "runs": [3]}]
     file = tmp_path / "all.json"
-    assert earlier(file, "card") == {}
+    assert read_earlier(file, "card") == {}
     file.write_text(json.dumps({"device": {"name": "card"}, "train": first}))
-    assert earlier(file, "card")["train"] == first
-    with pytest.raises(SystemExit, match="holds figures of card, and this is another"):
-        earlier(file, "another")
+    assert read_earlier(file, "card")["train"] == first
+    with pytest.raises(SystemExit, match="has figures of card, and this is another"):
+        read_earlier(file, "another")
 
 
-def test_a_target_that_ours_had_no_memory_for_is_missed_and_not_left_out():
+def test_a_target_without_enough_memory_is_missed():
     full = {"size": "8B", "method": "full 8-bit", "length": 4096, "pass_tokens": 8192, "flops_per_token": 1}
     ours = {**full, "name": "ours", "runs": [{"failed": "out of memory"}]}
     results = gpu_results("NVIDIA H100 80GB HBM3", train=[ours])
@@ -289,35 +280,25 @@ def test_a_target_that_ours_had_no_memory_for_is_missed_and_not_left_out():
 
 
 def test_the_longest_imports_come_first():
-    said = (
+    output = (
         "import time: self [us] | cumulative | imported package\n"
         "import time:       100 |       2000 |   torch.nn\nimport time:    500000 |    1600000 | torch\n"
     )
-    assert imports(said, 1).splitlines()[1] == "    1.60     0.50  torch"
-    assert imports(said, 5).splitlines()[2].split() == ["0.00", "0.00", "torch.nn"]
-
-
-def command(script, *options):
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)],
-        cwd=ROOT.parent, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert list_imports(output, 1).splitlines()[1] == "    1.60     0.50  torch"
+    assert list_imports(output, 5).splitlines()[2].split() == ["0.00", "0.00", "torch.nn"]
 
 
 SMALL = ("--layers", 1, "--width", 64, "--data", "nowhere.jsonl")
 
 
 @pytest.mark.slow
-def test_the_training_benchmark_runs_at_a_tiny_size_without_its_rival(tmp_path):
+def test_the_training_benchmark_runs_at_a_tiny_size_without_trl(tmp_path):
     (tmp_path / "RESULTS.md").write_text("# Results\n\n## Data\n\nkept\n")
     sizes = ("--rows", 100, "--max-length", 512, "--step-tokens", 512, "--methods", "lora")
     steps = ("--rounds", 1, "--steps", 2, "--warm-up", 1, "--sweep-steps", 2)
     sweeps = ("--sweep-vocabulary", "--sweep-size", "--sweep-rows", 100, "--sweep-joined", 1)
     places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--without-trl")
-    command("train.py", *SMALL, "--parts", "speed", "sweeps", *sizes, *steps, *sweeps, *places)
+    run_script("train.py", *SMALL, "--parts", "speed", "sweeps", *sizes, *steps, *sweeps, *places)
     found = json.loads((tmp_path / "all.json").read_text())
     reports = {name: of_it[0] for name, of_it in found["speed"]["lora"]["rounds"].items()}
     assert set(reports) == {"ours", "bare loop", "Trainer, bf16", "Trainer, float32"}
@@ -340,7 +321,7 @@ def test_the_gpu_benchmark_can_be_tried_without_a_gpu(tmp_path):
     sizes = ("--sizes", "0.6B", "--methods", "full", "qlora", "--lengths", 256, "--pass-tokens", 256)
     steps = ("--step-tokens", 512, "--steps", 2, "--warm-up", 1, "--rows", 60, "--head", 64, 640, 32, "--repeats", 1)
     places = ("--out", tmp_path, "--json", tmp_path / "all.json", "--work", tmp_path, "--data", "nowhere.jsonl")
-    command("gpu.py", "--device", "cpu", "--scale", "tiny", *sizes, *steps, *places)
+    run_script("gpu.py", "--device", "cpu", "--scale", "tiny", *sizes, *steps, *places)
     found = json.loads((tmp_path / "all.json").read_text())
     ours = [one["method"] for one in found["train"] if one["name"] == "ours"]
     assert ours == ["full", "qlora"]
@@ -355,7 +336,7 @@ def test_the_gpu_benchmark_can_be_tried_without_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_the_profile_names_imports_stages_and_operations(tmp_path):
-    command("profile_step.py", *SMALL, "--steps", 1, "--warm-up", 1, "--out", tmp_path / "profile.txt")
+    run_script("profile_step.py", *SMALL, "--steps", 1, "--warm-up", 1, "--out", tmp_path / "profile.txt")
     text = (tmp_path / "profile.txt").read_text()
     assert " torch\n" in text
     assert "Batches:" in text

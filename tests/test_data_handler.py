@@ -1,4 +1,4 @@
-"""The data stage as a whole: from files to prepared data, with the account of every row."""
+"""The data stage as a whole: from files to prepared data, with a ledger of every row."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sft.config.schema import DataKeys, DatasetKeys
 from sft.data.encoding.row_encoder import RowEncoder, Seen
 from sft.data.ledger import Ledger
 from sft.data.sources.dataset_source import DataSource
-from sft.data.sources.files import Row
+from sft.data.sources.row import Row
 from sft.errors import UserError
 from tests.builders import CHATML, byte_level_tokenizer
-from tests.data.formats.test_normalize import rows as any_rows
+from tests.data.formats.rows import any_rows
 from tests.template_zoo import tokenizer_of
 
 TOKENIZER = byte_level_tokenizer()
@@ -46,7 +46,7 @@ def write(path: Path, *rows: dict[str, Any] | str) -> str:
 
 @pytest.fixture
 def keys(tmp_path):
-    """Data keys with a cache of their own: `keys(train_file=...)`."""
+    """Makes data keys with a cache of their own: `keys(train_file=...)`."""
 
     def make(**values: Any) -> DataKeys:
         return DataKeys(**{"cache_dir": str(tmp_path / "cache"), "max_seq_length": 64, **values})
@@ -64,13 +64,13 @@ def prepare(
 
 
 def questions(data: Any) -> list[str]:
-    """The question of each prepared row, to know it by."""
+    """Decodes the question of each prepared row, to identify it."""
     texts = [str(TOKENIZER.decode(row["input_ids"])) for row in data]
     return [text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in texts]
 
 
 def assert_accounts(data: PreparedData) -> None:
-    """The ledger's numbers are those of the prepared data, row by row and token by token."""
+    """Asserts that the ledger's numbers equal those of the prepared data."""
     document = data.ledger
     for one in [document["total"], *document["datasets"].values()]:
         assert one["rows_read"] == one["rows_trained"] + sum(one["rows_lost"].values())
@@ -79,9 +79,6 @@ def assert_accounts(data: PreparedData) -> None:
     assert document["total"]["tokens"]["total"] == sum(len(row["input_ids"]) for s in sets for row in s)
     assert document["total"]["tokens"]["trained"] == sum(int((row["labels"] != -100).sum()) for s in sets for row in s)
     assert data.train_tokens == sum(len(row["input_ids"]) for row in data.train)
-
-
-# Preparing
 
 
 def test_prepared_rows_written_out(tmp_path, keys):
@@ -108,7 +105,7 @@ def test_texts_alone_need_no_template_and_end_with_eos(tmp_path, keys):
     assert data.end_token_ids == (tokenizer.eos_token_id,)
 
 
-def test_a_file_of_every_loss_accounts_for_each_row(tmp_path, keys):
+def test_a_file_with_every_kind_of_loss_accounts_for_each_row(tmp_path, keys):
     train = write(
         tmp_path / "a.jsonl",
         qa(1),
@@ -208,10 +205,7 @@ def test_evaluating_alone_prepares_no_training_rows(tmp_path, keys):
     assert len(split.evals["validation"]) == 2
 
 
-# Duplicates
-
-
-def test_duplicates_are_counted_and_left_out_when_asked_for(tmp_path, keys):
+def test_duplicates_are_counted_and_dropped_with_dedupe(tmp_path, keys):
     train = write(tmp_path / "a.jsonl", qa(1), qa(2), qa(1), qa(1), qa(3), qa(1, "Other"))
     validation = write(tmp_path / "v.jsonl", qa(3), qa(3))
     counted = prepare(keys(train_file=train, validation_file=validation))
@@ -221,7 +215,7 @@ def test_duplicates_are_counted_and_left_out_when_asked_for(tmp_path, keys):
     ledger = deduped.ledger["datasets"]["train"]
     assert ledger["rows_lost"] == {"duplicate": 2, "in_validation": 1}
     assert questions(deduped.train) == ["Question 1?", "Question 2?", "Question 1?"]
-    # Validation rows are never left out, only counted.
+    # Validation rows are never dropped, only counted.
     ledger = deduped.ledger["datasets"]["validation"]
     assert (ledger["rows_trained"], ledger["duplicates"]) == (2, 1)
     require_enough_rows(keys(), deduped.ledger)
@@ -233,9 +227,6 @@ def test_a_row_of_another_training_set_is_a_duplicate(tmp_path, keys):
     assert questions(data.train) == ["Question 1?", "Question 5?", "Question 6?"]
     assert data.ledger["datasets"]["y"]["rows_lost"] == {"duplicate": 1}
     assert_accounts(data)
-
-
-# Enough rows
 
 
 def test_too_many_lost_rows_are_an_error_with_the_rows(tmp_path, keys):
@@ -258,12 +249,12 @@ def test_no_row_left_is_an_error_whatever_may_be_lost(tmp_path, keys):
     data = prepare(keys(train_file=train, max_lost_fraction=0.99))
     with pytest.raises(UserError, match=r"1 of 1 rows of 'train' are lost \(1 bad_schema\)\n") as caught:
         require_enough_rows(keys(max_lost_fraction=0.99), data.ledger)
-    # No share that may be lost would help.
+    # No max_lost_fraction would help.
     assert (caught.value.problems[0].key, "max_lost_fraction" in str(caught.value)) == (None, False)
     assert caught.value.problems[0].hint.endswith("name them with `columns:`")
 
 
-def test_a_row_alone_cannot_be_split(tmp_path, keys):
+def test_a_single_row_cannot_be_split(tmp_path, keys):
     data = prepare(keys(train_file=write(tmp_path / "a.jsonl", qa(1)), validation_split=0.1))
     with pytest.raises(UserError, match="validation_split: 'validation' has no rows"):
         require_enough_rows(keys(), data.ledger)
@@ -290,9 +281,6 @@ def test_files_that_cannot_be_read_are_errors_that_name_them(tmp_path, keys, nam
     assert not list((tmp_path / "cache").glob("*/"))
 
 
-# The split
-
-
 def test_the_split_is_drawn_by_the_seed(tmp_path, keys):
     train = write(tmp_path / "a.jsonl", *map(qa, range(40)))
     first = prepare(keys(train_file=train, validation_split=0.25), seed=3)
@@ -309,14 +297,11 @@ def test_the_split_is_drawn_by_the_seed(tmp_path, keys):
     assert_accounts(first)
 
 
-# Packing
-
-
 @pytest.mark.parametrize(
     ("packing", "packed"),
     [("auto", False), ("bfd", True), (False, False)],
 )
-def test_packing_is_chosen(tmp_path, keys, packing, packed):
+def test_packing_modes(tmp_path, keys, packing, packed):
     train = write(tmp_path / "a.jsonl", *map(qa, range(9)))
     data = prepare(keys(train_file=train, packing=packing))
     assert ("seq_lengths" in data.train.column_names) is packed
@@ -347,7 +332,7 @@ def test_packed_rows_hold_the_same_documents(tmp_path, keys):
 
 
 @pytest.mark.parametrize("packing", ["bfd", "wrapped"])
-def test_the_fill_is_that_of_the_packed_rows_whatever_sets_share_them_or_are_not_packed(tmp_path, keys, packing):
+def test_the_fill_counts_only_the_packed_rows(tmp_path, keys, packing):
     large = DatasetKeys(path=write(tmp_path / "large.jsonl", *map(qa, range(40))), weight=3)
     small = DatasetKeys(path=write(tmp_path / "small.jsonl", *({"text": PARIS * n} for n in range(1, 4))), weight=1)
     validation = write(tmp_path / "v.jsonl", *map(qa, range(50, 90)))
@@ -371,7 +356,7 @@ def test_wrapped_texts_are_one_stream_and_no_row_is_too_long(tmp_path, keys):
     stream = [t for one in texts for t in [*TOKENIZER.encode(one["text"]), TOKENIZER.eos_token_id]]
     assert np.concatenate([row["input_ids"] for row in data.train]).tolist() == stream
     assert all(len(row["input_ids"]) == 64 for row in list(data.train)[:-1])
-    # Only the packing that wraps leaves long texts whole.
+    # Only `wrapped` keeps long texts whole.
     assert data.ledger["datasets"]["validation"]["rows_lost"] == {"too_long": 1}
     assert data.ledger["datasets"]["train"]["rows_lost"] == {}
     assert_accounts(data)
@@ -382,7 +367,7 @@ def test_wrapped_texts_are_one_stream_and_no_row_is_too_long(tmp_path, keys):
     assert_accounts(other)
 
 
-def test_wrapping_several_data_sets_counts_what_each_cut_costs(tmp_path, keys):
+def test_wrapping_several_data_sets_counts_all_tokens(tmp_path, keys):
     entries = [
         DatasetKeys(path=write(tmp_path / f"{name}.jsonl", *({"text": "abc " * n} for n in lengths)))
         for name, lengths in (("x", (40, 7)), ("y", (90, 33, 2)))
@@ -391,10 +376,7 @@ def test_wrapping_several_data_sets_counts_what_each_cut_costs(tmp_path, keys):
     assert_accounts(data)
 
 
-# The cache
-
-
-def test_the_second_preparation_is_the_first_ones(tmp_path, keys):
+def test_the_second_preparation_reads_the_first_ones_cache(tmp_path, keys):
     config = keys(train_file=write(tmp_path / "a.jsonl", *map(qa, range(20)), "{broken"), validation_split=0.2)
     first, second = prepare(config), prepare(config)
     assert (first.from_cache, second.from_cache) == (False, True)
@@ -413,7 +395,7 @@ def test_the_second_preparation_is_the_first_ones(tmp_path, keys):
         ]
 
 
-def test_whatever_changes_the_data_is_prepared_anew(tmp_path, keys):
+def test_whatever_changes_the_data_invalidates_the_cache(tmp_path, keys):
     train = tmp_path / "a.jsonl"
     write(train, *map(qa, range(6)))
 
@@ -432,7 +414,7 @@ def test_whatever_changes_the_data_is_prepared_anew(tmp_path, keys):
     assert not was_found(other_eos)
     train.write_text(train.read_text().replace("Paris", "Parit", 1))
     assert [was_found(), was_found()] == [False, True]
-    # Where the cache is and how fast it is made do not change what is in it.
+    # The number of workers does not change the data.
     assert was_found(preprocessing_num_workers=1)
     # Nor does what an earlier call left in the tokenizer.
     used = byte_level_tokenizer()
@@ -459,9 +441,6 @@ def test_two_processes_at_once_prepare_once(tmp_path, keys):
     found = [(data.from_cache, len(data.train)), results.get(timeout=120)]
     process.join(timeout=60)
     assert sorted(found) == [(False, 5000), (True, 5000)]
-
-
-# Preview
 
 
 def test_the_preview_is_the_first_rows_in_source_order(tmp_path, keys, caplog):
@@ -524,7 +503,7 @@ def test_the_preview_names_the_first_twenty_lost_rows_of_each_reason_and_counts_
     assert rest == "rows lost besides these: 7 bad_json, 3 bad_schema"
     lines = [(int(text.split(":")[1]), text.split(": ")[2]) for text in named]
     assert lines == [(n, "bad_json") for n in range(1, 21)] + [(n, "bad_schema") for n in range(26, 46)]
-    # The run's own look at the first sample leaves it to the ledger to name them.
+    # `prepare_data` reads the first sample too, but leaves lost rows to the ledger.
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="sft"):
         assert prepare(keys(train_file=train)).sample == sample
@@ -538,7 +517,7 @@ def test_a_preview_of_nothing_is_an_error(tmp_path, keys):
     (problem,) = caught.value.problems
     assert problem.message == "none of 3 rows can be trained (2 bad_schema, 1 bad_json)"
     assert problem.hint.endswith("name them with `columns:`")
-    # A preparation goes on, whose ledger says more.
+    # `prepare_data` continues: its ledger says more.
     assert prepare(keys(train_file=train)).sample is None
 
 
@@ -572,7 +551,7 @@ def test_validation_conversations_are_held_out_rows_that_end_with_an_answer(tmp_
     assert [c.messages[-2]["content"] for c in found] == questions(prepare(config, seed=5).evals["validation"])
 
 
-def test_a_row_that_evaluation_loses_is_not_asked_and_the_next_one_is(tmp_path, keys):
+def test_a_validation_row_that_is_lost_is_replaced_by_the_next(tmp_path, keys):
     template = "{% if messages[0]['content'] == 'Question 0?' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     refused, pair, long = qa(0), qa(2, "half \ud83d of a pair"), qa(5, "x" * 500)
     rows = [refused, qa(1), pair, qa(3), qa(4), long]
@@ -581,9 +560,6 @@ def test_a_row_that_evaluation_loses_is_not_asked_and_the_next_one_is(tmp_path, 
     assert [c.messages[0]["content"] for c in found] == ["Question 1?", "Question 3?", "Question 4?"]
     found = validation_conversations(config, byte_level_tokenizer(template), seed=1, limit=99)
     assert [c.messages[0]["content"] for c in found] == ["Question 1?", "Question 3?", "Question 4?"]
-
-
-# Mixtures
 
 
 def test_weights_mix_the_data_sets_and_every_row_stays_accounted_for(tmp_path, keys):
@@ -607,7 +583,7 @@ def test_weights_mix_the_data_sets_and_every_row_stays_accounted_for(tmp_path, k
     assert abs(tokens[0] - tokens[1]) < 60
 
 
-def test_reasoning_that_the_template_has_no_place_for_is_counted(tmp_path, keys):
+def test_reasoning_that_the_template_drops_is_counted(tmp_path, keys):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}]
     data = prepare(keys(train_file=write(tmp_path / "a.jsonl", {"messages": messages}, qa(1))))
     assert data.ledger["total"]["thoughts_left_out"] == 1
@@ -628,9 +604,6 @@ def test_a_text_beside_a_call_that_the_template_does_not_write_is_counted(tmp_pa
     assert (ledger["rows_trained"], ledger["texts_left_out"]) == (4, left_out)
 
 
-# Anything at all
-
-
 @given(any_rows)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_row_is_encoded_or_lost(row):
@@ -642,9 +615,6 @@ def test_any_row_is_encoded_or_lost(row):
         assert labels[0] == -100
         assert documents.rows.tolist() == [7]
         assert (labels[labels != -100] == ids[labels != -100]).all()
-
-
-# Real data
 
 
 @pytest.mark.parametrize(

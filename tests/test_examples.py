@@ -1,4 +1,4 @@
-"""The embedded example: made from a seed, disjoint, small, and in the four declared formats."""
+"""The shipped example: made from a seed, small, in four formats, without operands shared by its splits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from examples.make_examples import CORPUS_ROWS, ROWS, SEED, make_corpus, make_data, make_tokenizer, told
+from examples.make_examples import CORPUS_ROWS, ROWS, SEED, make_corpus, make_data, make_tokenizer, texts_of
 from examples.tasks import OPERANDS, SENTENCE_WORDS, TASKS, held_out, make_operand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ SHAPES = {"word": "[a-z]{3,6}", "number": "[0-9]{3,4}", "pair": "[0-9]{1,2} and 
 
 
 def read_rows(split: str, kind: str) -> list[dict[str, Any]]:
-    """The rows of a committed file, read with nothing but the standard library."""
+    """Reads the rows of a committed file with the standard library only."""
     text = (DATA / split / NAMES[kind]).read_text(encoding="utf-8")
     if kind == "alpaca":
         return json.loads(text)
@@ -38,7 +38,7 @@ def read_rows(split: str, kind: str) -> list[dict[str, Any]]:
 
 
 def exchanges(split: str) -> list[tuple[str, str]]:
-    """Every (request, answer) of a split, whatever the format; an alpaca input stands after its instruction."""
+    """Returns every (request, answer) of a split in any format; an alpaca input follows its instruction."""
     pairs = [(f"{row['instruction']} {row['input']}".strip(), row["output"]) for row in read_rows(split, "alpaca")]
     for row in read_rows(split, "chat"):
         turns = [message["content"] for message in row["messages"] if message["role"] != "system"]
@@ -47,7 +47,7 @@ def exchanges(split: str) -> list[tuple[str, str]]:
 
 
 def readings(request: str) -> set[tuple[str, str]]:
-    """The (task, operand) that `request` can mean, found from its words and not from the generator."""
+    """Returns each (task, operand) that `request` can mean, from its words alone."""
     found = set()
     for name, task in TASKS.items():
         for form in (*task.orders, *task.questions, *(f"{text} {{x}}" for text in task.instructions)):
@@ -78,7 +78,7 @@ def test_another_seed_gives_other_files(tmp_path: Path) -> None:
         assert path.read_bytes() != (DATA / path.relative_to(tmp_path)).read_bytes(), path.name
 
 
-def test_the_corpus_is_deterministic_and_held_out_operands_stay_out(
+def test_the_corpus_is_deterministic_and_has_no_held_out_operands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CORPUS_ROWS, "train", 2000)
@@ -118,15 +118,15 @@ def test_the_committed_splits_share_no_operand() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_row_is_there_twice_in_any_format(split: str) -> None:
-    said = [told(row) for kind in NAMES for row in read_rows(split, kind)]
-    assert len(said) == len(set(said)) == sum(ROWS[split].values())
-    assert told({"instruction": "Spell it.", "input": "abo", "output": "a-b-o"}) == ("Spell it.\n\nabo", "a-b-o")
-    assert told({"instruction": "Spell abo.", "input": "", "output": "a-b-o"}) == ("Spell abo.", "a-b-o")
+def test_no_row_is_repeated_in_any_format(split: str) -> None:
+    texts = [texts_of(row) for kind in NAMES for row in read_rows(split, kind)]
+    assert len(texts) == len(set(texts)) == sum(ROWS[split].values())
+    assert texts_of({"instruction": "Spell it.", "input": "abo", "output": "a-b-o"}) == ("Spell it.\n\nabo", "a-b-o")
+    assert texts_of({"instruction": "Spell abo.", "input": "", "output": "a-b-o"}) == ("Spell abo.", "a-b-o")
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_request_means_one_thing_and_its_answer_is_right(split: str) -> None:
+def test_every_request_is_unambiguous_and_its_answer_is_right(split: str) -> None:
     for request, answer in exchanges(split):
         ((task, operand),) = readings(request)
         assert answer == TASKS[task].solve(operand), request
@@ -190,7 +190,7 @@ def test_the_tokenizer_round_trips_every_text(tokenizer: Any, split: str) -> Non
         assert not set(ids) & set(tokenizer.all_special_ids)
 
 
-def test_the_tokenizer_reads_operands_letter_by_letter_and_any_text_at_all(tokenizer: Any) -> None:
+def test_the_tokenizer_reads_operands_letter_by_letter_and_any_text(tokenizer: Any) -> None:
     pieces = [tokenizer.decode(token) for token in tokenizer("Reverse the word tamo.")["input_ids"]]
     assert pieces == ["Reverse", " the", " word", " ", "t", "a", "m", "o", "."]
     for text in ("Grüße, 世界!\n\t\U0001f600", "  two  spaces ", "THE The the", "a\u0301"):
@@ -224,7 +224,7 @@ def test_the_sample_config_names_what_is_shipped() -> None:
 
 
 @pytest.mark.slow
-def test_the_sample_config_teaches_what_it_says(tmp_path: Path) -> None:
+def test_the_sample_config_trains_the_tasks(tmp_path: Path) -> None:
     command = [sys.executable, "sft_main.py", "--config_file", "sample_config.yaml", "--output_dir", str(tmp_path)]
     # The whole run takes one to two minutes; the limit is for a machine that is busy with other things.
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

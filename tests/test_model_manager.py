@@ -1,4 +1,4 @@
-"""Loading: what is trained, how the weights are held, and every way in which a model cannot be had."""
+"""Loading a model: which weights are trained, in which dtype, and every error."""
 
 from __future__ import annotations
 
@@ -30,12 +30,22 @@ def load(
     )
 
 
-def lora(**keys: Any) -> LoraKeys:
+def lora_keys(**keys: Any) -> LoraKeys:
+    """Keys of peft that the schema has no field for, too."""
     return LoraKeys(**keys)
 
 
-def quantization(**keys: Any) -> QuantizationKeys:
+def quantization_keys(**keys: Any) -> QuantizationKeys:
+    """Keys of bitsandbytes that the schema has no field for, too."""
     return QuantizationKeys(**keys)
+
+
+def save_base(folder: Path, *, tied: bool = False, spare_rows: int = 0, pad: bool = True) -> ModelKeys:
+    """Saves a tiny Llama with its tokenizer, and returns the keys that name it."""
+    tokenizer = byte_level_tokenizer(pad=pad)
+    tiny_llama(len(tokenizer) + spare_rows, tie_word_embeddings=tied).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelKeys(model_name_or_path=str(folder))
 
 
 def trainable(model: torch.nn.Module) -> set[str]:
@@ -105,7 +115,7 @@ def test_quantized_layers_are_real_and_frozen(
     assert first.grad.abs().sum() > 0
 
 
-def test_4bit_settings_arrive_and_the_compute_type_follows_the_machine(model_dir: Path) -> None:
+def test_4bit_settings_are_applied_and_the_compute_dtype_follows_the_run(model_dir: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         keys = ModelKeys(model_name_or_path=str(model_dir), dtype=dtype)
         _, model = load(keys, LoraKeys(r=2), QuantizationKeys(load_in_4bit=True))
@@ -116,7 +126,7 @@ def test_4bit_settings_arrive_and_the_compute_type_follows_the_machine(model_dir
 
 
 def test_an_evaluation_does_not_change_4bit_arithmetic(named: ModelKeys) -> None:
-    """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs; gradients end there from then on."""
+    """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs: from then on they have no gradient."""
     _, model = load(named, LoraKeys(r=2), QuantizationKeys(load_in_4bit=True))
     ids = torch.arange(5, 25).reshape(2, 10)
     with torch.no_grad():
@@ -144,11 +154,8 @@ def test_embeddings_grow_for_added_tokens_and_never_shrink(model_dir: Path, capl
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_lora_trains_the_rows_of_added_tokens(tmp_path: Path, tied: bool, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = byte_level_tokenizer()
     # Twelve spare rows, as many bases have: the added tokens need no growth, and are untrained all the same.
-    tiny_llama(len(tokenizer) + 12, tie_word_embeddings=tied).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    keys = ModelKeys(model_name_or_path=str(tmp_path), special_tokens=["<|a|>", "<|b|>"])
+    keys = save_base(tmp_path, tied=tied, spare_rows=12).model_copy(update={"special_tokens": ["<|a|>", "<|b|>"]})
     with caplog.at_level(logging.INFO, logger="sft"):
         tokenizer, model = load(keys, LoraKeys(r=2))
     rows = [name for name in trainable(model) if "lora_" not in name]
@@ -161,20 +168,18 @@ def test_lora_trains_the_rows_of_added_tokens(tmp_path: Path, tied: bool, caplog
     assert delta.grad[1].abs().sum() > 0
 
 
-def test_modules_to_save_take_the_place_of_trained_rows(model_dir: Path) -> None:
+def test_modules_to_save_replace_trained_rows(model_dir: Path) -> None:
     keys = ModelKeys(model_name_or_path=str(model_dir), special_tokens=["<|a|>"])
-    _, model = load(keys, lora(r=2, modules_to_save=["embed_tokens", "lm_head"]))
+    _, model = load(keys, lora_keys(r=2, modules_to_save=["embed_tokens", "lm_head"]))
     whole = {name for name in trainable(model) if "lora_" not in name}
     assert len(whole) == 2
     assert all("modules_to_save" in name for name in whole)
 
 
-def test_tied_embeddings_that_are_trained_whole_stay_tied(tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer()
-    tiny_llama(len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_tied_embeddings_that_are_fully_trained_stay_tied(tmp_path: Path) -> None:
+    keys = save_base(tmp_path, tied=True)
     for modules in (["embed_tokens", "lm_head"], ["lm_head"]):
-        _, model = load(ModelKeys(model_name_or_path=str(tmp_path)), lora(r=2, modules_to_save=modules))
+        tokenizer, model = load(keys, lora_keys(r=2, modules_to_save=modules))
         base = model.get_base_model()
         whole = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
         assert [p.shape for p in whole] == [(len(tokenizer), 64)]
@@ -183,12 +188,9 @@ def test_tied_embeddings_that_are_trained_whole_stay_tied(tmp_path: Path) -> Non
 
 
 def test_a_missing_pad_token_changes_no_embedding(tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer(pad=False)
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded, model = load(ModelKeys(model_name_or_path=str(tmp_path)), LoraKeys(r=2))
-    assert loaded.pad_token == loaded.eos_token
-    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    tokenizer, model = load(save_base(tmp_path, pad=False), LoraKeys(r=2))
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert model.get_input_embeddings().weight.shape[0] == len(byte_level_tokenizer(pad=False))
 
 
 SMALL = {
@@ -254,11 +256,6 @@ def test_a_hub_name_without_network() -> None:
     assert "local folder" in problem.hint
 
 
-def broken_copy(model_dir: Path, folder: Path) -> Path:
-    shutil.copytree(model_dir, folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -269,7 +266,7 @@ def broken_copy(model_dir: Path, folder: Path) -> Path:
     ],
 )
 def test_damaged_folders(model_dir: Path, tmp_path: Path, file: str, content: str | None, message: str) -> None:
-    folder = broken_copy(model_dir, tmp_path / "m")
+    folder = Path(shutil.copytree(model_dir, tmp_path / "m"))
     if content is None:
         (folder / file).unlink()
     else:
@@ -280,10 +277,10 @@ def test_damaged_folders(model_dir: Path, tmp_path: Path, file: str, content: st
     assert message in problem.message
 
 
-def test_weights_that_are_not_all_there(model_dir: Path, tmp_path: Path) -> None:
+def test_missing_tensors_are_refused(model_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = broken_copy(model_dir, tmp_path / "m")
+    folder = Path(shutil.copytree(model_dir, tmp_path / "m"))
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -292,7 +289,7 @@ def test_weights_that_are_not_all_there(model_dir: Path, tmp_path: Path) -> None
     assert "model.layers.1.mlp.up_proj.weight" in problem.message
 
 
-def test_models_that_are_no_causal_language_models(model_dir: Path, tmp_path: Path) -> None:
+def test_models_that_are_not_causal_language_models(model_dir: Path, tmp_path: Path) -> None:
     T5Config(d_model=16).save_pretrained(tmp_path / "t5")
     small = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=400)
     BertLMHeadModel(small).save_pretrained(tmp_path / "bert")
@@ -303,27 +300,25 @@ def test_models_that_are_no_causal_language_models(model_dir: Path, tmp_path: Pa
             model_manager.check_model(keys)
 
 
-def test_settings_that_do_not_fit(named: ModelKeys, model_dir: Path) -> None:
-    assert problem_of(named, None, QuantizationKeys(load_in_4bit=True)).key == "quantization_config"
+def test_settings_that_do_not_fit_the_model(named: ModelKeys, model_dir: Path) -> None:
     assert problem_of(named, LoraKeys(), QuantizationKeys()).message.startswith("neither")
     problem = problem_of(named, LoraKeys(target_modules=["q_proj", "v_prj"]))
     assert problem.key == "lora_config.target_modules"
     assert "'v_prj'" in problem.message
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in problem.hint
     assert problem_of(named, LoraKeys(target_modules="nothing.*")).key == "lora_config.target_modules"
-    assert problem_of(named, lora(modules_to_save=["head"])).key == "lora_config.modules_to_save"
-    assert problem_of(named, lora(init_lora_weights="eva")).key == "lora_config.init_lora_weights"
-    pissa = problem_of(named, lora(init_lora_weights="pissa"), QuantizationKeys(load_in_4bit=True))
+    assert problem_of(named, lora_keys(modules_to_save=["head"])).key == "lora_config.modules_to_save"
+    assert problem_of(named, lora_keys(init_lora_weights="eva")).key == "lora_config.init_lora_weights"
+    pissa = problem_of(named, lora_keys(init_lora_weights="pissa"), QuantizationKeys(load_in_4bit=True))
     assert "these are quantized" in pissa.message
-    everything_skipped = quantization(load_in_4bit=True, llm_int8_skip_modules=["model", "lm_head"])
+    everything_skipped = quantization_keys(load_in_4bit=True, llm_int8_skip_modules=["model", "lm_head"])
     assert "no layer of the model was quantized" in problem_of(named, LoraKeys(), everything_skipped).message
     bad_attention = ModelKeys(model_name_or_path=str(model_dir), attn_implementation="sdpaa")
     assert problem_of(bad_attention).key == "attn_implementation"
-    assert problem_of(ModelKeys(tokenizer_name_or_path=str(model_dir))).key == "model_name_or_path"
     assert problem_of(ModelKeys()).key == "tokenizer_name_or_path"
 
 
-def test_an_adapter_is_no_base(named: ModelKeys, tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_base(named: ModelKeys, tmp_path: Path) -> None:
     tokenizer, model = load(named, LoraKeys(r=2))
     model_manager.save_final_model(model, tokenizer, tmp_path / "adapter", [2])
     problem = problem_of(ModelKeys(model_name_or_path=str(tmp_path / "adapter")))
@@ -342,15 +337,15 @@ def quantized_files(model_dir: Path, tmp_path: Path) -> ModelKeys:
     return ModelKeys(model_name_or_path=str(tmp_path / "quantized"), dtype="float32")
 
 
-def test_a_base_that_is_quantized_already_needs_an_adapter(quantized_files: ModelKeys) -> None:
+def test_a_base_with_quantized_files_needs_an_adapter(quantized_files: ModelKeys) -> None:
     with pytest.raises(UserError, match="quantized to 4 bits, and cannot be trained without an adapter") as caught:
         model_manager.check_model(quantized_files)
     assert caught.value.problems[0].key == "model_name_or_path"
     assert "lora_config" in caught.value.problems[0].hint
-    problem = problem_of(quantized_files)  # of a model whose config did not say it
+    problem = problem_of(quantized_files)  # as for a model whose config does not show it
     assert (problem.key, problem.message) == (
         "model_name_or_path",
-        "its weights are quantized (bitsandbytes), and cannot be trained so",
+        "its weights are quantized (bitsandbytes), and cannot be trained",
     )
     model_manager.check_model(quantized_files, LoraKeys())
     _, model = load(quantized_files, LoraKeys(r=2))
@@ -358,8 +353,8 @@ def test_a_base_that_is_quantized_already_needs_an_adapter(quantized_files: Mode
     backward(model.train())
 
 
-def test_its_adapter_learns_after_an_evaluation_as_before_it(quantized_files: ModelKeys) -> None:
-    """Where bitsandbytes would repack the weights in evaluation, they would hand no gradient to the layers below."""
+def test_its_adapter_has_the_same_gradients_after_an_evaluation(quantized_files: ModelKeys) -> None:
+    """If bitsandbytes repacked the weights in evaluation, the layers below would get no gradient."""
     _, model = load(quantized_files, LoraKeys(r=2))
     first = model.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"].weight
     gradients = []
@@ -373,7 +368,7 @@ def test_its_adapter_learns_after_an_evaluation_as_before_it(quantized_files: Mo
     assert gradients[1].equal(gradients[0])
 
 
-def test_check_tells_it_too(quantized_files: ModelKeys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_it_too(quantized_files: ModelKeys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_file = write_config(
         tmp_path / "run.yaml",
         model_name_or_path=quantized_files.model_name_or_path,

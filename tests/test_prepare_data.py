@@ -1,4 +1,4 @@
-"""Raw files become Parquet that trains with no further setting, and no row goes without a word."""
+"""Raw files become Parquet that training reads with no further setting, and every skipped row is counted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from data_handler import prepare_data as prepare_for_training
 from sft.config.schema import DataKeys
 from sft.data.sources.files import find_files
 from tests.builders import byte_level_tokenizer
-from tests.data.templates.test_renderer import WITH_TOOLS
 from tests.runs import write_rows
+from tests.template_zoo import WITH_TOOLS
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:
@@ -38,7 +38,7 @@ def questions(file: Path) -> list[str]:
     return [json.loads(row["messages"])[0]["content"] for row in pq.read_table(file).to_pylist()]
 
 
-def test_what_is_written_trains_with_no_further_setting(raw: Path) -> None:
+def test_the_result_trains_with_no_further_setting(raw: Path) -> None:
     assert prepare_data.main(command(raw, "--val-split", "0.2")) == 0
     train, validation = raw / "out" / "train.parquet", raw / "out" / "validation.parquet"
     keys = DataKeys(dataset_path=str(raw / "out"), cache_dir=str(raw / "cache"))
@@ -49,7 +49,7 @@ def test_what_is_written_trains_with_no_further_setting(raw: Path) -> None:
     assert sorted(questions(train) + questions(validation)) == sorted(row["q"] for row in pairs(50))
 
 
-def test_an_earlier_validation_set_does_not_stand_beside_training_rows_that_it_holds(
+def test_an_earlier_validation_file_is_renamed_since_the_new_training_file_may_hold_its_rows(
     raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare_data.main(command(raw, "--val-split", "0.2"))
@@ -58,15 +58,13 @@ def test_an_earlier_validation_set_does_not_stand_beside_training_rows_that_it_h
     assert set(held) < set(questions(out / "train.parquet"))
     assert [file.name for file in find_files(str(out / "*.parquet"), "train_file")] == ["train.parquet"]
     assert questions(out / "validation.parquet.earlier") == held
-    said = (
-        f"{out / 'validation.parquet'} was there before, and is no part of this: it is validation.parquet.earlier now"
-    )
-    assert said in capsys.readouterr().err
+    warning = f"{out / 'validation.parquet'} is from an earlier run, and was renamed to validation.parquet.earlier"
+    assert warning in capsys.readouterr().err
     keys = DataKeys(dataset_path=str(out), cache_dir=str(raw / "cache"))
     assert prepare_for_training(keys, byte_level_tokenizer(), seed=0).evals == {}
 
 
-def test_the_same_seed_gives_the_same_files_and_another_others(raw: Path) -> None:
+def test_the_seed_decides_the_order(raw: Path) -> None:
     orders = []
     for seed in ("1", "1", "2"):
         prepare_data.main(command(raw, "--val-split", "0.2", "--seed", seed))
@@ -74,13 +72,13 @@ def test_the_same_seed_gives_the_same_files_and_another_others(raw: Path) -> Non
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_stratifying_takes_the_share_of_each_file(raw: Path) -> None:
+def test_stratifying_takes_the_share_from_each_file(raw: Path) -> None:
     prepare_data.main(command(raw, "--val-split", "0.2", "--stratify"))
     held = [int(q.split()[2].rstrip("?")) for q in questions(raw / "out" / "validation.parquet")]
     assert (len([n for n in held if n < 40]), len([n for n in held if n >= 40])) == (8, 2)
 
 
-def test_rows_that_are_left_out_are_counted(raw: Path) -> None:
+def test_skipped_rows_are_counted(raw: Path) -> None:
     bad = [*pairs(2), {"q": "x" * 500, "meta": {"a": "y"}}, {"q": "no answer"}, {"q": "empty", "meta": {"a": " "}}]
     write_rows(raw / "c.jsonl", bad)
     with (raw / "c.jsonl").open("a") as stream:
@@ -141,7 +139,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("rows", [CALLS, PROMPTS])
-def test_rows_with_other_tools_and_arguments_train_to_the_same_ids_once_they_are_converted(
+def test_rows_with_different_tools_and_arguments_give_the_same_ids_after_conversion(
     tmp_path: Path, rows: list[dict]
 ) -> None:
     raw, out = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"
@@ -164,7 +162,7 @@ def test_half_a_surrogate_pair_loses_its_row_alone(tmp_path: Path, convert_only:
 
 
 @pytest.mark.parametrize("value", [{}, {"n": 2**63}, [{}], [1, "a"], [2**70], 2**70])
-def test_what_no_column_of_parquet_holds_is_converted_to_json_text(tmp_path: Path, value: object) -> None:
+def test_values_that_no_column_of_parquet_holds_become_json_text(tmp_path: Path, value: object) -> None:
     rows = [{**pair, "meta": meta} for pair, meta in zip(pairs(2), (value, None), strict=True)]
     assert prepare_data.main([str(write_rows(tmp_path / "a.jsonl", rows)), "-o", str(tmp_path), "--convert-only"]) == 0
     written, empty = pq.read_table(tmp_path / "train.parquet").to_pylist()
@@ -173,10 +171,10 @@ def test_what_no_column_of_parquet_holds_is_converted_to_json_text(tmp_path: Pat
 
 
 @pytest.mark.parametrize("values", [(2**70, 1), ({"text": 1}, {"text": "a"}), ({}, {}), (1, "a")])
-def test_an_answer_that_no_column_of_parquet_holds_is_a_mistake_that_is_said(
+def test_an_answer_that_no_column_of_parquet_holds_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], values: tuple[object, ...]
 ) -> None:
-    """As JSON text it would be trained as that text."""
+    """In JSON text it would be trained on as that text."""
     raw = write_rows(tmp_path / "a.jsonl", [{"question": "Hi?", "answer": value} for value in values])
     assert prepare_data.main([str(raw), "-o", str(tmp_path / "out"), "--convert-only"]) == 2
     assert "the column 'answer' has values that no column of Parquet holds" in capsys.readouterr().err
@@ -194,27 +192,27 @@ def test_an_answer_that_no_column_of_parquet_holds_is_a_mistake_that_is_said(
         (["{raw}/a.jsonl", "-o", "out", "--format", "chat"], "none of 40 rows is left"),
     ],
 )
-def test_a_mistake_is_said(raw: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_a_mistake_is_reported(
+    raw: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     (raw / "mixed.json").write_text('[{"n": 1}, {"n": "a"}]')
     assert prepare_data.main([a.format(raw=raw) for a in arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "validation.parquet", "data_report.json"])
-def test_a_folder_that_cannot_be_written_to_is_a_mistake_that_is_said(
+def test_a_folder_that_cannot_be_written_to_is_reported(
     raw: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    (raw / "out" / name / "in the way").mkdir(parents=True)  # which stops root, too
+    (raw / "out" / name / "in the way").mkdir(parents=True)  # which stops root as well
     assert prepare_data.main(command(raw, "--val-split", "0.2")) == 2
-    said = capsys.readouterr().err
-    assert "--output-dir: cannot be written: " in said
-    assert "give a folder to write to" in said
+    printed = capsys.readouterr().err
+    assert "--output-dir: cannot be written: " in printed
+    assert "give a writable folder" in printed
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_one_may_not_write_to_is_a_mistake_that_is_said(
-    raw: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_write_permission_is_reported(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (raw / "out").mkdir(mode=0o555)
     assert prepare_data.main(command(raw)) == 2
     assert "--output-dir: cannot be written: " in capsys.readouterr().err

@@ -18,7 +18,6 @@ from safetensors import safe_open
 
 import sft.training.run_log
 import sft_main
-import trainer_utils
 from sft.data.loading.sampler import EpochSampler
 from sft.inference import generate as replies
 from sft.inference.generate import encode_prompt
@@ -174,10 +173,10 @@ def test_ctrl_c_tells_where_to_go_on(
 def test_of_several_processes_one_tells_that_they_were_stopped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def pressed(_: list[str]) -> int:
+    def pressed(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sft_main.VERBS, "train", pressed)
+    monkeypatch.setattr(sft_main, "run_verb", pressed)
     for rank, said in (("0", "stopped\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert sft_main.main([]) == 130
@@ -239,7 +238,7 @@ def test_the_speed_behind_a_resume_is_that_of_the_tokens_since_then(
         seconds[0] += 2
         return step(self, *args)
 
-    for module in (sft.training.run_log, trainer_utils):
+    for module in (sft.training.run_log,):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
     monkeypatch.setattr(SFTTrainer, "training_step", two_seconds)
     whole, again = tmp_path / "whole", tmp_path / "again"

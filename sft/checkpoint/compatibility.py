@@ -19,7 +19,7 @@ import numpy as np
 from sft.checkpoint.discovery import RUN_SHAPE
 from sft.errors import Problem, UserError
 from sft.loss.metrics import TokenCounts
-from sft.model.quantization import held_as
+from sft.model.quantization import quantization_settings
 
 logger = logging.getLogger("sft")
 
@@ -104,7 +104,7 @@ def adapter_facts(model: Any) -> dict[str, Any] | None:
     facts["model_name_or_path"] = base.name_or_path
     if commit := getattr(base.config, "_commit_hash", None):  # of a hub model
         facts["model_revision"] = commit
-    held = held_as(base.config)
+    held = quantization_settings(base.config)
     names = _BITS if held is None else _BITS + _QUANTIZATION
     facts |= {f"quantization_config.{name}": (held or {}).get(name, False) for name in names}
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))

@@ -127,6 +127,11 @@ class StreamProgress(TrainerCallback):
         trained = {s.name: read[s.name] for s in self.stream.plan.sources if s.name in read}
         return as_document(trained, self._eval_ledgers)
 
+    def final_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Returns the LEDGER of all rows streamed to all ranks, and their end tokens. All ranks must call it."""
+        streamed = self.gather()
+        return self.document(streamed), tuple(streamed["end_token_ids"])
+
 
 def save(folder: Path, gathered: dict[str, Any]) -> None:
     """Writes what `StreamProgress.gather` returned into a checkpoint."""

@@ -1,7 +1,7 @@
-"""Which evaluation is the best one: the metrics that evaluations have, and which way of each is better.
+"""The metrics that an evaluation has, and whether a higher or a lower value of each is better.
 
-Decided by it are the checkpoint that `load_best_model_at_end` ends with, when `save_strategy: best` saves, and when
-the schedules that watch a metric (`reduce_lr_on_plateau`, `greedy`) lower the learning rate.
+They decide which checkpoint `load_best_model_at_end` loads, when `save_strategy: best` saves, and when the schedules
+that follow a metric (`reduce_lr_on_plateau`, `greedy`) lower the learning rate.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ from collections.abc import Iterator
 from sft.config.schema import Config
 from sft.errors import Problem
 
-WATCHING = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow a metric of the evaluations."""
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Learning rate schedules that follow an evaluation metric."""
 _SMALLER = ("loss", "perplexity", "entropy")
 _PREFIX = "eval_"
 
 
 def greater_is_better(metric: str) -> bool:
-    """Whether the higher value of a metric is the better one, told by its name, e.g. `eval_NAME_perplexity`."""
+    """Tells by a metric's name, e.g. `eval_NAME_perplexity`, whether a higher value is better."""
     return not metric.endswith(_SMALLER)
 
 
-def metric_names(config: Config) -> list[str]:
-    """What each evaluation of the run measures; of several sets, each has all of it under its own name too."""
+def list_metrics(config: Config) -> list[str]:
+    """Returns the metrics of each evaluation; each of several sets also has all of them under its own name."""
     measures = ["loss", "perplexity", "token_accuracy", "sequence_accuracy"]
     if config.log_entropy:
         measures.append("entropy")
     sets = config.eval_datasets or []
-    names = [entry.called(f"eval_datasets_{number}") for number, entry in enumerate(sets)]
+    names = [entry.display_name(f"eval_datasets_{number}") for number, entry in enumerate(sets)]
     named = [f"{name}_{measure}" for name in names for measure in measures] if len(names) > 1 else []
     return measures + named
 
 
-def metric_problems(config: Config) -> Iterator[Problem]:
-    """Upstream would look for the metric when the first evaluation is done, and end the run where there is none."""
+def check_best_metric(config: Config) -> Iterator[Problem]:
+    """Yields a problem for a metric that no evaluation has; upstream would stop only after the first evaluation."""
     metric = config.metric_for_best_model
     if metric is not None:
-        names = metric_names(config)
+        names = list_metrics(config)
         if (metric if metric.startswith(_PREFIX) else _PREFIX + metric) not in [_PREFIX + name for name in names]:
             message = f"no evaluation of this run has a metric {metric!r}"
             hint = f"There are {', '.join(names)}" + (

@@ -1,8 +1,8 @@
-"""Keys as other trainers, older releases and older habits call them: for the hint on an unknown key."""
+"""Names that other trainers and older releases give our keys, for the hint on an unknown key."""
 
 from __future__ import annotations
 
-OTHER_NAMES: dict[str, str] = {
+KEY_ALIASES: dict[str, str] = {
     "model": "model_name_or_path",
     "model_name": "model_name_or_path",
     "model_path": "model_name_or_path",
@@ -112,9 +112,9 @@ OTHER_NAMES: dict[str, str] = {
     "use_nested_quant": "quantization_config.bnb_4bit_use_double_quant",
     "bnb_4bit_double_quant": "quantization_config.bnb_4bit_use_double_quant",
 }
-"""The name here by the name elsewhere."""
+"""Our key by its name elsewhere."""
 
-ADVICE: dict[str, str] = {
+HINTS: dict[str, str] = {
     "group_by_length": "Write train_sampling_strategy: group_by_length.",
     "use_flash_attention_2": "Write attn_implementation: flash_attention_2.",
     "flash_attention": "Write attn_implementation: flash_attention_2.",
@@ -125,9 +125,9 @@ ADVICE: dict[str, str] = {
     "train_on_prompt": "Write train_on: all to train the prompts too.",
     "use_lora": "Write a lora_config section; lora_config: {} takes every default.",
     "use_peft": "Write a lora_config section; lora_config: {} takes every default.",
-    "overwrite_output_dir": "Leave it out. resume_from_checkpoint says whether a run goes on or starts anew.",
+    "overwrite_output_dir": "Remove it. resume_from_checkpoint decides whether a run resumes or starts at step 0.",
     "validation_split_percentage": "Write validation_split as a share, e.g. 0.05 for 5 percent.",
-    "use_liger": "Leave it out: the head is fused to the loss already; loss_chunk_size is its chunk.",
+    "use_liger": "Remove it: the output head is already fused with the loss; loss_chunk_size sets its chunk size.",
     "quantization_bit": "Write quantization_config: {load_in_4bit: true}.",
 }
-"""What to write, where the name alone does not say it."""
+"""What to write where an alias alone does not say it."""

@@ -1,7 +1,7 @@
-"""Command line overrides in the habits that people bring: `--learning_rate 1e-5`, `--lora_config.r=32`, `bf16=true`.
+"""Command line overrides in the usual spellings: `--learning_rate 1e-5`, `--lora_config.r=32`, `bf16=true`.
 
-Dashes stand for underscores, a switch may stand alone (`--bf16`), values are YAML (`train_file=[a.jsonl,b.jsonl]`), and
-a number in the path is a place in a list (`datasets.0.max_samples=10`).
+Dashes count as underscores, a switch needs no value (`--bf16`), values are YAML (`train_file=[a.jsonl,b.jsonl]`), and a
+number in the key is a list index (`datasets.0.max_samples=10`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sft.config.field_types import WORDS, Path, accepts, items_of, section_of
+from sft.config.field_types import WORDS, KeyPath, accepts, annotation_at, format_value, section_class
 from sft.config.yaml_reader import read_value
 from sft.errors import Problem, UserError
 
@@ -31,14 +31,14 @@ class Override:
     Attributes:
         path: the key, e.g. `("lora_config", "r")`.
         value: as YAML reads it.
-        typed: as it stood on the command line.
+        typed: the value as typed on the command line.
         texts: the spelling of each unquoted scalar in the value, by the whole path.
     """
 
-    path: Path
+    path: KeyPath
     value: Any
     typed: str
-    texts: Mapping[Path, str]
+    texts: Mapping[KeyPath, str]
 
     @property
     def key(self) -> str:
@@ -46,11 +46,11 @@ class Override:
 
 
 def parse_overrides(arguments: Sequence[str], schema: type[BaseModel]) -> tuple[list[Override], list[Problem]]:
-    """The assignments in `arguments` in their order, and what could not be read as one."""
+    """Returns the assignments in `arguments` in their order, and a problem for each word that is none."""
     overrides: list[Override] = []
     problems: list[Problem] = []
     for key, text in _assignments(arguments, schema, problems):
-        path: Path = tuple(int(part) if part.isdigit() else part for part in key.replace("-", "_").split("."))
+        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.replace("-", "_").split("."))
         if "" in path:
             problems.append(Problem(f"{key!r} is not a key", "Write section.key=value.", key, COMMAND_LINE))
             continue
@@ -62,7 +62,7 @@ def parse_overrides(arguments: Sequence[str], schema: type[BaseModel]) -> tuple[
 def _assignments(
     arguments: Sequence[str], schema: type[BaseModel], problems: list[Problem]
 ) -> Iterator[tuple[str, str]]:
-    """Yields (key, value text) for each assignment; what is none becomes a problem."""
+    """Yields (key, value text) for each assignment; adds a problem for each word that is none."""
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -82,34 +82,20 @@ def _assignments(
 
 
 def _is_value_for(word: str, annotation: Any) -> bool:
-    """Whether `word` is the value of the key before it; a switch stands alone before the next assignment."""
+    """Tells whether `word` is the value of the key before it, not the assignment after a switch."""
     if word.startswith("--"):
         return False
     return not (accepts(annotation, bool) and _ASSIGNMENT.match(word) and word.lower() not in WORDS)
 
 
-def annotation_at(schema: type[BaseModel], path: Path) -> Any:
-    """The type that the schema declares at `path`; None where it knows no such key."""
-    annotation: Any = schema
-    for part in path:
-        section = section_of(annotation)
-        if section is not None and part in section.model_fields:
-            annotation = section.model_fields[str(part)].annotation
-        elif isinstance(part, int) or str(part).isdigit():
-            annotation = items_of(annotation)
-        else:
-            return None
-    return annotation
-
-
-def _read(text: str, annotation: Any) -> tuple[Any, Mapping[Path, str]]:
-    """The value that `text` means; text that YAML sees more in than the key can hold stays text."""
+def _read(text: str, annotation: Any) -> tuple[Any, Mapping[KeyPath, str]]:
+    """Parses `text` as YAML; keeps it as text where YAML reads a mapping and the key accepts text only."""
     try:
         value, texts = read_value(text)
     except UserError:
         return text, {}
     holds_text = annotation is not None and accepts(annotation, str)
-    if isinstance(value, dict) and holds_text and not (accepts(annotation, dict) or section_of(annotation)):
+    if isinstance(value, dict) and holds_text and not (accepts(annotation, dict) or section_class(annotation)):
         return text, {}  # --system_prompt "Answer in one word: yes or no"
     return value, texts
 
@@ -117,7 +103,7 @@ def _read(text: str, annotation: Any) -> tuple[Any, Mapping[Path, str]]:
 def apply_overrides(
     values: dict[str, Any], overrides: Sequence[Override], schema: type[BaseModel], secrets: frozenset[str]
 ) -> list[Problem]:
-    """Writes each override into `values` (changed in place), announces it, and returns what had no place to go."""
+    """Writes each override into `values` in place and logs it; returns a problem for each that cannot be written."""
     problems = []
     for override in overrides:
         try:
@@ -130,51 +116,45 @@ def apply_overrides(
         if secrets.intersection(map(str, override.path)):
             logger.info("override: %s = (not shown)", override.key)
         else:
-            logger.info("override: %s = %s (was %s)", override.key, override.typed[:100], shown(before).strip("'"))
+            logger.info(
+                "override: %s = %s (was %s)", override.key, override.typed[:100], format_value(before).strip("'")
+            )
     return problems
 
 
 _ABSENT = object()
 
 
-def _assign(values: dict[str, Any], path: Path, value: Any) -> Any:
-    """Sets `values[path]`, opening sections on the way; returns what was there.
+def _assign(values: dict[str, Any], path: KeyPath, value: Any) -> Any:
+    """Sets `values[path]`, creating missing sections; returns the previous value.
 
     Raises:
-        LookupError: a list has no such place, or a plain value stands where a section is needed.
+        LookupError: a list has no such index, or a section is needed where a plain value is.
     """
-    place: Any = values
+    target: Any = values
     part: Any
     for depth, part in enumerate(path):
         above = ".".join(map(str, path[:depth]))
-        if isinstance(place, list):
+        if isinstance(target, list):
             if not isinstance(part, int):
                 raise LookupError(f"{above} is a list; write {above}.0.{part} for its first item")
-            if part >= len(place):
-                raise LookupError(f"{above} has {len(place)} items, counted from 0")
-        elif not isinstance(place, dict):
-            raise LookupError(f"{above} is {shown(place)}, which has no keys")
+            if part >= len(target):
+                raise LookupError(f"{above} has {len(target)} items, counted from 0")
+        elif not isinstance(target, dict):
+            raise LookupError(f"{above} is {format_value(target)}, which has no keys")
         else:
             part = str(part)
         if depth == len(path) - 1:
-            before = place[part] if isinstance(place, list) else place.get(part, _ABSENT)
-            place[part] = value
+            before = target[part] if isinstance(target, list) else target.get(part, _ABSENT)
+            target[part] = value
             return before
-        if isinstance(place, dict) and place.get(part) is None:
-            place[part] = {}
-        place = place[part]
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        target = target[part]
     return _ABSENT
 
 
-def _default_at(schema: type[BaseModel], path: Path) -> Any:
-    section = section_of(annotation_at(schema, path[:-1])) if len(path) > 1 else schema
+def _default_at(schema: type[BaseModel], path: KeyPath) -> Any:
+    section = section_class(annotation_at(schema, path[:-1])) if len(path) > 1 else schema
     field = section.model_fields.get(str(path[-1])) if section else None
     return field.get_default(call_default_factory=True) if field and not field.is_required() else None
-
-
-def shown(value: Any) -> str:
-    """A value as the config would spell it, short enough for a line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,8 +1,8 @@
-"""Every config key: its type, its default, its meaning and unit. No default lives anywhere else.
+"""Every config key: its type, default, meaning and unit. No default is defined anywhere else.
 
 `Config` is one flat model made of groups. A stage receives the group it uses: `config.section(DataKeys)`.
-Keys of `TrainingArguments`, `LoraConfig` and `BitsAndBytesConfig` come from `sft.config.upstream_schema`; the ones that
-stand here with a default of our own replace upstream's.
+Keys of `TrainingArguments`, `LoraConfig` and `BitsAndBytesConfig` come from `sft.config.upstream_schema`; those
+declared here replace upstream's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from sft.config.field_types import Bool, Int, Number, PathText
 from sft.config.section import ConfigSection
-from sft.config.upstream_schema import defaults, module_of, upstream_keys
+from sft.config.upstream_schema import module_name, upstream_defaults, upstream_keys
 
 if TYPE_CHECKING:
 
@@ -55,7 +55,7 @@ class ModelKeys(ConfigSection):
     trust_remote_code: Bool = False
     """Whether Python code that comes with a hub model may run on this machine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The number format that the weights are held in; `auto` chooses for the machine and says what it chose."""
+    """The dtype of the weights; `auto` chooses for the machine and logs its choice."""
     attn_implementation: str = "auto"
     """The attention kernel, e.g. `sdpa`, `eager`, `flash_attention_2`; `auto` chooses for the machine."""
     from_scratch: dict[str, Any] | PathText | None = None
@@ -86,9 +86,9 @@ class DatasetKeys(ConfigSection):
     train_on: TrainOn | None = None
     """Which turns are trained; null takes the config's `train_on`."""
 
-    def called(self, otherwise: str) -> str:
-        """What reports and metrics call it: `otherwise` where neither `name` nor the path says."""
-        return self.name or Path(self.path).stem or otherwise
+    def display_name(self, default: str) -> str:
+        """Returns the name for reports and metrics: `default` where neither `name` nor the path gives one."""
+        return self.name or Path(self.path).stem or default
 
 
 class DataKeys(ConfigSection):
@@ -123,15 +123,15 @@ class DataKeys(ConfigSection):
     max_seq_length: Annotated[Int, Field(ge=2)] = 2048
     """Length limit of a training sequence, in tokens."""
     truncation: Literal["error", "drop", "left", "right", "split"] = "drop"
-    """What happens to a row longer than `max_seq_length`: stop, leave it out, cut a side off, or cut it in pieces."""
+    """What to do with a row longer than `max_seq_length`: stop, skip it, cut off one side, or split it."""
     packing: Packing = "auto"
     """Several rows in one training sequence: best-fit decreasing (`bfd`), a token stream cut at the limit (`wrapped`),
-    or not at all. `auto` is `bfd` where the model keeps samples apart, two or more share a row, and an epoch keeps 50
+    or none. `auto` is `bfd` where the model keeps samples apart, two or more fit in a sequence, and an epoch keeps 50
     steps."""
     eval_packing: Packing | None = None
     """The same for validation; null is as `packing`."""
     special_tokens_in_content: Literal["text", "allow", "error"] = "text"
-    """Control tokens typed inside a message, e.g. `<|im_end|>`: plain text, obeyed, or a reason to stop."""
+    """Control tokens typed inside a message, e.g. `<|im_end|>`: plain text, control tokens (`allow`), or an error."""
     streaming: Bool = False
     """Read the training rows while training, for data larger than memory or disk; `max_steps` says when to stop."""
     streaming_window: Positive = 10_000
@@ -141,7 +141,7 @@ class DataKeys(ConfigSection):
     preprocessing_num_workers: Positive | None = None
     """Threads that tokenize; null uses all cores."""
     dedupe: Bool = False
-    """Leave out training rows whose text occurred before."""
+    """Skip training rows whose text occurred before."""
     max_lost_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.05
     """Share of the rows that may be lost to mistakes in the data; above it the run stops before training."""
     cache_dir: PathText | None = None
@@ -152,9 +152,9 @@ class ActivationKeys(ConfigSection):
     """What the forward pass keeps for the backward pass."""
 
     mode: Literal["none", "selective", "full"] = "full"
-    """Keep everything; compute norms and gates again and keep matrix products; or keep each layer's input alone."""
+    """Keep all; recompute norms and gates and keep the results of matrix multiplications; or keep layer inputs only."""
     offload: Bool = False
-    """Move what is kept to main memory while it waits (GPU, `selective` or `full`)."""
+    """Move what is kept to main memory until the backward pass (GPU, `selective` or `full`)."""
 
 
 class TrainingKeys(TrainingArgumentsKeys):
@@ -163,9 +163,9 @@ class TrainingKeys(TrainingArgumentsKeys):
     output_dir: PathText = "outputs"
     """Folder for checkpoints, the final model, logs and reports."""
     per_device_train_batch_size: Positive | Literal["auto"] = 8
-    """Rows of one pass on one device; `auto` tries the longest ones out and takes what is fastest and fits."""
+    """Sequences in one micro-batch on one device; `auto` tries sizes on the longest and takes the fastest that fits."""
     auto_batch_memory_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.85
-    """Share of the memory there is that `per_device_train_batch_size: auto` may come to use."""
+    """Share of the device's memory that `per_device_train_batch_size: auto` may use."""
     logging_steps: Annotated[Number, Field(gt=0)] = 10
     """Optimizer steps between two log lines; below 1 a share of all steps."""
     report_to: str | list[str] = "none"
@@ -177,19 +177,19 @@ class TrainingKeys(TrainingArgumentsKeys):
     logging_nan_inf_filter: Literal[False] = False
     """Stays false: upstream's filter would show the running mean in place of a loss that is not finite."""
     resume_from_checkpoint: PathText | Bool | None = None
-    """A checkpoint folder to go on from; `auto` (or true) takes the newest whole one in `output_dir`."""
+    """A checkpoint folder to resume from; `auto` (or true) takes the newest complete one in `output_dir`."""
     warmup_ratio: Share | None = None
     """Share of the optimizer steps in which the learning rate rises; excludes `warmup_steps`."""
     activation_checkpoint: ActivationKeys | None = None
-    """What is kept for the backward pass; null leaves it to `activation_checkpointing`, and excludes it."""
+    """What is kept for the backward pass; excludes `activation_checkpointing`, which decides where this is null."""
     global_batch_size: Positive | None = None
-    """Rows per optimizer step over all processes; sets `gradient_accumulation_steps`, and excludes it."""
+    """Sequences per optimizer step over all processes; sets `gradient_accumulation_steps`, and excludes it."""
 
     def training_arguments(self) -> dict[str, Any]:
-        """What `transformers.TrainingArguments(**...)` takes.
+        """Returns the keyword arguments for `transformers.TrainingArguments`.
 
-        The values that differ from upstream's defaults, and those that the user gave: a caller that fills in what is
-        not there does not overrule a user who asked for the default.
+        They are the values that differ from upstream's defaults and those that the user gave: a caller that adds
+        missing arguments must not override a user who asked for the default.
         """
         arguments = {
             name: value
@@ -199,17 +199,17 @@ class TrainingKeys(TrainingArgumentsKeys):
             and (self.is_set(name) or value != _TRAINING_DEFAULTS[name])
         }
         if arguments.get("per_device_train_batch_size") == "auto":
-            del arguments["per_device_train_batch_size"]  # comes with the run's plan
+            del arguments["per_device_train_batch_size"]  # chosen later, in the batch plan
         if self.warmup_ratio is not None:
             arguments["warmup_steps"] = self.warmup_ratio
-        # Upstream renamed this pair; the old name warns on every run and does the same.
+        # Upstream renamed this pair; the old names do the same and warn on every run.
         for old, new in _RENAMED_UPSTREAM.items():
             if (value := arguments.pop(old, None)) is not None:
                 arguments[new] = value
         if not isinstance(arguments.get("resume_from_checkpoint"), str):
-            arguments.pop("resume_from_checkpoint", None)  # upstream's field holds a path and nothing else
+            arguments.pop("resume_from_checkpoint", None)  # upstream's field accepts a path only
         if self.parallelism_config is not None:
-            arguments["parallelism_config"] = _instance(self.parallelism_config)
+            arguments["parallelism_config"] = _make_upstream(self.parallelism_config)
         return arguments
 
 
@@ -219,18 +219,18 @@ class LossKeys(ConfigSection):
     loss_type: Literal["nll", "dft"] = "nll"
     """Cross entropy, or that weighted by each token's own probability (dynamic fine-tuning, arXiv:2508.05629)."""
     loss_chunk_size: Positive | None = None
-    """Trained tokens whose logits are held at a time; null takes what suits the machine."""
+    """Supervised tokens whose logits are in memory at a time; null chooses for the machine."""
     z_loss_coef: Annotated[Number, Field(ge=0)] = 0.0
     """Weight of the squared log of the softmax's denominator, which keeps logits small (arXiv:2204.02311)."""
     router_aux_loss_coef: Annotated[Number, Field(ge=0)] | None = None
     """Weight of the loss that balances a mixture of experts (arXiv:2101.03961); null takes the model's own, if its
     config has `output_router_logits`."""
     log_entropy: Bool = False
-    """Measure the entropy of the predicted distribution as well, in nats a token."""
+    """Also log the entropy of the predicted distribution, in nats per token."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: end the run (exit code 3), or leave out its step."""
+    """What to do at a loss or gradient that is not finite: end the run (exit code 3), or skip the step."""
     nonfinite_limit: Positive = 10
-    """How many steps `on_nonfinite: skip` may leave out; at the next one the run ends all the same."""
+    """How many steps `on_nonfinite: skip` may skip; at the next one the run ends."""
 
 
 class LoraKeys(LoraConfigKeys):
@@ -252,11 +252,11 @@ class LoraKeys(LoraConfigKeys):
     """Stays false: true would freeze the adapter and train nothing."""
 
     def kwargs(self) -> dict[str, Any]:
-        """What `peft.LoraConfig(**...)` takes: the values that differ from peft's defaults.
+        """Returns the keyword arguments for `peft.LoraConfig`: the values that differ from peft's defaults.
 
-        Nested sections come as peft's own classes, which imports peft.
+        Nested sections become peft's own classes, which imports peft.
         """
-        return _differing("LoraConfig", self)
+        return _non_default("LoraConfig", self)
 
 
 class QuantizationKeys(BitsAndBytesConfigKeys):
@@ -267,15 +267,15 @@ class QuantizationKeys(BitsAndBytesConfigKeys):
     load_in_8bit: Bool = False
     """Hold the weights of linear layers in 8 bits."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 4-bit number format: `nf4` has its values where normally distributed weights are."""
+    """The 4-bit data type; the values of `nf4` are spaced for normally distributed weights."""
     bnb_4bit_use_double_quant: Bool = True
     """Quantize the scales of the 4-bit blocks as well: saves about 0.4 bit per weight."""
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of the products with 4-bit weights; null chooses for the machine."""
+    """Dtype of matrix multiplications with 4-bit weights; null chooses for the machine."""
 
     def kwargs(self) -> dict[str, Any]:
-        """What `transformers.BitsAndBytesConfig(**...)` takes: the values that differ from its defaults."""
-        return _differing("BitsAndBytesConfig", self)
+        """Returns the keyword arguments for `transformers.BitsAndBytesConfig` that differ from its defaults."""
+        return _non_default("BitsAndBytesConfig", self)
 
 
 class AdapterKeys(ConfigSection):
@@ -310,12 +310,12 @@ class Config(ModelKeys, DataKeys, TrainingKeys, LossKeys, AdapterKeys, Distribut
 
     @property
     def order_seed(self) -> int:
-        """The seed of the order of training rows, in memory and streamed."""
+        """The seed of the order of training rows, loaded or streamed."""
         given = (seed for seed in (self.shuffle_seed, self.data_seed) if seed is not None)
         return next(given, self.seed)
 
     def section(self, group: type[Group]) -> Group:
-        """Only the keys of one group, as a stage receives them."""
+        """Returns the keys of one group, as a stage receives them."""
         values = {name: getattr(self, name) for name in group.model_fields}
         part = group.model_construct(_fields_set=self.model_fields_set & values.keys(), **values)
         part._places, part._section = self._places, self._section
@@ -331,30 +331,30 @@ GROUPS: tuple[type[ConfigSection], ...] = (
     DistributionKeys,
     WatchKeys,
 )
-"""The groups of `Config`, in the order in which the config is written and documented."""
+"""The groups of `Config`, in the order in which `write_config` writes them."""
 
 SECRET_KEYS = frozenset({"hub_token"})
 """Keys whose values are never written, printed or logged."""
 
-_TRAINING_DEFAULTS = defaults("TrainingArguments")
+_TRAINING_DEFAULTS = upstream_defaults("TrainingArguments")
 _RENAMED_UPSTREAM = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 
 
-def _differing(class_name: str, keys: ConfigSection) -> dict[str, Any]:
-    """The values of `keys` that differ from the defaults of an upstream class, nested sections as its own classes."""
-    upstream = defaults(class_name)
+def _non_default(class_name: str, keys: ConfigSection) -> dict[str, Any]:
+    """Returns the values that differ from the defaults of an upstream class; nested sections as upstream's classes."""
+    upstream = upstream_defaults(class_name)
     return {
-        name: _instance(value) if isinstance(value, ConfigSection) else value
+        name: _make_upstream(value) if isinstance(value, ConfigSection) else value
         for name, value in keys
         if name in upstream and value != upstream[name]
     }
 
 
-def _instance(section: ConfigSection) -> Any:
-    """The upstream object that a nested section describes, e.g. `peft.EvaConfig(rho=1.0)`."""
+def _make_upstream(section: ConfigSection) -> Any:
+    """Makes the upstream object that a nested section describes, e.g. `peft.EvaConfig(rho=1.0)`."""
     class_name = type(section).__name__.removesuffix("Keys")
-    home = importlib.import_module(module_of(class_name))
-    return getattr(home, class_name)(**_differing(class_name, section))
+    module = importlib.import_module(module_name(class_name))
+    return getattr(module, class_name)(**_non_default(class_name, section))

@@ -1,4 +1,4 @@
-"""The base of every group of config keys: strict, immutable, and aware of where each key was written."""
+"""The base of every group of config keys: strict, immutable, and knows where each key was written."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Place = tuple[str, int | None]
 """A file (or `command line`) and the line in it, counted from 1."""
 
 
-def upwards(key: str) -> Iterator[str]:
-    """`a.b.c`, `a.b`, `a`."""
+def enclosing_keys(key: str) -> Iterator[str]:
+    """Yields a dotted key and those around it: `a.b.c`, `a.b`, `a`."""
     while key:
         yield key
         key = key.rpartition(".")[0]
 
 
 class ConfigSection(BaseModel):
-    """A group of config keys. Unknown keys are refused, values are not converted behind the user's back."""
+    """A group of config keys. Unknown keys are refused, and values are not converted silently."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
@@ -32,7 +32,7 @@ class ConfigSection(BaseModel):
     _section: str = PrivateAttr(default="")
 
     def locate(self, places: Mapping[str, Place], section: str = "") -> None:
-        """Remembers where every key was written, here and in the sections below.
+        """Stores where every key was written, here and in nested sections.
 
         Args:
             places: file and line by dotted key of the whole config.
@@ -45,28 +45,29 @@ class ConfigSection(BaseModel):
                     item.locate(places, f"{section}{name}.{suffix}." if suffix != "" else f"{section}{name}.")
 
     def __eq__(self, other: object) -> bool:
-        """Equal when the values are; where they were written does not matter."""
+        """Compares the values alone, not where they were written."""
         return type(self) is type(other) and self.__dict__ == getattr(other, "__dict__", None)
 
     __hash__ = None  # type: ignore[assignment]
 
     def is_set(self, key: str) -> bool:
-        """Whether the user gave `key`, in the file or on the command line."""
+        """Tells whether the user gave `key`, in the file or on the command line."""
         return key in self.model_fields_set
 
     def place(self, key: str) -> Place | tuple[None, None]:
-        """Where `key` (dotted, e.g. `datasets.0.path`) or the nearest thing around it was written."""
-        return next((self._places[near] for near in upwards(self._section + key) if near in self._places), (None, None))
+        """Returns where `key` (dotted, e.g. `datasets.0.path`) or the nearest section around it was written."""
+        keys = enclosing_keys(self._section + key)
+        return next((self._places[near] for near in keys if near in self._places), (None, None))
 
     def problem(self, key: str, message: str, hint: str = "") -> Problem:
-        """A mistake in the value of `key`, with the file and the line where the user wrote it."""
+        """Makes the `Problem` of a mistake in `key`, with the file and line where the user wrote it."""
         file, line = self.place(key)
         return Problem(message, hint, key=self._section + key, file=file, line=line)
 
 
 @contextmanager
 def located(keys: ConfigSection) -> Iterator[None]:
-    """Mistakes found inside get the file and the line where the user wrote the key."""
+    """Adds to each `UserError` raised inside the file and line where the user wrote its key."""
     try:
         yield
     except UserError as error:

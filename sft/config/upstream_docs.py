@@ -1,7 +1,6 @@
-"""Our own words and limits for upstream's keys: what the schema says about each, and what it refuses at once.
+"""Our descriptions and limits of upstream's keys, and the keys that no run here supports.
 
-Keys that `sft.config.schema` defines again have theirs there. A test holds the tables against the keys that upstream
-has.
+Keys that `sft.config.schema` redefines are described there. A test compares the tables with upstream's keys.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ _TRAINING = {
     "adam_beta2": "Decay of Adam's second moment.",
     "adam_epsilon": "Term that keeps Adam's denominator above zero.",
     "optim_target_modules": "Modules that GaLore and APOLLO project: names, a regular expression, or `all-linear`.",
-    "gradient_accumulation_steps": "Forward and backward passes per optimizer step.",
-    "average_tokens_across_devices": "Divide the loss by the trained tokens of all processes, not of each one.",
+    "gradient_accumulation_steps": "Micro-batches per optimizer step.",
+    "average_tokens_across_devices": "Divide the loss by the supervised tokens of all processes, not of each one.",
     "max_grad_norm": "Norm that gradients are clipped to; 0 clips nothing.",
     "label_smoothing_factor": "Share of the target's probability that is spread over the vocabulary.",
     "bf16": "Train in bfloat16 mixed precision.",
     "fp16": "Train in float16 mixed precision with loss scaling.",
     "bf16_full_eval": "Refused for now: evaluate with all weights in bfloat16.",
     "fp16_full_eval": "Refused for now: evaluate with all weights in float16.",
-    "tf32": "Whether float32 products may use TF32 units; null leaves it to torch.",
+    "tf32": "Whether float32 matrix multiplications may use TF32; null leaves it to torch.",
     "activation_checkpointing": "Recompute activations in the backward pass: less memory, about a third more work.",
     "activation_checkpointing_kwargs": "Settings of the recomputation, e.g. `{use_reentrant: false}`.",
     "gradient_checkpointing": "The older name of `activation_checkpointing`; both do the same.",
@@ -57,7 +56,7 @@ _TRAINING = {
     "eval_strategy": "Evaluate at steps, at epochs, or not during training.",
     "eval_steps": "Optimizer steps between two evaluations; below 1 a share of all; null is as `logging_steps`.",
     "eval_delay": "Steps or epochs (as `eval_strategy` counts) before the first evaluation.",
-    "per_device_eval_batch_size": "Rows per device and forward pass in evaluation.",
+    "per_device_eval_batch_size": "Sequences per device and forward pass in evaluation.",
     "prediction_loss_only": "Compute the loss and nothing else in evaluation.",
     "eval_on_start": "Evaluate once before the first step.",
     "eval_do_concat_batches": "Join predictions of all batches to one array.",
@@ -69,7 +68,7 @@ _TRAINING = {
     "save_strategy": "Write checkpoints at steps, at epochs, at the best evaluation, or not at all.",
     "save_steps": "Optimizer steps between two checkpoints; below 1 a share of all steps.",
     "save_on_each_node": "Write checkpoints on every node, for nodes that share no disk.",
-    "save_total_limit": "Checkpoints to keep, the oldest going first; null keeps all.",
+    "save_total_limit": "Checkpoints to keep, the oldest is deleted first; null keeps all.",
     "enable_jit_checkpoint": "Refused for now: write a checkpoint when SIGTERM announces the end.",
     "push_to_hub": "Refused for now: upload the model to the Hugging Face hub.",
     "hub_token": "Token for the hub, in none of a run's files; the HF_TOKEN variable is a better place for it.",
@@ -80,16 +79,16 @@ _TRAINING = {
     "hub_revision": "The hub branch that `push_to_hub` uploads to.",
     "load_best_model_at_end": "End with the checkpoint that evaluated best, not the last.",
     "metric_for_best_model": "The metric that decides which evaluation is best, e.g. `perplexity`; null is the loss.",
-    "greater_is_better": "Whether a higher metric is better; null tells by its name: accuracies are, others not.",
+    "greater_is_better": "Whether a higher metric is better; null decides by its name: yes for accuracies only.",
     "ignore_data_skip": "Resume with the first batch of the epoch, not where the run stopped: trains rows twice.",
     "restore_callback_states_from_checkpoint": "Restore the states of callbacks on resume.",
     "full_determinism": "Use only deterministic algorithms: repeatable to the bit, and slower.",
-    "seed": "Seed of weights and dropout, and of the validation split and the row order where nothing else is said.",
+    "seed": "Seed of weights and dropout, and of the validation split and the row order where no other is given.",
     "data_seed": "Seed of the order of training rows alone; null is `shuffle_seed`, or `seed`.",
     "use_cpu": "Train on the CPU though there is a GPU.",
     "accelerator_config": "Settings of accelerate's `Accelerator`: a mapping, or the path of a JSON file.",
     "parallelism_config": "Refused for now: degrees of accelerate's parallelism.",
-    "dataloader_drop_last": "Leave out the last batch where it is not full.",
+    "dataloader_drop_last": "Drop the last batch where it is not full.",
     "dataloader_num_workers": "Processes that load batches; 0 loads in the training process.",
     "dataloader_pin_memory": "Page-lock batches, for quicker copies to a GPU.",
     "dataloader_persistent_workers": "Keep loading processes alive between epochs.",
@@ -108,10 +107,10 @@ _TRAINING = {
     "fsdp_config": "Refused for now: settings of FSDP, a mapping or the path of a JSON file.",
     "deepspeed": "Refused for now: DeepSpeed's config, a mapping or the path of a JSON file.",
     "debug": "Debugging aids, e.g. `underflow_overflow`.",
-    "skip_memory_metrics": "Leave out memory metrics, which slow training down.",
-    "do_train": "For scripts that ask it; this pipeline's verbs say what is done.",
-    "do_eval": "For scripts that ask it; this pipeline's verbs say what is done.",
-    "do_predict": "For scripts that ask it; this pipeline's verbs say what is done.",
+    "skip_memory_metrics": "Skip memory metrics, which slow training down.",
+    "do_train": "For scripts that read it; this pipeline's commands decide what is done.",
+    "do_eval": "For scripts that read it; this pipeline's commands decide what is done.",
+    "do_predict": "For scripts that read it; this pipeline's commands decide what is done.",
     "local_rank": "Rank on this node as older launchers pass it; torchrun's variables take its place.",
 }
 
@@ -120,7 +119,7 @@ _LORA = {
     "peft_version": "The peft version that wrote the adapter; peft fills it.",
     "base_model_name_or_path": "The base model as written into the adapter's config.",
     "revision": "The base model's revision as written into the adapter's config.",
-    "exclude_modules": "Layers to leave out of `target_modules`: names, or one regular expression.",
+    "exclude_modules": "Layers to exclude from `target_modules`: names, or one regular expression.",
     "fan_in_fan_out": "The layers store weights as (in, out), as GPT-2's Conv1D does.",
     "bias": "Which biases are trained; any but `none` changes the base model's output even without the adapter.",
     "use_rslora": "Scale by alpha / sqrt(rank), which keeps high ranks learning (arXiv:2312.03732).",
@@ -137,7 +136,7 @@ _LORA = {
     "eva_config": "Settings of `init_lora_weights: eva` (arXiv:2410.07170).",
     "corda_config": "Settings of `init_lora_weights: corda` (arXiv:2406.05223).",
     "lora_ga_config": "Settings of `init_lora_weights: lora_ga` (arXiv:2407.05000).",
-    "use_dora": "Learn magnitude and direction apart (DoRA, arXiv:2402.09353): slower, better at low rank.",
+    "use_dora": "Learn magnitude and direction separately (DoRA, arXiv:2402.09353): slower, better at low rank.",
     "velora_config": "Settings of VeLoRA (arXiv:2405.17991): compressed activations.",
     "alora_invocation_tokens": "Token ids from which on the adapter acts (activated LoRA).",
     "use_qalora": "Quantization-aware LoRA (arXiv:2309.14717).",
@@ -155,10 +154,10 @@ _LORA = {
 
 _QUANTIZATION = {
     "llm_int8_threshold": "Activations above it are multiplied in 16 bits (arXiv:2208.07339).",
-    "llm_int8_skip_modules": "Modules that stay unquantized, in 4 bits as in 8; null spares the output layer.",
+    "llm_int8_skip_modules": "Modules that stay unquantized, in 4 bits as in 8; null excludes the output layer.",
     "llm_int8_enable_fp32_cpu_offload": "Allow layers on the CPU, in float32.",
     "llm_int8_has_fp16_weight": "Keep 16-bit weights beside the 8-bit ones.",
-    "bnb_4bit_quant_storage": "Number format that holds the packed 4-bit weights; FSDP needs the other weights'.",
+    "bnb_4bit_quant_storage": "Dtype that stores the packed 4-bit weights; FSDP needs that of the other weights.",
 }
 
 MEANINGS: dict[str, dict[str, str]] = {
@@ -166,7 +165,7 @@ MEANINGS: dict[str, dict[str, str]] = {
     "LoraConfig": _LORA,
     "BitsAndBytesConfig": _QUANTIZATION,
 }
-"""What each key means and its unit, by class."""
+"""The description of each key, with its unit, by class."""
 
 Limit = dict[str, float]
 
@@ -216,4 +215,36 @@ LIMITS: dict[str, dict[str, Limit]] = {
     "ArrowConfig": {"top_k": _POSITIVE, "router_temperature": _ABOVE_ZERO},
     "BitsAndBytesConfig": {"llm_int8_threshold": _COUNT},
 }
-"""Smallest and largest values, by class and key, in pydantic's words."""
+"""Smallest and largest values, by class and key, as pydantic's constraints."""
+
+_NO_SHARDING = ("models are not sharded yet", "Remove it: processes train whole copies (DDP).")
+_EVALUATION_DTYPE = ("evaluation computes in the dtype of training", "Remove it, or set `dtype`.")
+_FUSED_HEAD = (
+    "the output head is already fused with the loss here, and Liger's kernels would replace that",
+    "Remove it; loss_chunk_size sets how many tokens' logits are in memory at a time.",
+)
+_UPLOAD = "hf upload USER/NAME OUTPUT_DIR . --exclude 'checkpoint-*' --exclude 'earlier-run-*' --exclude .lock"
+
+UNSUPPORTED: dict[str, tuple[str, str]] = {
+    "fsdp": _NO_SHARDING,
+    "fsdp_config": _NO_SHARDING,
+    "deepspeed": _NO_SHARDING,
+    "parallelism_config": _NO_SHARDING,
+    "bf16_full_eval": _EVALUATION_DTYPE,
+    "fp16_full_eval": _EVALUATION_DTYPE,
+    "use_liger_kernel": _FUSED_HEAD,
+    "liger_kernel_config": _FUSED_HEAD,
+    "auto_find_batch_size": (
+        "would continue from weights that failed attempts have already trained, with another number of steps",
+        "Write per_device_train_batch_size: auto, which tries sizes before the run and does not change it.",
+    ),
+    "enable_jit_checkpoint": (
+        "a run that SIGTERM ended would look like a finished one",
+        "Remove it; save_steps limits what an interrupted run loses.",
+    ),
+    "push_to_hub": (
+        "uploads checkpoints, or nothing, instead of the final model",
+        f"Remove it, and upload when the run is done: {_UPLOAD}",
+    ),
+}
+"""Message and hint for each key of `TrainingArguments` that is refused: better an error than a key without effect."""

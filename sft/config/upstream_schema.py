@@ -1,11 +1,11 @@
 """The keys of `TrainingArguments`, `LoraConfig` and `BitsAndBytesConfig` as schema fields, without importing them.
 
-Importing transformers costs seconds, and `--help`, `schema` and config errors answer in a fraction of one. So the facts
-about upstream's keys (name, type, default, choices) are kept in `upstream_schema.json`, which
+Importing transformers takes seconds; `--help`, `schema` and config errors take a fraction of one. So the facts about
+upstream's keys (name, type, default, choices) are kept in `upstream_schema.json`, which
 
     python -m sft.config.upstream_schema
 
-writes again from the libraries that are installed; a test compares the two.
+rewrites from the installed libraries; a test compares the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field, StringConstraints, create_model
 
-from sft.config.field_types import Bool, Int, Number, branches
+from sft.config.field_types import Bool, Int, Number, union_members
 from sft.config.section import ConfigSection
 from sft.config.upstream_docs import LIMITS, MEANINGS
 
@@ -39,43 +39,45 @@ _ANNOTATIONS: dict[str, Any] = {
 
 
 @cache
-def _file() -> dict[str, Any]:
+def _read_file() -> dict[str, Any]:
     return json.loads(FACTS_FILE.read_text(encoding="utf-8"))
 
 
 def facts() -> dict[str, dict[str, Fact]]:
-    """Upstream's keys per class: `facts()["LoraConfig"]["r"] == {"kinds": ["int"], "default": 8}`."""
-    return _file()["classes"]
+    """Returns upstream's keys per class: `facts()["LoraConfig"]["r"] == {"kinds": ["int"], "default": 8}`."""
+    return _read_file()["classes"]
 
 
-def module_of(class_name: str) -> str:
-    """The module that defines an upstream class, e.g. `peft.tuners.lora.config`."""
-    return _file()["modules"][class_name]
+def module_name(class_name: str) -> str:
+    """Returns the module that defines an upstream class, e.g. `peft.tuners.lora.config`."""
+    return _read_file()["modules"][class_name]
 
 
-def trackers() -> list[str]:
-    """The names that upstream's `report_to` knows."""
-    return _file()["trackers"]
+def known_trackers() -> list[str]:
+    """Returns the names that upstream's `report_to` accepts."""
+    return _read_file()["trackers"]
 
 
-def defaults(class_name: str) -> dict[str, Any]:
-    """What upstream does where a key is not given."""
+def upstream_defaults(class_name: str) -> dict[str, Any]:
+    """Returns the default of each key of an upstream class."""
     return {name: fact["default"] for name, fact in facts()[class_name].items()}
 
 
 @cache
 def upstream_keys(class_name: str) -> type[ConfigSection]:
-    """A model with one field for each key of an upstream class, under its own name and with upstream's default."""
+    """Makes a model with one field for each key of an upstream class, with upstream's name and default."""
     fields: dict[str, Any] = {}
     for name, fact in facts()[class_name].items():
-        words = MEANINGS.get(class_name, {}).get(name) or f"`{class_name}.{name}` of upstream, handed on as it is."
+        description = (
+            MEANINGS.get(class_name, {}).get(name) or f"`{class_name}.{name}` of upstream, handed on as it is."
+        )
         limits = LIMITS.get(class_name, {}).get(name, {})
-        fields[name] = (_annotation(fact, limits), Field(default=fact["default"], description=words))
+        fields[name] = (_annotation(fact, limits), Field(default=fact["default"], description=description))
     return create_model(f"{class_name}Keys", __base__=ConfigSection, __doc__=f"Every key of `{class_name}`.", **fields)
 
 
 def _annotation(fact: Fact, limits: dict[str, Any]) -> Any:
-    """The typing annotation of one fact, e.g. `Literal["no", "steps"]` or `int | None`."""
+    """Builds the typing annotation of one fact, e.g. `Literal["no", "steps"]` or `int | None`."""
     union: Any = None
     for kind in fact["kinds"]:
         if kind == "none":
@@ -93,14 +95,14 @@ def _annotation(fact: Fact, limits: dict[str, Any]) -> Any:
 
 
 def _choice(choices: list[str]) -> Any:
-    """A `Literal`, or a pattern where upstream documents one (`pissa_niter_[number of iters]`)."""
+    """Builds a `Literal`, or a pattern where upstream documents one (`pissa_niter_[number of iters]`)."""
     if not any("[" in choice for choice in choices):
         return Literal[tuple(choices)]
     alternatives = (re.sub(r"\\\[.*\\\]", r"[0-9]+", re.escape(choice)) for choice in choices)
     return Annotated[str, StringConstraints(pattern=f"^({'|'.join(alternatives)})$")]
 
 
-# Values that the library accepts and its annotations leave out.
+# Values that the library accepts and its annotations do not list.
 _UNLISTED_CHOICES = {"init_lora_weights": ["lora_ga"]}
 # `BitsAndBytesConfig.__init__` has no annotations; where the default is None, its type is stated here.
 _UNTYPED = {
@@ -116,7 +118,7 @@ _UNTYPED_CHOICES = {
 
 
 def installed_facts() -> dict[str, Any]:
-    """The facts of the installed libraries, in the shape of `upstream_schema.json`. Imports them: takes seconds."""
+    """Reads the facts from the installed libraries, shaped as `upstream_schema.json`. Importing them takes seconds."""
     import accelerate
     import bitsandbytes
     import peft
@@ -135,7 +137,7 @@ def installed_facts() -> dict[str, Any]:
 
 
 def _describe_dataclass(cls: type, classes: dict[str, dict[str, Fact]], modules: dict[str, str]) -> None:
-    """Adds `cls`, and every dataclass that one of its fields holds, to `classes`."""
+    """Adds `cls`, and every dataclass among its fields, to `classes`."""
     import dataclasses
     import typing
 
@@ -147,8 +149,8 @@ def _describe_dataclass(cls: type, classes: dict[str, dict[str, Fact]], modules:
             continue
         kinds: list[str] = []
         choices: list[str] = list(_UNLISTED_CHOICES.get(field.name, []))
-        for branch in branches(hints[field.name]):
-            kind = _kind(branch, choices)
+        for branch in union_members(hints[field.name]):
+            kind = _name_kind(branch, choices)
             if kind.startswith("section:") and branch.__name__ not in classes:
                 _describe_dataclass(branch, classes, modules)
             if kind not in kinds:
@@ -156,10 +158,10 @@ def _describe_dataclass(cls: type, classes: dict[str, dict[str, Fact]], modules:
         if "str" in kinds and (listed := field.metadata.get("choices")):
             choices += listed
             kinds.insert(kinds.index("str"), "choice")
-        # An enum is written `Enum | str` upstream, and then only the enum's values are right.
+        # Upstream annotates an enum as `Enum | str`, and accepts only the enum's values.
         if "choice" in kinds and "str" in kinds:
             kinds.remove("str")
-        # A section or a bare mapping: the section knows its keys.
+        # Of a section and a bare mapping, the section is kept: it declares its keys.
         if any(kind.startswith("section:") for kind in kinds) and "dict" in kinds:
             kinds.remove("dict")
         factory = None if field.default_factory is dataclasses.MISSING else field.default_factory
@@ -171,8 +173,8 @@ def _describe_dataclass(cls: type, classes: dict[str, dict[str, Fact]], modules:
         described[field.name] = _fact(kinds, choices, getattr(default, "value", default))
 
 
-def _kind(branch: Any, choices: list[str]) -> str:
-    """The name of one alternative of an upstream annotation; the values of an enum or `Literal` go to `choices`."""
+def _name_kind(branch: Any, choices: list[str]) -> str:
+    """Names one union member of an upstream annotation; adds the values of an enum or `Literal` to `choices`."""
     import dataclasses
     import enum
 
@@ -189,7 +191,7 @@ def _kind(branch: Any, choices: list[str]) -> str:
     if dataclasses.is_dataclass(branch):
         return f"section:{branch.__name__}"  # type: ignore[union-attr]
     if get_origin(branch) in (list, tuple):
-        inner = _kind(branches(get_args(branch)[0])[0], choices)
+        inner = _name_kind(union_members(get_args(branch)[0])[0], choices)
         return f"list[{'list[int]' if inner == 'list[int]' else 'str' if inner == 'choice' else inner}]"
     if get_origin(branch) is dict:
         return "dict"
@@ -197,7 +199,7 @@ def _kind(branch: Any, choices: list[str]) -> str:
 
 
 def _describe_signature(cls: type, classes: dict[str, dict[str, Fact]], modules: dict[str, str]) -> None:
-    """Adds the named parameters of `cls.__init__` to `classes`; further `**kwargs` are ignored upstream."""
+    """Adds the named parameters of `cls.__init__` to `classes`; upstream ignores further `**kwargs`."""
     import inspect
 
     described = classes.setdefault(cls.__name__, {})

@@ -1,4 +1,4 @@
-"""Rules between keys: what excludes what, and what needs what. Each broken rule is one problem."""
+"""Rules between keys: which exclude each other, and which need another. Each broken rule is one problem."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from sft.config.best_metric import WATCHING, metric_problems
-from sft.config.overrides import shown
+from sft.config.best_metric import METRIC_SCHEDULES, check_best_metric
+from sft.config.field_types import format_value
 from sft.config.schema import Config
-from sft.config.upstream_schema import trackers
+from sft.config.upstream_docs import UNSUPPORTED
+from sft.config.upstream_schema import known_trackers
 from sft.errors import Problem, UserError
 
 TRAIN_SOURCES = ("dataset_name", "dataset_path", "train_file", "datasets")
@@ -26,40 +27,57 @@ _EXCLUSIVE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("global_batch_size", "gradient_accumulation_steps"), "Keep one: each follows from the other."),
 )
 
-_SETTINGS_OF_A_START = {
+_LORA_INITS = {
     "loftq_config": "loftq",
     "eva_config": "eva",
     "corda_config": "corda",
     "lora_ga_config": "lora_ga",
 }
+"""Sections of lora_config that only one `init_lora_weights` reads."""
 
 
-def broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> list[Problem]:
-    """Every rule that the values given by the user break together.
+def find_broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> list[Problem]:
+    """Returns every rule that the given values break together, whatever the command.
 
     Args:
         config: the config, without the keys in `wrong`.
-        wrong: top-level keys with a mistake of their own. A rule that speaks of one of them cannot be judged.
+        wrong: top-level keys with a mistake of their own; problems that mention one of them are not reported.
     """
-    needs = (p for p in _needs(config) if not wrong.intersection(re.findall(r"\w+", f"{p.key} {p.message} {p.hint}")))
-    return [*_exclusive(config), *needs]
+    rules = (
+        _check_model,
+        _check_data,
+        _check_weights,
+        _check_auto_batch,
+        _check_streaming,
+        _check_numbers,
+        _check_trackers,
+        _check_evaluation,
+        _check_schedule,
+        _check_training,
+    )
+    found = (problem for rule in rules for problem in rule(config))
+    return [*_check_exclusive(config), *(p for p in found if wrong.isdisjoint(_words(p)))]
+
+
+def _words(problem: Problem) -> list[str]:
+    return re.findall(r"\w+", f"{problem.key} {problem.message} {problem.hint}")
 
 
 def is_given(config: Config, key: str) -> bool:
-    """Whether the user gave `key` a value other than its "off" value: null, false, zero, or an empty list."""
-    place: object = config
+    """Tells whether the user gave `key` a value other than null, false, zero or an empty list."""
+    value: object = config
     for part in key.split("."):
-        if place is None or part not in getattr(place, "model_fields_set", ()):
+        if value is None or part not in getattr(value, "model_fields_set", ()):
             return False
-        place = getattr(place, part)
-    return bool(place) or place == ""
+        value = getattr(value, part)
+    return bool(value) or value == ""
 
 
-def _exclusive(config: Config) -> Iterator[Problem]:
+def _check_exclusive(config: Config) -> Iterator[Problem]:
     for keys, hint in _EXCLUSIVE:
         given = [key for key in keys if is_given(config, key)]
         if len(given) > 1:
-            # Named at the one that came last: that is the one just added.
+            # Reported at the last one in the file: most likely the one just added.
             *others, last = sorted(given, key=lambda key: (config.place(key)[1] or 0, keys.index(key)))
             yield config.problem(last, f"excludes {' and '.join(f'{o} ({_where(config, o)})' for o in others)}", hint)
 
@@ -69,7 +87,7 @@ def _where(config: Config, key: str) -> str:
     return f"line {line}" if line is not None else file or "given too"
 
 
-def _needs(config: Config) -> Iterator[Problem]:
+def _check_model(config: Config) -> Iterator[Problem]:
     if is_given(config, "from_scratch") and not is_given(config, "tokenizer_name_or_path"):
         hint = "Add tokenizer_name_or_path: random weights come with no tokenizer."
         yield config.problem("from_scratch", "needs tokenizer_name_or_path", hint)
@@ -77,30 +95,27 @@ def _needs(config: Config) -> Iterator[Problem]:
     if quantization is not None and not (quantization.load_in_4bit or quantization.load_in_8bit):
         hint = "Write load_in_4bit: true or load_in_8bit: true in it, or remove the section."
         yield config.problem("quantization_config", "asks for neither 4 nor 8 bits", hint)
-    for section, start in _SETTINGS_OF_A_START.items():
-        lora = config.lora_config
-        if lora is not None and getattr(lora, section) is not None and lora.init_lora_weights != start:
-            hint = f"Write init_lora_weights: {start}, or remove it."
-            yield config.problem(f"lora_config.{section}", f"is used only with init_lora_weights: {start}", hint)
+    lora = config.lora_config
+    for section, init in _LORA_INITS.items():
+        if lora is not None and getattr(lora, section) is not None and lora.init_lora_weights != init:
+            hint = f"Write init_lora_weights: {init}, or remove it."
+            yield config.problem(f"lora_config.{section}", f"is used only with init_lora_weights: {init}", hint)
+
+
+def _check_data(config: Config) -> Iterator[Problem]:
     if config.dataset_config_name is not None and config.dataset_name is None:
         yield config.problem("dataset_config_name", "needs dataset_name", "It names a configuration of a hub data set.")
     shuffle_seed, data_seed = config.shuffle_seed, config.data_seed
     if None not in (shuffle_seed, data_seed) and shuffle_seed != data_seed:
         message = f"is {data_seed}, but shuffle_seed, which orders the training rows too, is {shuffle_seed}"
         yield config.problem("data_seed", message, "Keep one of them.")
-    yield from _weights(config)
-    yield from _auto_batch(config)
-    yield from _streaming(config)
-    yield from _numbers(config)
-    yield from _trackers(config)
-    yield from _needs_of_training(config)
 
 
-def _weights(config: Config) -> Iterator[Problem]:
+def _check_weights(config: Config) -> Iterator[Problem]:
     entries = config.datasets or []
     without = [number for number, entry in enumerate(entries) if entry.weight is None]
     if without and len(without) < len(entries):
-        hint = "Give every data set a weight, or none: without, each row is taken once."
+        hint = "Give every data set a weight, or none: without weights, an epoch takes each row once."
         yield config.problem(f"datasets.{without[0]}", "has no weight, others have", hint)
     for number, entry in enumerate(config.eval_datasets or []):
         if entry.weight is not None:
@@ -108,29 +123,15 @@ def _weights(config: Config) -> Iterator[Problem]:
             yield config.problem(f"eval_datasets.{number}.weight", "validation data is not mixed", hint)
 
 
-def _numbers(config: Config) -> Iterator[Problem]:
-    """Numbers that upstream would take in another sense than the one they have."""
-    if config.max_steps == 0:
-        hint = "Write -1 to train for num_train_epochs."
-        yield config.problem("max_steps", "0 would train for num_train_epochs, not for no step", hint)
-    for key in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
-        value = getattr(config, key) or 0
-        if value > 1 and value % 1:
-            hint = "Below 1 it is a share of all steps, from 1 on a number of steps."
-            yield config.problem(key, f"expected a whole number of steps, got {value:g}", hint)
-
-
-def _auto_batch(config: Config) -> Iterator[Problem]:
-    key = "per_device_train_batch_size"
-    if config.per_device_train_batch_size != "auto":
-        return
-    if config.streaming:
+def _check_auto_batch(config: Config) -> Iterator[Problem]:
+    if config.per_device_train_batch_size == "auto" and config.streaming:
+        message = "auto needs all rows at once, and streaming reads them one after another"
         hint = "Give a number: the longest rows of a stream are not known before its end."
-        yield config.problem(key, "auto needs all rows at once, and streaming reads them one after another", hint)
+        yield config.problem("per_device_train_batch_size", message, hint)
 
 
-def _streaming(config: Config) -> Iterator[Problem]:
-    """What needs to know all rows before the first is trained, and how many there are."""
+def _check_streaming(config: Config) -> Iterator[Problem]:
+    """Yields a problem for each key that needs all rows before training starts, or their number."""
     if not config.streaming:
         return
     if config.max_steps < 1:
@@ -144,70 +145,53 @@ def _streaming(config: Config) -> Iterator[Problem]:
         message = f"{config.train_sampling_strategy} needs all rows at once, and streaming reads them one after another"
         yield config.problem("train_sampling_strategy", message, "Write random (within each window) or sequential.")
     if not config.dataloader_in_order:
-        hint = "Remove it: where a stream goes on after a resume follows from the order of its batches."
+        hint = "Remove it: the position of a resumed stream follows from the order of its batches."
         yield config.problem("dataloader_in_order", "excludes streaming", hint)
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(config, key) == "epoch":
             yield config.problem(key, "a stream has no end of an epoch", "Write steps.")
     if config.mix_by == "tokens":
-        hint = "Write mix_by: rows; a row's tokens are not known when it is its data set's turn."
+        hint = "Write mix_by: rows; a row's tokens are not counted yet when its data set is chosen."
         yield config.problem("mix_by", "streaming mixes by rows", hint)
 
 
-def _trackers(config: Config) -> Iterator[Problem]:
-    asked = [config.report_to] if isinstance(config.report_to, str) else config.report_to
-    for name in asked:
-        if name in ("none", "all") and len(asked) > 1:
-            yield config.problem("report_to", f"{name} stands alone, not beside other trackers", "Keep one of them.")
-        if name not in (*trackers(), "none", "all"):
-            near = difflib.get_close_matches(name.lower(), trackers(), n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Trackers are {', '.join(trackers())}; or none, or all."
+def _check_numbers(config: Config) -> Iterator[Problem]:
+    """Yields a problem for each number that upstream would interpret in another way."""
+    if config.max_steps == 0:
+        hint = "Write -1 to train for num_train_epochs."
+        yield config.problem("max_steps", "0 would train for num_train_epochs, not for zero steps", hint)
+    for key in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+        value = getattr(config, key) or 0
+        if value > 1 and value % 1:
+            hint = "Below 1 it is a share of all steps, from 1 on a number of steps."
+            yield config.problem(key, f"expected a whole number of steps, got {value:g}", hint)
+
+
+def _check_trackers(config: Config) -> Iterator[Problem]:
+    names = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    for name in names:
+        if name in ("none", "all") and len(names) > 1:
+            yield config.problem("report_to", f"{name} excludes other trackers", "Keep one of them.")
+        if name not in (*known_trackers(), "none", "all"):
+            near = difflib.get_close_matches(name.lower(), known_trackers(), n=1)
+            known = ", ".join(known_trackers())
+            hint = f"Did you mean {near[0]}?" if near else f"Trackers are {known}; or none, or all."
             yield config.problem("report_to", f"there is no tracker {name!r}", hint)
 
 
-def _needs_of_training(config: Config) -> Iterator[Problem]:
-    # Data sets on the hub or in a folder may bring a validation split of their own.
+def _check_evaluation(config: Config) -> Iterator[Problem]:
+    # Data sets on the hub or in a folder may have a validation split of their own.
     has_validation = any(is_given(config, key) for key in (*VALIDATION_SOURCES, "dataset_name", "dataset_path"))
     if config.eval_strategy != "no" and not has_validation:
         hint = f"Give one of {', '.join(VALIDATION_SOURCES)}, or write eval_strategy: no."
-        yield config.problem("eval_strategy", f"{shown(config.eval_strategy)} needs validation data", hint)
+        yield config.problem("eval_strategy", f"{format_value(config.eval_strategy)} needs validation data", hint)
     if config.load_best_model_at_end:
-        yield from _best_model(config)
-    yield from metric_problems(config)
-    yield from _schedule(config)
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")
-        before, now = getattr(config, old), getattr(config, new)
-        if before is not None and now is not None and before != now:
-            message = f"is {shown(before)}, but {new}, its new name, is {shown(now)}"
-            yield config.problem(old, message, "Keep one of them.")
-    if config.activation_checkpoint is not None and (config.activation_checkpointing or config.gradient_checkpointing):
-        message = "is given beside activation_checkpointing, which would overrule it"
-        yield config.problem("activation_checkpoint", message, "Keep one of them.")
-    if config.dataloader_prefetch_factor is not None and config.dataloader_num_workers == 0:
-        hint = "Write dataloader_num_workers: 1 or more."
-        yield config.problem("dataloader_prefetch_factor", "needs worker processes that fetch ahead", hint)
+        yield from _check_best_model(config)
+    yield from check_best_metric(config)
 
 
-def _schedule(config: Config) -> Iterator[Problem]:
-    """What upstream leaves out without a word where the schedule has no use for it."""
-    schedule = config.lr_scheduler_type
-    if schedule in WATCHING and config.eval_strategy == "no":
-        yield config.problem(
-            "lr_scheduler_type", f"{schedule} needs evaluation", "Write eval_strategy: steps or epoch."
-        )
-    if schedule in ("constant", *WATCHING):
-        hint = "Remove it, or write lr_scheduler_type: constant_with_warmup."
-        for key in ("warmup_ratio", "warmup_steps"):
-            if is_given(config, key):
-                yield config.problem(key, f"lr_scheduler_type: {schedule} has no warmup", hint)
-    if schedule in ("constant", "constant_with_warmup") and is_given(config, "lr_scheduler_kwargs"):
-        message = f"lr_scheduler_type: {schedule} has no further settings"
-        yield config.problem("lr_scheduler_kwargs", message, "Remove it, or write another schedule.")
-
-
-def _best_model(config: Config) -> Iterator[Problem]:
-    """Upstream's rules for `load_best_model_at_end`, told here with file and line."""
+def _check_best_model(config: Config) -> Iterator[Problem]:
+    """Checks upstream's rules for `load_best_model_at_end`, here with file and line."""
     key = "load_best_model_at_end"
     if config.eval_strategy == "no":
         yield config.problem(key, "needs evaluation", "Write eval_strategy: steps or epoch.")
@@ -224,82 +208,72 @@ def _best_model(config: Config) -> Iterator[Problem]:
             yield config.problem(key, message, f"Write save_steps: {eval_steps:g}.")
 
 
-_NOT_SHARDED = ("models are not sharded yet", "Remove it: processes train whole copies (DDP).")
+def _check_schedule(config: Config) -> Iterator[Problem]:
+    """Yields a problem for each setting that upstream silently ignores under this schedule."""
+    schedule = config.lr_scheduler_type
+    if schedule in METRIC_SCHEDULES and config.eval_strategy == "no":
+        hint = "Write eval_strategy: steps or epoch."
+        yield config.problem("lr_scheduler_type", f"{schedule} needs evaluation", hint)
+    if schedule in ("constant", *METRIC_SCHEDULES):
+        hint = "Remove it, or write lr_scheduler_type: constant_with_warmup."
+        for key in ("warmup_ratio", "warmup_steps"):
+            if is_given(config, key):
+                yield config.problem(key, f"lr_scheduler_type: {schedule} has no warmup", hint)
+    if schedule in ("constant", "constant_with_warmup") and is_given(config, "lr_scheduler_kwargs"):
+        message = f"lr_scheduler_type: {schedule} has no further settings"
+        yield config.problem("lr_scheduler_kwargs", message, "Remove it, or write another schedule.")
 
 
-_EVALUATES_ALIKE = ("evaluation computes as training does", "Remove it, or set `dtype`.")
-
-
-_HAS_A_HEAD = (
-    "the head of the model is fused to the loss here already, and Liger's kernels would be put in its place",
-    "Remove it; loss_chunk_size says how many tokens' logits are held at a time.",
-)
-
-
-_UPLOAD = "hf upload USER/NAME OUTPUT_DIR . --exclude 'checkpoint-*' --exclude 'earlier-run-*' --exclude .lock"
-
-
-REFUSED: dict[str, tuple[str, str]] = {
-    "fsdp": _NOT_SHARDED,
-    "fsdp_config": _NOT_SHARDED,
-    "deepspeed": _NOT_SHARDED,
-    "parallelism_config": _NOT_SHARDED,
-    "bf16_full_eval": _EVALUATES_ALIKE,
-    "fp16_full_eval": _EVALUATES_ALIKE,
-    "use_liger_kernel": _HAS_A_HEAD,
-    "liger_kernel_config": _HAS_A_HEAD,
-    "auto_find_batch_size": (
-        "goes on from weights that the attempts before have trained already, with another number of steps",
-        "Write per_device_train_batch_size: auto, which tries passes out before the run and leaves no trace in it.",
-    ),
-    "enable_jit_checkpoint": (
-        "a run that SIGTERM ends would look like one that is done",
-        "Remove it; save_steps says how much an interrupted run may lose.",
-    ),
-    "push_to_hub": (
-        "uploads checkpoints, or nothing, instead of the model that the run ends with",
-        f"Remove it, and upload when the run is done: {_UPLOAD}",
-    ),
-}
-"""Keys of upstream's Trainer that this one does not honour: better an error than a run that ignores them."""
-
-
-def training_problems(config: Config) -> list[Problem]:
-    """Everything of it that is missing, and what the config asks for that no run honours."""
-    problems = []
-    if config.model_name_or_path is None and config.from_scratch is None:
-        hint = "Name a model folder or hub model, or give `from_scratch` a model config."
-        problems.append(config.problem("model_name_or_path", "is needed to train", hint))
-    if not any(is_given(config, key) for key in TRAIN_SOURCES):
-        hint = f"Give one of {', '.join(TRAIN_SOURCES)}."
-        problems.append(config.problem("train_file", "there is no training data", hint))
-    quantization = config.quantization_config
-    if (
-        quantization is not None
-        and config.lora_config is None
-        and (quantization.load_in_4bit or quantization.load_in_8bit)
-    ):
-        message = "quantized weights cannot be trained without an adapter"
-        hint = "Add a lora_config section (`lora_config: {}` takes every default), or remove quantization_config."
-        problems.append(config.problem("quantization_config", message, hint))
-    return [*problems, *_not_trained_here(config)]
-
-
-def _not_trained_here(config: Config) -> Iterator[Problem]:
-    for key, (message, hint) in REFUSED.items():
-        if is_given(config, key):
-            yield config.problem(key, message, hint)
-    if config.optim.startswith("schedule_free"):
-        message = f"{config.optim} holds other weights to train on than to evaluate and save, and is not told which"
-        yield config.problem("optim", message, "Leave it out for AdamW, or write another optimizer.")
+def _check_training(config: Config) -> Iterator[Problem]:
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        before, now = getattr(config, old), getattr(config, new)
+        if before is not None and now is not None and before != now:
+            message = f"is {format_value(before)}, but {new}, its new name, is {format_value(now)}"
+            yield config.problem(old, message, "Keep one of them.")
+    if config.activation_checkpoint is not None and (config.activation_checkpointing or config.gradient_checkpointing):
+        message = "is given together with activation_checkpointing, which would override it"
+        yield config.problem("activation_checkpoint", message, "Keep one of them.")
+    if config.dataloader_prefetch_factor is not None and config.dataloader_num_workers == 0:
+        hint = "Write dataloader_num_workers: 1 or more."
+        yield config.problem("dataloader_prefetch_factor", "needs worker processes that fetch ahead", hint)
 
 
 def require_trainable(config: Config) -> None:
-    """Checks what only a training run needs: a model, training data, and no key that no run honours.
+    """Checks what only a training run needs: a model, data, trainable weights, and no unsupported key.
 
     Raises:
-        UserError: something of it is missing, or is asked for and not honoured.
+        UserError: all that is missing, excludes another key in training, or is unsupported.
     """
-    problems = training_problems(config)
-    if problems:
+    if problems := [*_check_model_and_data(config), *_check_trainable_weights(config), *_check_unsupported(config)]:
         raise UserError(*problems)
+
+
+def _check_model_and_data(config: Config) -> Iterator[Problem]:
+    if not config.model_name_or_path and config.from_scratch is None:
+        hint = "Name a model folder or hub model, or give `from_scratch` a model config."
+        yield config.problem("model_name_or_path", "is needed to train", hint)
+    if not any(is_given(config, key) for key in TRAIN_SOURCES):
+        yield config.problem("train_file", "there is no training data", f"Give one of {', '.join(TRAIN_SOURCES)}.")
+
+
+def _check_trainable_weights(config: Config) -> Iterator[Problem]:
+    """Checks that the weights can be trained; `evaluate` and `preview`, which train none, accept such a config."""
+    if config.from_scratch is not None:
+        for key in ("lora_config", "quantization_config"):
+            if getattr(config, key) is not None:
+                message = "excludes from_scratch: randomly initialized weights must not be frozen"
+                yield config.problem(key, message, "Remove one of them.")
+    elif config.quantization_config is not None and config.lora_config is None:
+        message = "quantized weights cannot be trained without an adapter"
+        hint = "Add a lora_config section (`lora_config: {}` takes every default), or remove quantization_config."
+        yield config.problem("quantization_config", message, hint)
+
+
+def _check_unsupported(config: Config) -> Iterator[Problem]:
+    for key, (message, hint) in UNSUPPORTED.items():
+        if is_given(config, key):
+            yield config.problem(key, message, hint)
+    if config.optim.startswith("schedule_free"):
+        message = f"{config.optim} trains on other weights than it evaluates and saves, and nothing here switches them"
+        yield config.problem("optim", message, "Remove it for AdamW, or write another optimizer.")

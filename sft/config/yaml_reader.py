@@ -1,24 +1,23 @@
-"""YAML as people mean it, with the line of every key: YAML 1.2's scalars, no key twice, merge keys kept.
+"""Reads YAML 1.2 with the line of every key; a key given twice is a mistake, and merge keys (`<<`) work.
 
 PyYAML reads YAML 1.1, in which `1e-5` is text, `no` is false, `12:30` is 750, `2024-01-01` is a date, and the second of
-two equal keys silently wins. Here the document is composed to nodes, which know their lines, and built from them.
+two equal keys silently wins. Here PyYAML composes nodes, which have line numbers, and the data is built from those.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sft.config.field_types import Path
+from sft.config.field_types import KeyPath
 from sft.errors import Problem, UserError
 
 _TAG = "tag:yaml.org,2002:"
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-
 
 _CORE_SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -35,13 +34,13 @@ _CORE_SCALARS = (
 
 
 def add_core_resolvers(cls: Any) -> None:
-    """Teaches a PyYAML loader or dumper which unquoted scalars are not text."""
+    """Adds the scalars of YAML 1.2 to a PyYAML loader or dumper."""
     for name, pattern, first in _CORE_SCALARS:
         cls.add_implicit_resolver(_TAG + name, re.compile(f"(?:{pattern})$"), first)
 
 
 class _Loader(yaml.SafeLoader):
-    """A composer with the scalars of YAML 1.2, and none of 1.1's."""
+    """A PyYAML loader with the scalars of YAML 1.2 in place of those of 1.1."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML declares it without ClassVar)
 
@@ -50,8 +49,8 @@ add_core_resolvers(_Loader)
 
 
 @dataclass
-class Document:
-    """A YAML mapping with where it came from.
+class YamlDocument:
+    """A YAML mapping and its positions in the file.
 
     Attributes:
         values: the data.
@@ -63,20 +62,20 @@ class Document:
 
     values: dict[str, Any]
     file: str
-    lines: dict[Path, int] = field(default_factory=dict)
-    texts: dict[Path, str] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    texts: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
-def read_yaml(path: str | FilePath) -> Document:
-    """The mapping in a YAML file.
+def read_yaml(path: str | Path) -> YamlDocument:
+    """Reads the mapping in a YAML file.
 
     Raises:
         UserError: the file is missing, a folder, unreadable, empty, not YAML, or not a mapping; with file and line.
     """
     name = str(path)
     try:
-        text = FilePath(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(
             Problem("there is no such config file", "Check the path after --config_file.", file=name)
@@ -88,7 +87,7 @@ def read_yaml(path: str | FilePath) -> Document:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(_unreadable(error, text, name)) from None
+        raise UserError(_explain_yaml_error(error, text, name)) from None
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
         raise UserError(Problem("the config file is empty", "Write at least a model and a data set.", file=name))
     if not isinstance(node, yaml.MappingNode):
@@ -96,11 +95,11 @@ def read_yaml(path: str | FilePath) -> Document:
         line = node.start_mark.line + 1
         raise UserError(Problem(f"expected `key: value` lines, got {kind}", file=name, line=line))
     builder = _Builder(name)
-    return Document(builder.build(node, ()), name, builder.lines, builder.texts, builder.problems)
+    return YamlDocument(builder.build(node, ()), name, builder.lines, builder.texts, builder.problems)
 
 
-def read_value(text: str) -> tuple[Any, dict[Path, str]]:
-    """One value as YAML, e.g. of a command line override, and the spellings of its unquoted scalars.
+def read_value(text: str) -> tuple[Any, dict[KeyPath, str]]:
+    """Reads one YAML value, e.g. of a command line override, and the spellings of its unquoted scalars.
 
     Raises:
         UserError: it is not YAML.
@@ -108,7 +107,7 @@ def read_value(text: str) -> tuple[Any, dict[Path, str]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(_unreadable(error, text, "command line")) from None
+        raise UserError(_explain_yaml_error(error, text, "command line")) from None
     builder = _Builder("command line")
     value = None if node is None else builder.build(node, ())
     if builder.problems:
@@ -116,35 +115,35 @@ def read_value(text: str) -> tuple[Any, dict[Path, str]]:
     return value, builder.texts
 
 
-def _unreadable(error: yaml.YAMLError, text: str, name: str) -> Problem:
+def _explain_yaml_error(error: yaml.YAMLError, text: str, name: str) -> Problem:
     mark = getattr(error, "problem_mark", None)
-    said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     line = mark.line + 1 if mark else None
     lines = text.splitlines()
     hint = f"The line reads: {lines[mark.line].strip()[:100]}" if mark and mark.line < len(lines) else ""
-    if "\\t" in said or (mark and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]):
+    if "\\t" in reason or (mark and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]):
         hint += "\n    YAML indents with spaces; this line has a tab."
-    return Problem(f"not readable as YAML: {said}", hint.strip(), file=name, line=line)
+    return Problem(f"not readable as YAML: {reason}", hint.strip(), file=name, line=line)
 
 
 class _Builder:
-    """Builds data from composed nodes; `lines`, `texts` and `problems` fill up on the way."""
+    """Builds data from composed nodes, and collects `lines`, `texts` and `problems` of a `YamlDocument`."""
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.lines: dict[Path, int] = {}
-        self.texts: dict[Path, str] = {}
+        self.lines: dict[KeyPath, int] = {}
+        self.texts: dict[KeyPath, str] = {}
         self.problems: list[Problem] = []
         self._open: set[int] = set()
 
-    def build(self, node: yaml.Node, path: Path) -> Any:
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
         if id(node) in self._open:
-            self._complain(node, path, "an anchor that contains itself")
+            self._add_problem(node, path, "an anchor that contains itself")
             return None
         self._open.add(id(node))
         try:
             if not isinstance(node, yaml.ScalarNode) and node.tag not in (_TAG + "map", _TAG + "seq"):
-                self._complain(node, path, f"the tag {node.tag} is not supported here")
+                self._add_problem(node, path, f"the tag {node.tag} is not supported here")
             if isinstance(node, yaml.MappingNode):
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode):
@@ -158,10 +157,10 @@ class _Builder:
         finally:
             self._open.discard(id(node))
 
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         values: dict[str, Any] = {}
-        # Merge keys first: what stands in the mapping itself wins, wherever it stands.
+        # Merge keys first: the mapping's own keys win, in whatever order they are written.
         for key_node, value_node in sorted(node.value, key=lambda pair: pair[0].tag != _TAG + "merge"):
             if key_node.tag == _TAG + "merge":
                 for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
@@ -169,17 +168,17 @@ class _Builder:
                     merged = {**inherited, **merged} if isinstance(inherited, dict) else merged
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
-                self._complain(key_node, path, "a key must be one word, not a list or a mapping")
+                self._add_problem(key_node, path, "a key must be one word, not a list or a mapping")
                 continue
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in values:
                 message = f"given twice; the first time on line {self.lines[*path, key]}"
-                self._complain(key_node, (*path, key), message, "Keep one of them.")
+                self._add_problem(key_node, (*path, key), message, "Keep one of them.")
             self.lines[*path, key] = line
             values[key] = self.build(value_node, (*path, key))
         return {**merged, **values}
 
-    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         text, kind = node.value, node.tag.removeprefix(_TAG)
         if node.style is None and kind in ("null", "bool", "int", "float"):
             self.texts[path] = text
@@ -193,12 +192,12 @@ class _Builder:
             if kind == "float":
                 return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
         except (KeyError, ValueError):
-            self._complain(node, path, f"{text!r} is not a {kind}")
+            self._add_problem(node, path, f"{text!r} is not a {kind}")
             return None
         if kind != "str" and kind != "merge":
-            self._complain(node, path, f"the tag {node.tag} is not supported here")
+            self._add_problem(node, path, f"the tag {node.tag} is not supported here")
         return text
 
-    def _complain(self, node: yaml.Node, path: Path, message: str, hint: str = "") -> None:
+    def _add_problem(self, node: yaml.Node, path: KeyPath, message: str, hint: str = "") -> None:
         key = ".".join(map(str, path)) or None
         self.problems.append(Problem(message, hint, key=key, file=self.file, line=node.start_mark.line + 1))

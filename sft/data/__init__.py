@@ -1,1 +1,1 @@
-"""From files to token data sets. Here lies what all its packages share: documents, the ledger, JSON values."""
+"""From files to tokenized data sets. `documents`, `ledger` and `json_values` are shared by all packages below."""

@@ -1,4 +1,4 @@
-"""Token sequences one behind the other in flat arrays: a million documents without a Python object for each.
+"""Token sequences concatenated in flat arrays: a million documents without a Python object for each.
 
 input_ids  a a a b b c c c c
 labels     . a a . b . c c c
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-IGNORE_INDEX = -100  # the label of a token that is not trained, by PyTorch's and Hugging Face's convention
+IGNORE_INDEX = -100  # the label of a masked token, by PyTorch's and Hugging Face's convention
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Documents:
 
     Attributes:
         input_ids: (tokens,) int32.
-        labels: (tokens,) int32, aligned: `labels[t]` is `input_ids[t]`, or -100 where it is not trained.
-        lengths: (N,) int64, tokens of each.
-        rows: (N,) int64, the row of the source that each was made of.
+        labels: (tokens,) int32, aligned: `labels[t]` is `input_ids[t]`, or -100 where it is masked.
+        lengths: (N,) int64, tokens of each document.
+        rows: (N,) int64, index of the source row that each was made from.
     """
 
     input_ids: np.ndarray
@@ -35,12 +35,12 @@ class Documents:
 
     @classmethod
     def empty(cls) -> Documents:
-        """No documents."""
+        """Returns zero documents."""
         return cls(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     @classmethod
     def join(cls, parts: Sequence[Documents]) -> Documents:
-        """The documents of all parts, in order."""
+        """Concatenates the documents of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
         parts = [cls.empty(), *parts]
@@ -56,44 +56,44 @@ class Documents:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each document begins: (N,) int64."""
+        """Offset of each document's first token: (N,) int64."""
         return np.cumsum(self.lengths) - self.lengths
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Views of each document's input_ids and labels, both (T,)."""
+        """Yields views of each document's input_ids and labels, both (T,)."""
         for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
             yield self.input_ids[start : start + length], self.labels[start : start + length]
 
     def take(self, order: np.ndarray, starts: np.ndarray | None = None) -> Documents:
-        """The documents that `order` (M,) names, in that order; each as often as it is named.
+        """Returns the documents at the indices `order` (M,), in that order; an index may repeat.
 
         Args:
-            starts: `self.starts`, for a caller that takes from the same documents many times.
+            starts: `self.starts`, to compute it once for many calls.
         """
         starts = self.starts if starts is None else starts
         lengths = self.lengths[order]
-        # Token t of the result comes from t places behind the start of its own document.
+        # Token t of the result is token t + shift of the source, with one shift for each document.
         shifts = starts[order] - (np.cumsum(lengths) - lengths)
         sources = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
         return Documents(self.input_ids[sources], self.labels[sources], lengths, self.rows[order])
 
-    def leave_to_disk(self) -> None:
-        """Gives back the memory of what was read, where the tokens are mapped from disk."""
+    def release_pages(self) -> None:
+        """Releases the memory of the pages that were read, if the tokens are mapped from disk."""
         for array in (self.input_ids, self.labels):
             if isinstance(array, np.memmap):
                 array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
-    def trained(self) -> np.ndarray:
-        """Trained tokens of each document: (N,) int64."""
+    def count_supervised(self) -> np.ndarray:
+        """Counts the supervised tokens of each document: (N,) int64."""
         running = np.concatenate([[0], np.cumsum(self.labels != IGNORE_INDEX)])
         return running[self.starts + self.lengths] - running[self.starts]
 
 
 class DocumentStore:
-    """Documents on disk while they are being made, so that memory does not grow with the data.
+    """Writes documents to disk as they are made; memory does not grow with the data.
 
     Args:
-        folder: where its files go; the caller removes them with the folder.
+        folder: holds the files; the caller deletes it.
     """
 
     _NAMES = ("input_ids", "labels", "lengths", "rows")
@@ -105,24 +105,24 @@ class DocumentStore:
         self.count = 0
 
     def add(self, documents: Documents) -> None:
-        """Writes `documents` behind those that are there."""
+        """Appends `documents`."""
         for name in self._NAMES:
             self._files[name].write(np.ascontiguousarray(getattr(documents, name)).data)
         self.count += len(documents)
 
     def read(self) -> Documents:
-        """All of them, mapped from disk; nothing can be added any more."""
+        """Closes the store and returns all documents, the tokens mapped from disk."""
         for file in self._files.values():
             file.close()
         return Documents(
-            _mapped(self._paths["input_ids"], np.int32),
-            _mapped(self._paths["labels"], np.int32),
+            _map_file(self._paths["input_ids"], np.int32),
+            _map_file(self._paths["labels"], np.int32),
             np.fromfile(self._paths["lengths"], dtype=np.int64),
             np.fromfile(self._paths["rows"], dtype=np.int64),
         )
 
 
-def _mapped(path: Path, dtype: type) -> np.ndarray:
+def _map_file(path: Path, dtype: type) -> np.ndarray:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")

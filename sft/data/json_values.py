@@ -1,4 +1,7 @@
-"""JSON without the one thing that Python's reader passes over in silence: a key that stands twice in an object."""
+"""Reads JSON and rejects what Python's reader accepts silently: a key that appears twice in one object.
+
+Also answers the questions about parsed values that readers of files and of rows share.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +9,57 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+_MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"role", "function_call"}, {"from", "value"})
+
 
 class DuplicateKey(ValueError):
-    """An object has the same key twice; which of its values was meant cannot be known."""
+    """Raised for an object with the same key twice: nobody can know which of its values was meant."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key[:60]!r} stands twice in one object")
+        super().__init__(f"the key {key[:60]!r} appears twice in one object")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    if len(built) != len(pairs):
         keys = [key for key, _ in pairs]
         raise DuplicateKey(next(key for key in keys if keys.count(key) > 1))
-    return made
+    return built
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
-_scan = DECODER.scan_once  # type: ignore[attr-defined]  # json's documentation leaves it out
+DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
+_scan = DECODER.scan_once  # type: ignore[attr-defined]  # undocumented
 
 
 def loads(text: str) -> Any:
-    """The value of JSON text.
+    """Parses JSON text.
 
     Raises:
-        ValueError: `json.JSONDecodeError`, `DuplicateKey`, or a number of thousands of digits.
-        RecursionError: thousands of brackets.
+        ValueError: `json.JSONDecodeError`, `DuplicateKey`, or a number with thousands of digits.
+        RecursionError: thousands of nested brackets.
     """
     try:
-        value, end = _scan(text, 0)  # without the search for blanks around the value, a third of the time of a row
+        value, end = _scan(text, 0)  # skipping the search for blanks around the value saves a third of a row's time
         if end == len(text):
             return value
-    except StopIteration:  # blanks in front, or no JSON
+    except StopIteration:  # leading blanks, or not JSON
         pass
     return DECODER.decode(text)
 
 
 def is_messages(value: Iterable[Any]) -> bool:
-    """Whether all are messages, by OpenAI's keys or ShareGPT's."""
-    keys = ({"role", "content"}, {"role", "tool_calls"}, {"role", "function_call"}, {"from", "value"})
-    return all(isinstance(item, dict) and any(both <= item.keys() for both in keys) for item in value)
+    """Tells whether all items are messages, with OpenAI's keys or ShareGPT's."""
+    return all(isinstance(item, dict) and any(keys <= item.keys() for keys in _MESSAGE_KEYS) for item in value)
 
 
 def kind_of(value: Any) -> str:
-    """A value's type as a message names it."""
+    """Names a value's type for a message."""
     return "null" if value is None else type(value).__name__
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value as a message shows it."""
+    """Quotes the beginning of a value for a message."""
     try:
         return repr(str(value)[:60])
-    except (RecursionError, ValueError):  # nested too deeply to be written, a number of thousands of digits
+    except (RecursionError, ValueError):  # nested too deeply to print, or a number with thousands of digits
         return kind_of(value)

@@ -1,1 +1,1 @@
-"""What the machine is and how ranks talk: GPUs, CPU, memory, out-of-memory errors, DTensors, collectives."""
+"""The machine and its ranks: devices, GPUs, CPU speed, memory, out-of-memory errors, DTensors, collectives."""

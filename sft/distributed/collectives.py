@@ -1,4 +1,4 @@
-"""Collectives over all ranks. Without a process group each returns what this process holds, so callers need no test."""
+"""Collectives over all ranks. Without a process group each returns its own argument, so callers need no test."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether several ranks train together."""
+    """Returns whether several ranks train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def current_rank() -> int:
-    """This process's rank in the group; 0 without one."""
+    """Returns this process's rank in the group; 0 without one."""
     return dist.get_rank() if is_distributed() else 0
+
+
+def group_size() -> int:
+    """The number of ranks in the group; 1 without one."""
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all ranks; returns a new tensor of the same shape and on the same device.
 
-    It is exact for counts: give them as int64 or float64, for float32 has no odd numbers above 2**24.
+    Counts are summed exactly in int64 and float64; float32 has no odd numbers above 2**24.
     """
     total = tensor.detach().clone()
     if is_distributed():
@@ -34,7 +39,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_ranks(values: list[float]) -> list[float]:
-    """The largest of each value over all ranks, as float64."""
+    """Returns the largest of each value over all ranks, as float64."""
     if not is_distributed():
         return values
     numbers = _for_backend(torch.tensor(values, dtype=torch.float64))
@@ -43,7 +48,7 @@ def max_over_ranks(values: list[float]) -> list[float]:
 
 
 def from_first_rank(value: float) -> float:
-    """The first rank's `value` on every rank, as float64."""
+    """Returns the first rank's `value` on every rank, as float64."""
     if not is_distributed():
         return value
     number = _for_backend(torch.tensor(value, dtype=torch.float64))
@@ -52,7 +57,7 @@ def from_first_rank(value: float) -> float:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's `value`, in the order of the ranks; it is pickled on its way."""
+    """Returns every rank's `value`, in the order of the ranks; it is pickled on the way."""
     if not is_distributed():
         return [value]
     gathered: list[T] = [value] * dist.get_world_size()
@@ -67,7 +72,7 @@ def barrier() -> None:
 
 
 def _for_backend(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` where the backend can read it: NCCL moves no memory but the GPU's."""
+    """Returns `tensor` where the backend can read it: NCCL reads GPU memory alone."""
     return tensor.to(_local_device()) if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
 
 

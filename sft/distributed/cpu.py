@@ -1,7 +1,8 @@
-"""Whether this CPU multiplies matrices faster in bfloat16 than in float32: measured, in a few hundredths of a second.
+"""Measures whether this CPU multiplies matrices faster in bfloat16 than in float32, in a few hundredths of a second.
 
-The flags of a CPU do not tell it: a library without a kernel for AVX512_BF16 or AMX converts each number there and
-back, and is many times slower than in float32.
+The flags of a CPU do not answer that: a library without a kernel for AVX512_BF16 or AMX converts each number there and
+back, and is many times slower than in float32. `torch.utils.benchmark` would run two warm-ups before each timed
+multiplication, and its import takes longer than all that is measured here.
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ import torch.nn.functional as F
 from sft.distributed.collectives import from_first_rank
 
 TOKENS, WIDTH, WIDER = 128, 512, 2048
-"""A feed-forward product of a small model: 0.27 GFLOP, 3 ms in float32 on one core with AVX-512."""
+"""A feed-forward layer of a small model: 0.27 GFLOP, 3 ms in float32 on one core with AVX-512."""
 ROUNDS, FEWEST_ROUNDS = 5, 3
-"""On a busy machine a product may wait for another program's turn, 4 ms and more, and one round decides nothing."""
-BUDGET = 0.06  # seconds, after which no further round begins but the fewest
+"""On a busy machine one multiplication may wait 4 ms and more for another program, so one round decides nothing."""
+BUDGET = 0.06  # seconds, after which no further round begins except the fewest
 LARGE = (512, 1024, 4096)
-"""Of a product that keeps all threads busy: 4.3 GFLOP, 35 ms in float32 on one core with AVX-512."""
-_SMALL = 16  # rows of a first product, for CPUs on which a large one in bfloat16 would take a second
+"""Tokens and widths of a multiplication that keeps all threads busy: 4.3 GFLOP, 35 ms on one core with AVX-512."""
+_SMALL = 16  # tokens of a first multiplication, for CPUs on which a large one in bfloat16 would take a second
 _HOPELESS = 0.5
 
 
 def bf16_speedup() -> float:
-    """How many times faster than in float32 a linear layer runs in bfloat16, measured once in a process.
+    """Returns how many times faster a linear layer runs in bfloat16 than in float32, as the first rank measured it.
 
-    On the first rank's word: all ranks must call it, and all get the same number.
+    All ranks must call it, and all get the same number.
     """
-    return from_first_rank(_measured())
+    return from_first_rank(local_bf16_speedup())
 
 
 @cache
-def _measured() -> float:
+def local_bf16_speedup() -> float:
+    """Measures the speedup in this process, on one thread and once."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same ratio (4.2), and no thread that waits for one which another program holds up
+    torch.set_num_threads(1)  # the same ratio (4.2), and no thread waits for one that another program holds up
     try:
         return measure_speedup(time.perf_counter)
     finally:
@@ -45,26 +47,26 @@ def _measured() -> float:
 
 
 def measure_speedup(clock: Callable[[], float]) -> float:
-    """float32's time over bfloat16's, each the shortest of some rounds in turns; below 1 where bfloat16 is slower.
+    """Returns float32's time over bfloat16's, each the shortest of some rounds in turns; below 1: bfloat16 is slower.
 
-    The shortest, because whatever else runs on the machine only ever adds to a time: with more programs than cores the
-    ratio of medians was once 20. The caller's random numbers are left as they were.
+    The shortest, because other programs on the machine only ever add to a time: with more programs than cores the
+    ratio of medians was once 20. Draws no random numbers.
 
     Args:
         clock: seconds that pass, as `time.perf_counter`.
     """
     weight = torch.linspace(-1, 1, WIDTH * WIDER).view(WIDER, WIDTH)
     tokens = torch.linspace(-1, 1, TOKENS * WIDTH).view(TOKENS, WIDTH)
-    few, many = _pairs(tokens[:_SMALL], weight), _pairs(tokens, weight)
-    speedup = _race(few, FEWEST_ROUNDS, clock)
-    return speedup if speedup < _HOPELESS else _race(many, ROUNDS, clock)
+    few, many = _in_both_dtypes(tokens[:_SMALL], weight), _in_both_dtypes(tokens, weight)
+    speedup = _time_ratio(few, FEWEST_ROUNDS, clock)
+    return speedup if speedup < _HOPELESS else _time_ratio(many, ROUNDS, clock)
 
 
 @torch.no_grad()
-def operations_a_second(dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """Floating point operations a second of a large product on all threads: the fastest of some rounds.
+def measure_flops_per_second(dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """Returns the FLOP/s of a large matrix multiplication on all threads, in the fastest of some rounds.
 
-    No step of training comes so far: it is a bound, not a forecast.
+    No training step comes near it: it is a bound, not a forecast.
 
     Args:
         clock: seconds that pass, as `time.perf_counter`.
@@ -79,13 +81,13 @@ def operations_a_second(dtype: torch.dtype, clock: Callable[[], float]) -> float
     return 2 * tokens * width * wider / best
 
 
-def _pairs(tokens: torch.Tensor, weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _in_both_dtypes(tokens: torch.Tensor, weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(tokens.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
 
 
 @torch.no_grad()
-def _race(pairs: list[tuple[torch.Tensor, torch.Tensor]], rounds: int, clock: Callable[[], float]) -> float:
-    """Seconds of the first pair's fastest product over those of the second's; the first of each warms it up."""
+def _time_ratio(pairs: list[tuple[torch.Tensor, torch.Tensor]], rounds: int, clock: Callable[[], float]) -> float:
+    """Returns the first pair's shortest time over the second's; the first multiplication of each is a warm-up."""
     best = [float("inf")] * len(pairs)
     began = clock()
     for round_number in range(rounds + 1):

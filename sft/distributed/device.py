@@ -1,4 +1,4 @@
-"""The device of this process, and what of it decides dtype and attention."""
+"""The device of this process, and its properties that decide dtype and attention."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What of the machine decides the precision; a value, so that the choice is tested on any machine.
+    """The properties of a device that decide the precision; a value, so that any machine can test the choice.
 
     Attributes:
         kind: `cuda` or `cpu`.
         bf16: whether the device can compute in bfloat16 (on a GPU: natively, not emulated).
-        bf16_speedup: of a CPU: how many times faster its matrix products are in bfloat16 than in float32.
+        bf16_speedup: how many times faster a CPU multiplies matrices in bfloat16 than in float32.
     """
 
     kind: str
@@ -25,11 +25,11 @@ class DeviceFacts:
 
 
 def device_facts(measured: bool = False) -> DeviceFacts:
-    """The machine this process runs on.
+    """Returns the properties of the device this process runs on.
 
     Args:
-        measured: whether to time a CPU's matrix products (50 ms, once in a process). The first rank's measurement
-            then holds for all ranks, which all must call it.
+        measured: whether to time a CPU's matrix multiplications (50 ms, once in a process). The first rank's
+            measurement then counts for all ranks, and all of them must call this.
     """
     import torch
 
@@ -43,7 +43,14 @@ def device_facts(measured: bool = False) -> DeviceFacts:
 
 
 def training_device() -> torch.device:
-    """Where this process trains: on the GPU that it has claimed (`distributed_utils.claim_devices`), or on the CPU."""
+    """Returns the GPU that this process has claimed (`distributed_utils.claim_devices`), or the CPU."""
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns the dtype that autocast computes in on such devices, None while it is off."""
+    import torch
+
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -1,9 +1,9 @@
-"""Where the weights of a head are when ranks hold parts of them: FSDP2's hooks, and slices of the vocabulary.
+"""Weights that are sharded over ranks: gathering FSDP2's for an output head, and slices of the vocabulary.
 
-FSDP2 (`fully_shard`) gathers a module's weights in hooks before its forward, and hooks of its own in the backward pass
-end the whole of it. A head that is called chunk by chunk, with a backward pass for each, must meet neither: `gathered`
-has the weights there for all chunks, and `without_hooks` keeps the rest quiet. The gradients go to the gathered
-weights through autograd, as ever, where FSDP2 finds them when the backward pass ends, and reduces them once.
+FSDP2 (`fully_shard`) gathers a module's weights in hooks before its forward pass and reduces their gradients in hooks
+of its own, when the backward pass ends. A head that is called chunk by chunk, with a backward pass for each, must
+trigger neither: `gathered` gathers the weights once for all chunks, and `without_hooks` skips the hooks. Autograd
+accumulates the gradients of the gathered weights, where FSDP2 finds them and reduces them once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _FSDP, _TENSOR_PARALLEL = "torch.distributed.fsdp", ("torch.distributed.tensor",
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """The weights of `module` and all beneath it are there in full inside; all ranks that share them must enter.
+    """Gathers the weights of `module` and its submodules while inside; all ranks that share them must enter.
 
-    What is there already, because a group that `module` belongs to is in its forward, stays when this is left.
+    What was gathered before, because a module around it is in its forward pass, is not resharded on leaving.
     """
     gathered_here = []
     for part in module.modules():
@@ -45,15 +45,15 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def without_hooks(module: nn.Module) -> dict[str, nn.Module]:
-    """Copies of the parts of `module` that FSDP2 has hooks on, without these, by their names in it."""
-    return {name: _unhooked(part) for name, part in module.named_modules() if _is_fsdp(part)}
+    """Returns copies without FSDP2's hooks of the submodules that have them, by their names in `module`."""
+    return {name: _without_hooks(part) for name, part in module.named_modules() if _is_fsdp(part)}
 
 
 def _is_fsdp(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def _unhooked(module: nn.Module) -> nn.Module:
+def _without_hooks(module: nn.Module) -> nn.Module:
     twin = shallow_copy(module)
     for kind in _HOOKS:
         hooks = {key: hook for key, hook in getattr(twin, kind).items() if not _comes_from(hook, _FSDP)}
@@ -62,7 +62,7 @@ def _unhooked(module: nn.Module) -> nn.Module:
 
 
 def shallow_copy(module: Any) -> Any:
-    """`copy.copy`, which FSDP2's classes do not stand: they would make a new module."""
+    """Returns `copy.copy(module)`, also for FSDP2's classes, of which `copy.copy` would construct a new module."""
     if not isinstance(module, FSDPModule):
         return copy.copy(module)
     twin = object.__new__(type(module))
@@ -70,10 +70,10 @@ def shallow_copy(module: Any) -> Any:
     return twin
 
 
-def is_product(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` is a matrix product and no more, however its weights are spread over ranks.
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Returns whether `module` is a matrix multiplication and no more, however its weights are sharded.
 
-    The hooks and the forward that sharding put there only say how; any others may change the numbers.
+    Sharding's own hooks and forward do not change the result; any others may.
     """
     if type(module) is not nn.Linear and type(module).__bases__ != (FSDPModule, nn.Linear):
         return False
@@ -91,13 +91,13 @@ def _comes_from(code: Any, *packages: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyShard:
-    """The slice of a vocabulary whose logits a rank makes.
+    """The slice of a vocabulary whose logits a rank computes.
 
     Attributes:
         vocab_size: V, of all ranks together.
         start: the first token of this rank's slice.
-        width: tokens in it.
-        widest: tokens in the widest slice of any rank.
+        width: number of tokens in it.
+        widest: number of tokens in the widest slice of any rank.
         group: the ranks that share the vocabulary.
     """
 
@@ -109,7 +109,7 @@ class VocabularyShard:
 
 
 def vocabulary_shard(module: nn.Module) -> VocabularyShard | None:
-    """This rank's slice, where tensor parallel has split the weight of `module` (or of what it adapts) by its rows."""
+    """Returns this rank's slice if tensor parallelism has split the weight of `module` (or its base layer) by rows."""
     weight = getattr(getattr(module, "base_layer", module), "weight", None)
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         return None
@@ -120,24 +120,24 @@ def vocabulary_shard(module: nn.Module) -> VocabularyShard | None:
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of `tensor`: itself where it is not spread over ranks."""
+    """Returns this rank's part of `tensor`: all of it where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def to_full(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as one on each rank."""
+    """Returns the whole of `tensor` on each rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_gradient(gradient: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """This rank's part of what autograd found for `of`; summed first where each rank has found a share of the sum."""
+    """Returns this rank's part of the gradient of `of`; partial sums are reduced first."""
     if isinstance(gradient, DTensor) and isinstance(of, DTensor):
         gradient = gradient.redistribute(of.device_mesh, of.placements)
     return to_local(gradient)
 
 
-def spreading(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The opposite of `to_local`: a function from what this rank holds to what is spread as `tensor` is."""
+def sharding_like(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the inverse of `to_local`: a function from this rank's part to a tensor sharded as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return lambda local: local
     mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()

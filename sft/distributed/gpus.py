@@ -1,4 +1,4 @@
-"""How many GPUs this process may use, answered without torch where there are none, and where it trains."""
+"""Counts the GPUs that this process may use, without torch where there are none, and checks what a run asks of them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from sft.config.schema import TrainingKeys
 
 DEVICES = Path("/dev")
-# The kernel drivers' nodes: NVIDIA's, AMD's, and those of Windows' Linux subsystem.
-NODES = ("nvidia[0-9]*", "kfd", "dxg")
+# Device files of the kernel drivers: NVIDIA's, AMD's, and the one in Windows' Linux subsystem.
+DRIVER_FILES = ("nvidia[0-9]*", "kfd", "dxg")
 
 
 def has_gpu_driver() -> bool:
-    """Whether a kernel driver of a GPU is loaded here. Spares machines without one the import of torch (1.6 s)."""
-    return any(next(DEVICES.glob(node), None) is not None for node in NODES)
+    """Returns whether a GPU's kernel driver is loaded. Machines without one need not import torch (1.6 s) to know."""
+    return any(next(DEVICES.glob(name), None) is not None for name in DRIVER_FILES)
 
 
 def visible_gpus() -> int:
-    """The number of GPUs that CUDA_VISIBLE_DEVICES leaves to this process; no CUDA context is made."""
+    """Returns how many GPUs CUDA_VISIBLE_DEVICES leaves to this process; creates no CUDA context."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 0
@@ -34,10 +34,10 @@ def visible_gpus() -> int:
 
 
 def require_gpus(wanted: int, key: str = "num_gpus", file: str | None = None, line: int | None = None) -> None:
-    """Checks that `wanted` GPUs are there.
+    """Checks that `wanted` GPUs are visible.
 
     Raises:
-        UserError: there are fewer; names the reason where it can be told.
+        UserError: there are fewer; with the reason where it is known.
     """
     found = visible_gpus()
     if wanted <= found:
@@ -54,10 +54,10 @@ def require_gpus(wanted: int, key: str = "num_gpus", file: str | None = None, li
 
 
 def require_tf32(keys: TrainingKeys, *, on_cpu: bool = False) -> None:
-    """Checks that `tf32: true` finds a GPU with such units.
+    """Checks that the GPU can compute in TF32 if the config has `tf32: true`.
 
     Args:
-        on_cpu: whether the run keeps off the GPUs that may be there.
+        on_cpu: whether the run uses no GPU, even where there are some.
 
     Raises:
         UserError: there is no GPU, or an older one than NVIDIA's Ampere.

@@ -119,6 +119,6 @@ def _make_run_pass(
 def _table(choice: BatchChoice) -> list[str]:
     lines = [f"{_KEY}: auto is {choice.rows}: {choice.reason}"]
     for probe in choice.probes:
-        took = f"{probe.seconds:.3g} s, {probe.speed:.3g} samples/s" if probe.fits else "out of memory"
-        lines.append(f"  {probe.rows:>5} samples per micro-batch: {took}, peak {probe.peak / 2**30:.2f} GiB")
+        took = f"{probe.seconds:.3g} s, {probe.speed:.3g} sequences/s" if probe.fits else "out of memory"
+        lines.append(f"  {probe.rows:>5} sequences per micro-batch: {took}, peak {probe.peak / 2**30:.2f} GiB")
     return lines

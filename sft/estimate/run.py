@@ -23,7 +23,7 @@ from sft.data.loading.batch_plan import BatchPlan
 from sft.data.loading.collator import Collator, row_lengths
 from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.stream import TrainingStream
-from sft.distributed.cpu import operations_a_second
+from sft.distributed.cpu import measure_flops_per_second
 from sft.distributed.memory import held_bytes, memory_limit
 from sft.estimate.memory import MemoryEstimate, estimate_memory, optimizer_memory
 from sft.estimate.memory_trace import as_fake, fake_batch
@@ -33,7 +33,7 @@ from sft.loss.token_loss import LossSettings
 from sft.model.lora import without_adapter
 from sft.training.mfu import flops_per_token, peak_flops
 from sft.training.optim.factory import splits_masters
-from sft.training.optim.split_master_weights import summed_in_a_pass
+from sft.training.optim.split_master_weights import find_summed_weights
 
 logger = logging.getLogger("sft")
 
@@ -124,7 +124,7 @@ def estimate_run(
         accumulation_steps=plan.gradient_accumulation_steps,
         world_size=plan.world_size,
         master_weights=master_weights,
-        summed=summed_in_a_pass(model) if is_single and splits_masters(name) else None,
+        summed=find_summed_weights(model) if is_single and splits_masters(name) else None,
     )
     total_tokens = _total_tokens(plan)
     base = without_adapter(model)
@@ -178,7 +178,7 @@ def _log_notes(estimate: RunEstimate) -> None:
     if estimate.assumes_batch_size:
         logger.info(
             "per_device_train_batch_size: auto is chosen when the run starts; "
-            "assumed here: %d samples per micro-batch, %d per step",
+            "assumed here: %d sequences per micro-batch, %d per step",
             plan.per_device_train_batch_size,
             plan.global_batch_size,
         )
@@ -204,7 +204,7 @@ def _least_seconds(
     if total_tokens is None:
         return None
     if device.type == "cpu":
-        speed: float | None = operations_a_second(dtype, lambda: time.process_time() / torch.get_num_threads())
+        speed: float | None = measure_flops_per_second(dtype, lambda: time.process_time() / torch.get_num_threads())
     else:
         speed = peak_flops(device)
     if speed is None:

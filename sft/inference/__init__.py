@@ -1,1 +1,1 @@
-"""Generation, chat, prompt files, exact match."""
+"""Generation with a trained model: replies, prompt files, chat, exact match."""

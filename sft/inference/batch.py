@@ -1,42 +1,22 @@
-"""The verb `generate`: a file of prompts answered in one go, or a chat; both from the folder of a trained model."""
+"""Answers a file of prompts with a trained model, one JSON line per prompt."""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.data.formats.conversation import Conversation, Message
+from rich.console import Console
+from rich.progress import Progress
+
+from sft.data.formats.conversation import Conversation
 from sft.data.formats.normalize import with_system
 from sft.errors import Problem, UserError
-from sft.inference.chat import talk
 from sft.inference.generate import GREEDY, Sampling, generate_replies
-from sft.inference.prompts import read_prompts
-from sft.model.tokenizer import remembered_system_prompt
+from sft.inference.prompts import choose_system_prompt, read_prompts
 from sft.model.trained import load_trained
-
-__all__ = ["Sampling", "chat", "generate_replies", "run_batch"]
-logger = logging.getLogger("sft")
-
-
-def _row(conversation: Conversation, reply: str) -> dict[str, Any]:
-    messages = conversation.messages
-    alone = len(messages) == 1 and messages[0]["role"] == "user"
-    asked: dict[str, Any] = {"prompt": messages[0]["content"]} if alone else {"messages": messages}
-    tools = {"tools": conversation.tools} if conversation.tools else {}
-    return {**asked, **tools, "response": reply}
-
-
-def _write(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if out is None:
-        sys.stdout.write(text)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
 
 
 def run_batch(
@@ -49,32 +29,29 @@ def run_batch(
     system: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answer every prompt of a file and write one JSON line for each: `prompt` (or `messages`, `tools`) and `response`.
+    """Answers every prompt of a file and writes one JSON line for each: `prompt` (or `messages`, `tools`), `response`.
 
-    Prompts are read before the model is loaded, and a place to write is made sure of, so that a mistake costs nothing.
+    The prompts are read and the output path is checked before the model is loaded.
 
     Args:
         out: the file; None writes to stdout.
-        system: put before every conversation that has no system message of its own. None is what the model was trained
-            behind, an empty text nothing.
-        trust_remote_code: run the code that the model's folder or its base brings along.
+        system: the system prompt of conversations that have none of their own: None is the one of the training, an
+            empty text is none.
+        trust_remote_code: run the code in the folder of the model or of its base.
 
     Returns:
-        What was written.
+        The rows written.
 
     Raises:
-        UserError: a prompt, the model, or the place to write is wrong.
+        UserError: a prompt, the model, or the output path is wrong.
     """
     conversations = read_prompts(prompts_file)
     path = None if out is None else Path(out).expanduser()
     if path is not None and path.is_dir():
         raise UserError(Problem(f"{str(path)!r} is a folder", "Name a file.", key="--output"))
     model, tokenizer = load_trained(model_dir, merge_for_speed=True, trust_remote_code=trust_remote_code)
-    system = _system(tokenizer, system)
+    system = choose_system_prompt(tokenizer, system)
     conversations = [with_system(conversation, system) for conversation in conversations]
-    from rich.console import Console
-    from rich.progress import Progress
-
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Answering", total=len(conversations))
         replies = generate_replies(
@@ -85,35 +62,23 @@ def run_batch(
             batch_size=batch_size,
             on_progress=lambda done: progress.advance(task, done),
         )
-    rows = [_row(conversation, reply) for conversation, reply in zip(conversations, replies, strict=True)]
+    rows = [_make_row(conversation, reply) for conversation, reply in zip(conversations, replies, strict=True)]
     _write(rows, path)
     return rows
 
 
-def _system(tokenizer: Any, asked: str | None) -> str | None:
-    """The system prompt that was asked for, else that of the training, which is said aloud."""
-    if asked is not None:
-        return asked or None
-    trained = remembered_system_prompt(tokenizer)
-    if trained:
-        logger.info("System prompt, as in training: %r (--system TEXT gives another, --system '' none)", trained)
-    return trained
+def _make_row(conversation: Conversation, reply: str) -> dict[str, Any]:
+    messages = conversation.messages
+    is_single_question = len(messages) == 1 and messages[0]["role"] == "user"
+    prompt: dict[str, Any] = {"prompt": messages[0]["content"]} if is_single_question else {"messages": messages}
+    tools = {"tools": conversation.tools} if conversation.tools else {}
+    return {**prompt, **tools, "response": reply}
 
 
-def chat(
-    model_dir: str | Path,
-    sampling: Sampling = GREEDY,
-    *,
-    system: str | None = None,
-    trust_remote_code: bool = False,
-) -> list[Message]:
-    """Talk with a trained model in the terminal until /quit or the end of the input; returns the conversation.
-
-    Args:
-        system, trust_remote_code: as for `run_batch`.
-
-    Raises:
-        UserError: the folder holds no model.
-    """
-    model, tokenizer = load_trained(model_dir, merge_for_speed=True, trust_remote_code=trust_remote_code)
-    return talk(model, tokenizer, sampling, system=_system(tokenizer, system))
+def _write(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")

@@ -1,37 +1,39 @@
-"""An interactive conversation with a model in the terminal; also from a pipe, one question a line."""
+"""Chats with a model in the terminal, or through a pipe with one question per line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from sft.data.formats.conversation import Message
 from sft.errors import Problem, UserError
 from sft.inference.generate import (
     GREEDY,
     Sampling,
-    answering,
     encode_prompt,
-    generation_settings,
+    find_stop_ids,
+    generation_mode,
+    make_generation_config,
     position_limit,
-    stop_ids,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from sft.inference.prompts import choose_system_prompt
+from sft.model.trained import load_trained
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and resets), /quit ends"
 
 
 def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampling: Sampling = GREEDY) -> Iterator[str]:
-    """The reply in pieces, as the model makes them.
+    """Yields the reply in pieces, as they are generated.
 
-    A second thread generates. When the caller stops listening, so does the model, after the token at hand.
+    A second thread generates. When the caller closes the iterator, generation stops after the current token.
 
     Raises:
-        UserError: the chat template refuses the conversation.
+        UserError: the chat template refuses the conversation, or it fills all positions of the model.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
@@ -40,10 +42,10 @@ def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampli
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     abandoned = False
     failure: list[BaseException] = []
-    room = min(sampling.max_new_tokens, position_limit(model) - ids.shape[1])
-    if room < 1:
+    new_tokens = min(sampling.max_new_tokens, position_limit(model) - ids.shape[1])
+    if new_tokens < 1:
         raise UserError(Problem("the conversation fills all positions of the model", "/reset starts a new one."))
-    settings = generation_settings(tokenizer, sampling, room, stop_ids(model, tokenizer))
+    settings = make_generation_config(tokenizer, sampling, new_tokens, find_stop_ids(model, tokenizer))
 
     class Abandoned(StoppingCriteria):
         def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
@@ -51,7 +53,7 @@ def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampli
 
     def generate() -> None:
         try:
-            with answering(model) as bare:
+            with generation_mode(model) as bare:
                 torch.manual_seed(sampling.seed)
                 bare.generate(
                     input_ids=ids.to(bare.device),
@@ -76,28 +78,26 @@ def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampli
 
 
 class _Chat:
-    """The state of one conversation and what the commands do to it."""
+    """One conversation and its commands."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, console: Console, sampling: Sampling, system: str | None = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, console: Console, sampling: Sampling, system: str | None) -> None:
         self._model, self._tokenizer, self._console, self._sampling = model, tokenizer, console, sampling
         self._system = system
         self.messages: list[Message] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Forgets everything but the system message."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
-    def command(self, line: str) -> bool:
-        """Obey a line that starts with a slash; false when the chat is over."""
+    def run_command(self, line: str) -> bool:
+        """Runs a line that starts with a slash; returns false when the chat is over."""
         word, _, rest = line.partition(" ")
         if word in ("/quit", "/exit"):
             return False
         if word == "/reset":
             self.reset()
-            self._console.print("The conversation starts anew.", style="dim")
+            self._console.print("Conversation reset.", style="dim")
         elif word == "/system":
             self._system = rest.strip() or None
             self.reset()
@@ -107,10 +107,10 @@ class _Chat:
         return True
 
     def answer(self, line: str) -> None:
-        """Print the reply as it comes and remember both sides; a reply cut short by Ctrl-C is remembered as it is."""
-        asked = [*self.messages, {"role": "user", "content": line}]
+        """Prints the reply while it is generated and keeps both messages; Ctrl-C ends it, and the part is kept."""
+        messages = [*self.messages, {"role": "user", "content": line}]
         pieces: list[str] = []
-        stream = stream_reply(self._model, self._tokenizer, asked, self._sampling)
+        stream = stream_reply(self._model, self._tokenizer, messages, self._sampling)
         try:
             for piece in stream:
                 pieces.append(piece)
@@ -121,17 +121,17 @@ class _Chat:
             self._console.print(str(error), style="red", markup=False)
             return
         self._console.print()
-        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def _reader(console: Console) -> Callable[[], str]:
-    """A prompt on a terminal, silent lines from a pipe."""
+def _make_reader(console: Console) -> Callable[[], str]:
+    """Returns a function that reads a line, with a prompt on a terminal and without one from a pipe."""
     if sys.stdin.isatty():
         return lambda: console.input("[bold]> [/bold]")
     return input
 
 
-def talk(
+def run_chat(
     model: Any,
     tokenizer: Any,
     sampling: Sampling = GREEDY,
@@ -139,16 +139,14 @@ def talk(
     *,
     system: str | None = None,
 ) -> list[Message]:
-    """Talk until /quit or the end of the input; returns the messages of the conversation as it stands then.
+    """Chats until /quit or the end of the input; returns the messages of the conversation.
 
     Args:
-        system: the system message to begin with; `/system` sets another.
+        system: the first system message; `/system` sets another.
     """
-    from rich.console import Console
-
     console = console or Console()
     conversation = _Chat(model, tokenizer, console, sampling, system)
-    read = _reader(console)
+    read = _make_reader(console)
     if sys.stdin.isatty():
         console.print(HELP, style="dim")
     while True:
@@ -158,8 +156,23 @@ def talk(
             console.print()
             break
         if line.startswith("/"):
-            if not conversation.command(line):
+            if not conversation.run_command(line):
                 break
         elif line:
             conversation.answer(line)
     return conversation.messages
+
+
+def chat(
+    model_dir: str | Path, sampling: Sampling = GREEDY, *, system: str | None = None, trust_remote_code: bool = False
+) -> list[Message]:
+    """Loads a trained model and chats with it in the terminal; returns the messages of the conversation.
+
+    Args:
+        system, trust_remote_code: as for `sft.inference.batch.run_batch`.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    model, tokenizer = load_trained(model_dir, merge_for_speed=True, trust_remote_code=trust_remote_code)
+    return run_chat(model, tokenizer, sampling, system=choose_system_prompt(tokenizer, system))

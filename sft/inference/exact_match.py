@@ -1,19 +1,27 @@
-"""How many questions a model answers exactly, found out by letting it answer: what the loss only hints at."""
+"""Exact match: the number of questions whose generated reply equals the right answer."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from sft.data.formats.conversation import Conversation, Message
+from sft.distributed.collectives import current_rank, group_size, sum_over_ranks
 from sft.distributed.oom import measuring
 from sft.inference.generate import Sampling, generate_replies
+from sft.model.saving import stop_tokens
+from sft.report.console import counting
+
+logger = logging.getLogger("sft")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question with the right answer and the reply it got, both without white space at the ends."""
+    """A question with its right answer and the model's reply, both stripped of white space."""
 
     question: list[Message]
     answer: str
@@ -26,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """How many replies were the right answer to the letter; `examples` has all of them, in the order given."""
+    """The number of right replies, and all examples in the given order."""
 
     right: int
     examples: tuple[Example, ...]
@@ -41,14 +49,14 @@ def exact_match(
     stop_token_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ExactMatch:
-    """Answers the last turn of each conversation greedily and compares with the answer that it ends with.
+    """Generates a greedy reply to each conversation without its last message, and compares it with that message.
 
     A reply may be 16 tokens longer than the longest right answer.
 
     Args:
-        model: not wrapped for distribution.
-        conversations: each ends with the assistant's message that is the right answer.
-        batch_size: conversations answered at a time.
+        model: not wrapped by DDP.
+        conversations: each ends with the right answer as the assistant's message.
+        batch_size: conversations generated at the same time.
         stop_token_ids, on_progress: as for `generate_replies`.
 
     Raises:
@@ -73,3 +81,38 @@ def exact_match(
         )
     examples = tuple(Example(q.messages, a, r.strip()) for q, a, r in zip(questions, answers, replies, strict=True))
     return ExactMatch(sum(e.answer == e.reply for e in examples), examples)
+
+
+def measure_exact_match(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    batch_size: int,
+    end_token_ids: Sequence[int],
+    when: str = "",
+) -> dict[str, float]:
+    """Logs and returns the share of exact replies over all ranks, which all must call it; empty without conversations.
+
+    Args:
+        conversations: the same on every rank; each rank answers its part.
+        batch_size, model, tokenizer: as for `exact_match`.
+        end_token_ids: the tokens that end an answer.
+        when: of the metric's name: "" or e.g. "_before".
+    """
+    if not conversations:
+        return {}
+    with counting("questions answered:") as on_progress:
+        result = exact_match(
+            model,
+            tokenizer,
+            conversations[current_rank() :: group_size()],
+            batch_size=batch_size,
+            stop_token_ids=stop_tokens(tokenizer, end_token_ids),
+            on_progress=on_progress,
+        )
+    for example in result.examples[:3]:
+        logger.info("  %s", example)
+    right, total = int(sum_over_ranks(torch.tensor(result.right))), len(conversations)
+    logger.info("Exact match%s: %d of %d (%.1f %%)", when.replace("_", " "), right, total, 100 * right / total)
+    return {f"exact_match{when}": right / total}

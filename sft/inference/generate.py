@@ -1,4 +1,4 @@
-"""Replies from a model that is in memory: greedy or sampled, in batches, also while a Trainer holds it."""
+"""Generates replies with a loaded model: greedy or sampled, in batches, also during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft")
 Prompt = str | list[Message] | Conversation
-"""A conversation to answer (messages, or with the tools that may be called), or a text to continue as it stands."""
+"""A conversation to answer (messages, or a `Conversation` with its tools), or a text to continue."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Sampling:
 
     Attributes:
         max_new_tokens: length limit of a reply.
-        temperature: 0 is greedy; else the logits are divided by it before a token is drawn.
-        top_p: draw from the likeliest tokens that together have this probability.
-        seed: of the drawing.
+        temperature: 0 is greedy; otherwise the logits are divided by it before a token is sampled.
+        top_p: sample from the likeliest tokens that together have this probability.
+        seed: of the sampling.
     """
 
     max_new_tokens: int = 256
@@ -40,10 +40,10 @@ GREEDY = Sampling()
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids up to where the model starts to answer.
+    """Returns the token ids of the prompt, up to where the reply begins.
 
-    Control tokens that somebody has typed into a message are encoded as the characters they are. Tools and their calls
-    are written as in training, where a template has no place for them as text.
+    Control tokens typed into a message are encoded as plain text. Tools and tool calls are written as in training: as
+    text, where the template does not support them.
 
     Raises:
         UserError: the chat template refuses the conversation.
@@ -51,7 +51,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     try:
-        messages, tools = _as_trained(tokenizer, prompt) if isinstance(prompt, Conversation) else (prompt, None)
+        messages, tools = _fit_to_template(tokenizer, prompt) if isinstance(prompt, Conversation) else (prompt, None)
         return list(
             tokenizer.apply_chat_template(
                 messages,
@@ -64,11 +64,11 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         )
     except RowLost as lost:
         raise UserError(Problem(lost.message)) from lost
-    except Exception as error:  # templates raise jinja2 errors of their own, and TypeErrors from inside filters
+    except Exception as error:  # jinja2 errors that templates raise, and TypeErrors of their filters
         raise UserError(Problem(f"the chat template refuses this conversation: {error}")) from error
 
 
-def _as_trained(tokenizer: Any, prompt: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def _fit_to_template(tokenizer: Any, prompt: Conversation) -> tuple[list[Message], list[dict[str, Any]] | None]:
     from sft.data.templates.renderer import ChatRenderer
 
     if not prompt.tools and not any("tool_calls" in message for message in prompt.messages):
@@ -77,16 +77,16 @@ def _as_trained(tokenizer: Any, prompt: Conversation) -> tuple[list[Message], li
 
 
 @contextmanager
-def answering(model: Any) -> Iterator[Any]:
-    """The bare model in evaluation mode; its mode, generation config and torch's random state are put back afterwards.
+def generation_mode(model: Any) -> Iterator[Any]:
+    """Yields the bare model in evaluation mode, then restores its mode, generation config and torch's random state.
 
-    The generation config is emptied meanwhile: transformers takes from it whatever a call leaves open, so that a
-    repetition penalty or a temperature that the base was shipped with would bend a greedy reply.
+    The generation config is emptied for the time: transformers takes every setting from it that a call does not give,
+    and a repetition penalty or temperature of the base model would change a greedy reply.
     """
     import torch
     from transformers import GenerationConfig
 
-    bare = model.module if hasattr(model, "module") else model  # DDP's wrapper cannot generate
+    bare = model.module if hasattr(model, "module") else model  # DDP has no `generate`
     holders = [bare, *([bare.get_base_model()] if hasattr(bare, "peft_config") else [])]
     kept = [holder.generation_config for holder in holders]
     was_training = bare.training
@@ -103,8 +103,8 @@ def answering(model: Any) -> Iterator[Any]:
         bare.train(was_training)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end a reply: the generation config's, else the tokenizer's EOS."""
+def find_stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Returns the token ids that end a reply: those of the generation config, else the tokenizer's EOS."""
     bare = model.module if hasattr(model, "module") else model
     ids = getattr(bare.generation_config, "eos_token_id", None)
     if ids is None:
@@ -115,16 +115,16 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def position_limit(model: Any) -> int:
-    """How many tokens a prompt and its reply may have together; a very large number where the model has no limit."""
+    """Returns how many tokens a prompt and its reply may have together; 2^31 where the model has no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else 2**31
 
 
-def generation_settings(tokenizer: Any, sampling: Sampling, max_new_tokens: int, stops: Sequence[int]) -> Any:
-    """What transformers' `generate` takes for one batch."""
+def make_generation_config(tokenizer: Any, sampling: Sampling, max_new_tokens: int, stops: Sequence[int]) -> Any:
+    """Returns the `GenerationConfig` of one batch."""
     from transformers import GenerationConfig
 
-    draw = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stops) or None,
@@ -132,20 +132,20 @@ def generation_settings(tokenizer: Any, sampling: Sampling, max_new_tokens: int,
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
         do_sample=sampling.temperature > 0,
-        **(draw if sampling.temperature > 0 else {}),
+        **(sampled if sampling.temperature > 0 else {}),
     )
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids` and `attention_mask`, both (B, T) int64, each row ending at the right where its reply begins."""
+def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `input_ids` and `attention_mask`, both (B, T) int64, padded on the left."""
     import torch
 
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[i, width - len(row) :] = 1
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[i, width - len(prompt) :] = 1
     return ids, mask
 
 
@@ -154,9 +154,9 @@ def _cut_at_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     return ids[:end]
 
 
-def _batches(rows: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first: little padding, and too large a batch fails at once."""
-    order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -len(rows[i]))
+def _batch_by_length(prompts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yields the indices of prompts of similar length, longest first: little padding, and an early out-of-memory."""
+    order = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
@@ -171,18 +171,18 @@ def generate_replies(
     stop_token_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One reply for each conversation, in the order given.
+    """Generates one reply per conversation, in the given order.
 
     Args:
-        model: a causal language model, also one that is being trained: its mode and torch's random state are put back.
-        conversations: what the chat template is to render, or texts to continue.
-        sampling: a prompt near the end of the model's positions gets fewer tokens than this allows.
-        stop_token_ids: what ends a reply; None takes the model's generation config, which in training may still be the
-            base's and not know the trained end token.
-        on_progress: called with the number of replies done since the last call.
+        model: a causal language model, which may be in training: its mode and torch's random state are restored.
+        conversations: conversations for the chat template, or texts to continue.
+        sampling: a prompt close to the model's maximum length gets fewer tokens than this allows.
+        stop_token_ids: the tokens that end a reply; None takes those of the model's generation config, which during
+            training may be the base's and lack the trained end token.
+        on_progress: called with the number of replies since the last call.
 
     Returns:
-        The new text of each, without control tokens; empty for a prompt that fills the model's positions.
+        The new text of each, without control tokens; empty for a prompt that fills all positions of the model.
 
     Raises:
         UserError: the chat template refuses a conversation.
@@ -191,18 +191,18 @@ def generate_replies(
 
     prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
     replies = [""] * len(prompts)
-    stops = stop_ids(model, tokenizer) if stop_token_ids is None else list(stop_token_ids)
-    with answering(model) as bare:
+    stops = find_stop_ids(model, tokenizer) if stop_token_ids is None else list(stop_token_ids)
+    with generation_mode(model) as bare:
         limit = position_limit(bare)
         fitting = [ids if len(ids) < limit else [] for ids in prompts]
         if fitting != prompts:
             lost = sum(not ids for ids in fitting)
             logger.warning("%d prompts fill all %d positions of the model: no reply", lost, limit)
         torch.manual_seed(sampling.seed)
-        for batch in _batches(fitting, batch_size):
+        for batch in _batch_by_length(fitting, batch_size):
             width = len(fitting[batch[0]])
-            settings = generation_settings(tokenizer, sampling, min(sampling.max_new_tokens, limit - width), stops)
-            ids, mask = _left_padded([fitting[i] for i in batch], settings.pad_token_id)
+            settings = make_generation_config(tokenizer, sampling, min(sampling.max_new_tokens, limit - width), stops)
+            ids, mask = _pad_left([fitting[i] for i in batch], settings.pad_token_id)
             output = bare.generate(
                 input_ids=ids.to(bare.device), attention_mask=mask.to(bare.device), generation_config=settings
             )

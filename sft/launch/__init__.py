@@ -1,1 +1,1 @@
-"""`launch_training.sh`: options, plan, processes, the elastic agent, SLURM, the virtual environment."""
+"""The program of `launch_training.sh`: options, plan, processes, agent, exit codes, SLURM, virtual environment."""

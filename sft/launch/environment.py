@@ -1,9 +1,9 @@
 """Builds and updates the virtual environment that the two shell scripts run in.
 
-Standard library only: it runs before anything is installed. What is installed is remembered as a copy of each
-requirements file inside the environment. An edited file differs from its copy and is installed again; a copy is
-written only after pip has ended well, so an interrupted installation is repeated. A lock in the environment keeps two
-jobs that share a disk from installing at the same time.
+Standard library only: it runs before anything is installed. The environment keeps a copy of each requirements file that
+is installed. An edited file differs from its copy and is installed again; a copy is written only after pip has
+succeeded, so an interrupted installation is repeated. A lock in the environment keeps two jobs that share a disk from
+installing at the same time.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INSTALLED = ".sft-installed"  # the copies of the requirements files that are installed
-BUILDING = ".sft-building"  # stands in an environment while it is being built for the first time
+BUILDING = ".sft-building"  # marks an environment whose first build has not finished
 LOCK = ".sft-lock"
 
 
-def interpreter(environment: Path) -> Path:
-    """The Python of a virtual environment."""
+def python_of(environment: Path) -> Path:
+    """Returns the Python of a virtual environment."""
     return environment / "bin" / "python"
 
 
-def works(environment: Path) -> bool:
-    """Whether the environment has a Python that starts: an upgrade of the system's can leave a dangling link."""
+def is_usable(environment: Path) -> bool:
+    """Returns whether the environment's Python starts: an upgrade of the system's can leave a dangling link."""
     try:
-        command = [str(interpreter(environment)), "-c", ""]
+        command = [str(python_of(environment)), "-c", ""]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 
 
-def outdated(environment: Path, requirements: Sequence[Path]) -> list[Path]:
-    """The requirements files that are not installed as they stand now."""
+def find_outdated(environment: Path, requirements: Sequence[Path]) -> list[Path]:
+    """Returns the requirements files that are not installed or have changed since."""
     copies = environment / INSTALLED
     return [file for file in requirements if not _same_text(copies / file.name, file)]
 
@@ -52,7 +52,7 @@ def _same_text(copy: Path, file: Path) -> bool:
 
 @contextmanager
 def locked(environment: Path) -> Iterator[None]:
-    """Holds the environment's lock; it falls with the process, so that none is ever left behind.
+    """Holds the environment's lock, which the kernel releases when the process ends.
 
     POSIX record locks (`lockf`) are the kind that NFS passes between nodes.
     """
@@ -61,37 +61,37 @@ def locked(environment: Path) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            say(f"another process is installing into {environment}; waiting for it")
+            log(f"another process is installing into {environment}; waiting for it")
             fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
 
 
-def say(line: str) -> None:
-    """To stderr: stdout carries the path of the interpreter."""
+def log(line: str) -> None:
+    """Prints to stderr: stdout carries the path of the Python."""
     print(f"[setup] {line}", file=sys.stderr, flush=True)
 
 
-def ensure(environment: Path, requirements: Sequence[Path]) -> Path:
-    """Makes `environment` hold `requirements` and returns its Python.
+def ensure_environment(environment: Path, requirements: Sequence[Path]) -> Path:
+    """Builds or updates `environment` so that `requirements` are installed in it and returns its Python.
 
     Raises:
-        subprocess.CalledProcessError: `venv` or pip failed; pip has said why.
+        subprocess.CalledProcessError: `venv` or pip failed; pip has printed why.
     """
-    if not outdated(environment, requirements) and works(environment):
-        return interpreter(environment)
+    if not find_outdated(environment, requirements) and is_usable(environment):
+        return python_of(environment)
     with locked(environment):
-        wanted = outdated(environment, requirements)
-        if not works(environment) or (environment / BUILDING).exists():
+        wanted = find_outdated(environment, requirements)
+        if not is_usable(environment) or (environment / BUILDING).exists():
             _create(environment)
             wanted = list(requirements)
         if wanted:  # another process may have done it while this one waited
             _install(environment, wanted)
         (environment / BUILDING).unlink(missing_ok=True)
-    return interpreter(environment)
+    return python_of(environment)
 
 
 def _create(environment: Path) -> None:
-    say(f"creating {environment} with Python {sys.version.split()[0]} (once)")
+    log(f"creating {environment} with Python {sys.version.split()[0]} (once)")
     for entry in environment.iterdir():
         if entry.name == LOCK:
             continue
@@ -100,18 +100,18 @@ def _create(environment: Path) -> None:
         else:
             entry.unlink()
     (environment / BUILDING).touch()
-    # The base interpreter: when this runs inside an environment, a new one must not hang on it.
+    # The base interpreter: when this runs inside an environment, a new one must not depend on it.
     base = getattr(sys, "_base_executable", sys.executable)
     result = subprocess.run([base, "-m", "venv", str(environment)], stdout=sys.stderr, check=False)
     if result.returncode != 0:
-        say("Python's `venv` module failed; on Debian and Ubuntu: apt-get install python3-venv")
+        log("Python's `venv` module failed; on Debian and Ubuntu: apt-get install python3-venv")
         result.check_returncode()
 
 
 def _install(environment: Path, requirements: Sequence[Path]) -> None:
-    say(f"installing {', '.join(file.name for file in requirements)} into {environment} (this takes minutes)")
+    log(f"installing {', '.join(file.name for file in requirements)} into {environment} (this takes minutes)")
     texts = {file.name: file.read_bytes() for file in requirements}
-    command = [str(interpreter(environment)), "-m", "pip", "install", "--disable-pip-version-check"]
+    command = [str(python_of(environment)), "-m", "pip", "install", "--disable-pip-version-check"]
     if not sys.stderr.isatty():  # in a job's log the progress bars are thousands of lines
         command.append("--quiet")
     for file in requirements:
@@ -120,13 +120,13 @@ def _install(environment: Path, requirements: Sequence[Path]) -> None:
     copies = environment / INSTALLED
     copies.mkdir(exist_ok=True)
     for name, text in texts.items():
-        fresh = copies / f"{name}.{os.getpid()}"
-        fresh.write_bytes(text)
-        fresh.replace(copies / name)
+        temporary = copies / f"{name}.{os.getpid()}"
+        temporary.write_bytes(text)
+        temporary.replace(copies / name)
 
 
-def is_own(environment: Path) -> bool:
-    """Whether this module built `environment`, as opposed to one that the user made and named in SFT_VENV."""
+def is_managed(environment: Path) -> bool:
+    """Returns whether this module built `environment`, as opposed to one that the user made and named in SFT_VENV."""
     marks = (INSTALLED, BUILDING, LOCK)
     return not environment.exists() or any((environment / mark).exists() for mark in marks)
 
@@ -139,17 +139,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     named = os.environ.get("SFT_VENV")
     environment = Path(named).expanduser().absolute() if named else options.default
-    if named and not is_own(environment):
-        if not works(environment):
-            say(f"SFT_VENV={named} is no virtual environment: {interpreter(environment)} does not run")
+    if named and not is_managed(environment):
+        if not is_usable(environment):
+            log(f"SFT_VENV={named} is no virtual environment: {python_of(environment)} does not run")
             return 1
-        say(f"using SFT_VENV={named} as it is; nothing is installed into it")
-        print(interpreter(environment))
+        log(f"using SFT_VENV={named} as it is; nothing is installed into it")
+        print(python_of(environment))
         return 0
     try:
-        print(ensure(environment, options.requirements))
+        print(ensure_environment(environment, options.requirements))
     except subprocess.CalledProcessError as error:
-        say(f"could not build {environment}: {' '.join(error.cmd[:4])} ... ended with {error.returncode}")
+        log(f"could not build {environment}: {' '.join(error.cmd[:4])} ... ended with {error.returncode}")
         return 1
     return 0
 

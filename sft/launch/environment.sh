@@ -1,7 +1,7 @@
 # Sourced by launch_training.sh and run_tests.sh, which set `root` to the repository before.
 
-# The first Python of at least 3.11: $PYTHON if it is set; else that of the environment which is already there (on clusters a
-# `module load` that was there when it was built may be missing in the job); else the usual names.
+# Prints the first Python of at least 3.11: $PYTHON if it is set; else that of the environment if it exists already (in a
+# cluster's job the `module load` under which it was built may be missing); else the usual names.
 find_python() {
     local environment="${SFT_VENV:-$root/.venv}" candidate
     for candidate in ${PYTHON:+"$PYTHON"} "$environment/bin/python" python3 python3.13 python3.12 python3.11; do
@@ -10,7 +10,7 @@ find_python() {
             return
         fi
         if [ "$candidate" = "${PYTHON:-}" ]; then
-            break # somebody named it: to go on with another would hide that
+            break # the user named it: another one in its place would hide that
         fi
     done
     echo "error: Python 3.11 or newer is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)" >&2

@@ -28,11 +28,11 @@ ENVIRONMENT = {
     "LORA_RANK": "lora_config.r",
     "LORA_ALPHA": "lora_config.lora_alpha",
 }
-"""Environment variables that become overrides. NPROC_PER_NODE is the launcher's own: processes on each node."""
+"""Environment variables that become overrides. NPROC_PER_NODE is not among them: the launcher reads it itself."""
 
 EPILOG = """\
 Overrides change any key of the config: --learning_rate 1e-5, --lora_config.r=32 or lora_config.r=32.
-The `--` before them may be left out.
+The `--` before them is optional.
 Environment variables do the same, and overrides win over them:
   {table}
   NPROC_PER_NODE -> processes on this node (without GPUs: processes on the CPU)
@@ -42,7 +42,7 @@ Exit codes: 0 done; 2 config or data is wrong; else 1, or what training ended wi
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line. `overrides` are the config's, as typed."""
+    """The command line of `launch_training.sh`. `overrides` are the config's, as typed."""
 
     config: str
     gpus: int | None
@@ -71,7 +71,7 @@ def _count(minimum: int) -> Callable[[str], int]:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Separates the launcher's options from the config's overrides, which it passes on as they are.
+    """Separates the launcher's options from the config's overrides, which it passes on unchanged.
 
     Raises:
         UserError: an option lacks its value or has a wrong one, or `--config` is missing.
@@ -103,13 +103,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def override_keys(tokens: Sequence[str]) -> set[str]:
-    """The config keys that the overrides name; what is wrong with them, `load_config` says."""
+    """Returns the config keys that the overrides name; `load_config` reports what is wrong with them."""
     overrides, _ = parse_overrides(tokens, Config)
     return {override.key for override in overrides}
 
 
 def environment_overrides(env: Mapping[str, str], explicit: set[str]) -> list[str]:
-    """The overrides that environment variables make, said aloud. A key in `explicit`, or a section around it, wins."""
+    """Returns the overrides from environment variables and logs each. A key in `explicit`, or its section, wins."""
     overrides = []
     for name, key in ENVIRONMENT.items():
         value = env.get(name, "")

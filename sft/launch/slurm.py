@@ -1,4 +1,4 @@
-"""What SLURM says about the job step that this process runs in.
+"""Reads the nodes, rank, address and GPUs of a SLURM job step from its environment variables.
 
 The variables: https://slurm.schedmd.com/srun.html, output environment variables.
 """
@@ -24,7 +24,7 @@ class Job:
         nodes: how many nodes take part.
         node_rank: this node's number, from 0.
         master_addr: the host name of node 0.
-        master_port: a port that follows from the job's number, so that all nodes agree and jobs on one node differ.
+        master_port: derived from the job's number: all nodes agree on it, and jobs on one node differ.
         gpus: the GPUs the job holds on this node; None where SLURM does not say.
     """
 
@@ -36,10 +36,10 @@ class Job:
 
 
 def read_job(env: Mapping[str, str]) -> Job | None:
-    """The job of this process, or None outside SLURM.
+    """Returns the job of this process, or None outside SLURM.
 
     Raises:
-        UserError: the job has several nodes and this is not a task on each of them, or it has several tasks on a node.
+        UserError: the job has several nodes and this command runs on one of them alone, or several tasks on a node.
     """
     if "SLURM_JOB_ID" not in env:
         return None
@@ -72,7 +72,7 @@ def read_job(env: Mapping[str, str]) -> Job | None:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list such as `gpu[03-05,9],login1`."""
+    """Returns the first host of a SLURM node list such as `gpu[03-05,9],login1`."""
     try:
         command = ["scontrol", "show", "hostnames", nodelist]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
@@ -80,13 +80,13 @@ def first_host(nodelist: str) -> str:
             return shown[0]
     except (OSError, subprocess.SubprocessError):
         pass  # scontrol is often missing inside containers
-    return expand_first(nodelist)
+    return expand_first_host(nodelist)
 
 
-def expand_first(nodelist: str) -> str:
-    """The first host of a node list, without SLURM's help.
+def expand_first_host(nodelist: str) -> str:
+    """Returns the first host of a node list without `scontrol`.
 
-    It ends at the first comma outside brackets; of each bracket the first choice is taken.
+    It ends at the first comma outside brackets; in each bracket the first choice counts.
     """
     head = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head.group() if head else "")

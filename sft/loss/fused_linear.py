@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sft.distributed.dtensor import gathered, spreading, to_full, to_local, vocabulary_shard
+from sft.distributed.device import autocast_dtype
+from sft.distributed.dtensor import gathered, sharding_like, to_full, to_local, vocabulary_shard
 from sft.loss.chunked import linear_chunks, module_chunks, score_in_blocks
 from sft.loss.load_balancing import load_balancing_loss
 from sft.loss.output_head import LogitTransform, OutputHead, find_output_head
@@ -136,7 +137,7 @@ def head_loss(
         if weights is None:
             scores, gradients = module_chunks(model, head, tensors, targets, settings, dtypes, gradient_scale, score)
         else:
-            dtype = _autocast_dtype(hidden) or hidden.dtype
+            dtype = autocast_dtype(hidden.device.type) or hidden.dtype
             transform = head.transform or LogitTransform()
             with torch.autocast(hidden.device.type, enabled=False):
                 cast = [to_local(t).to(dtype) for t in tensors]
@@ -152,14 +153,9 @@ def head_loss(
 def _linear_weights(model: nn.Module, head: OutputHead, hidden: torch.Tensor) -> list[torch.Tensor] | None:
     """Returns weight and bias of a head that is a matrix multiplication in the dtype of `hidden`; None for others."""
     linear = head.plain_linear(model)
-    if linear is None or not (_autocast_dtype(hidden) or linear.weight.dtype == hidden.dtype):
+    if linear is None or not (autocast_dtype(hidden.device.type) or linear.weight.dtype == hidden.dtype):
         return None
     return [p for p in (linear.weight, linear.bias) if p is not None]
-
-
-def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -189,7 +185,7 @@ class PrecomputedGradients(torch.autograd.Function):
         ctx.scale = scale
         ctx.gradients = gradients
         ctx.dtypes = [gradient_dtype(tensor) for tensor in tensors]
-        ctx.spread = [spreading(tensor) for tensor in tensors]
+        ctx.spread = [sharding_like(tensor) for tensor in tensors]
         return total.clone()
 
     @staticmethod

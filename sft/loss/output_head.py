@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sft.distributed.dtensor import gathered, is_product, shallow_copy, to_full, vocabulary_shard, without_hooks
+from sft.distributed.dtensor import gathered, is_plain_linear, shallow_copy, to_full, vocabulary_shard, without_hooks
 
 _PROBE = 64.0  # a logit so large that soft-capping changes it
 _ROUNDINGS = 8  # units in the last place by which two computations of the same logits may differ, of the largest
@@ -114,7 +114,7 @@ class OutputHead:
         Its weight may be a DTensor: gathered by FSDP2, or split by the vocabulary with tensor parallelism.
         """
         linear = model.get_submodule(self.linear)
-        if self.transform is None or not is_product(linear):
+        if self.transform is None or not is_plain_linear(linear):
             return None
         # Neither a quantized weight nor one that tensor parallelism has split in another way.
         plain = all(type(p) in (nn.Parameter, torch.Tensor, FakeTensor) for p in linear.parameters())

@@ -1,11 +1,11 @@
-"""What the forward pass keeps for the backward pass: everything, the costly results only, or each layer's input.
+"""Activation checkpointing: keeps all activations, the costly ones, or each layer's input, and recomputes the rest.
 
-What one layer of a Llama in bfloat16 adds to the living tensors of a forward pass, in bytes for each token and column
-of the hidden state (width 768, intermediate 2,048, rows of 2,048 tokens), and the time of a step on two CPU cores:
+Memory that one layer of a Llama in bfloat16 keeps for the backward pass, in bytes per token and column of the hidden
+state (width 768, intermediate 2,048, sequences of 2,048 tokens), and the time of a step on two CPU cores:
 
-    none       60    1.00    nothing is computed twice
-    selective  34    1.06    matrix products and attention are kept; norms, rotations, gates are computed again
-    full       11    1.28    the layer's input is kept; its whole forward pass runs again
+    none       60    1.00    nothing is recomputed
+    selective  34    1.06    matrix multiplications and attention are kept; norms, rotations, gates are recomputed
+    full       11    1.28    the layer's input is kept; its whole forward pass is recomputed
 
 All three give the same gradients to the last bit, dropout included.
 """
@@ -39,7 +39,7 @@ _COSTLY = {
 }
 """Operators whose results are kept, by library: those that do more than read their inputs once."""
 
-_WORTH_MOVING = 2**20  # bytes; a smaller tensor costs more to send to the host than it frees
+_MIN_OFFLOAD_BYTES = 2**20  # copying a smaller tensor costs more than the memory that it frees is worth
 
 
 def checkpoint_activations(
@@ -48,51 +48,51 @@ def checkpoint_activations(
     """Sets how the decoder layers of `model` keep their activations while training.
 
     Args:
-        model: of transformers, wrapped by peft or not; not yet by DDP. On the meta device nothing is ever parked, for
-            there is nothing to copy: what is then told of a pass on a GPU counts the inputs of its layers as kept.
+        model: of transformers, wrapped by peft or not; not yet by DDP. A meta model offloads nothing, as there is
+            nothing to copy: a memory estimate counts the inputs of its layers as kept on the GPU.
         mode: see the module's table.
-        offload: of a model that trains on a GPU: what is left of each layer's input waits in page-locked main memory,
-            copied on a stream of its own while the next layers run, and fetched one layer ahead in the backward pass.
-        device: where training will compute, if that is not where the model stands now.
+        offload: for a model that trains on a GPU: each layer's input is kept in page-locked main memory, copied on a
+            stream of its own while the next layers run, and fetched one layer ahead in the backward pass.
+        device: where the model will be trained, if it is not there yet.
 
     Raises:
-        UserError: the model's layers cannot be checkpointed, or there is no GPU whose memory `offload` could spare.
+        UserError: the model's layers cannot be checkpointed, or `offload` is set and there is no GPU.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     key = "activation_checkpoint"
     if mode != "none" and not layers:
-        raise UserError(Problem(f"the layers of {type(model).__name__} cannot be computed again", "Use none.", key))
-    stands = next(model.parameters()).device
-    device = device or stands
+        raise UserError(Problem(f"the layers of {type(model).__name__} cannot be recomputed", "Use none.", key))
+    current = next(model.parameters()).device
+    device = device or current
     if offload and mode == "none":
-        hint = "`mode: full` keeps the inputs of layers, which are what is moved"
+        hint = "`mode: full` keeps the inputs of layers only, and these are moved"
         raise UserError(Problem("offload without checkpointing would move every activation", hint, f"{key}.offload"))
     if offload and device.type != "cuda":
         reason = f"the model is trained on the {device.type.upper()}: its activations are in main memory already"
-        raise UserError(Problem(reason, "Leave it out.", f"{key}.offload"))
-    host = HostMemory(device) if offload and stands.type != "meta" else None
+        raise UserError(Problem(reason, "Remove it.", f"{key}.offload"))
+    host = HostMemory(device) if offload and current.type != "meta" else None
     for layer in layers:
         settings: Any = layer
         # transformers calls this function in place of `forward` while the model is in training mode.
         settings.gradient_checkpointing = mode != "none"
-        settings._gradient_checkpointing_func = partial(_recomputed, mode, host)
+        settings._gradient_checkpointing_func = partial(_checkpointed_forward, mode, host)
 
 
-def _recomputed(mode: Mode, host: HostMemory | None, forward: Callable[..., Any], *args: Any) -> Any:
-    contexts: Any = {"context_fn": _keeping_costly} if mode == "selective" else {}
+def _checkpointed_forward(mode: Mode, host: HostMemory | None, forward: Callable[..., Any], *args: Any) -> Any:
+    contexts: Any = {"context_fn": _selective_contexts} if mode == "selective" else {}
     if host is None:
         return checkpoint(forward, *args, use_reentrant=False, **contexts)
-    with saved_tensors_hooks(host.pack, host.unpack):  # sees the inputs alone: what is inside has hooks of its own
+    with saved_tensors_hooks(host.pack, host.unpack):  # for the inputs alone: inside, the checkpoint has its own
         return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
 
-def _keeping_costly() -> Any:
+def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(costly_operators())
 
 
 @cache
 def costly_operators() -> list[Any]:
-    """The operators of `_COSTLY` that are loaded here, in all their overloads."""
+    """Returns the operators of `_COSTLY` that are loaded here, in all their overloads."""
     found: list[Any] = []
     for library, names in _COSTLY.items():
         namespace = getattr(torch.ops, library)
@@ -102,10 +102,10 @@ def costly_operators() -> list[Any]:
     return found
 
 
-class _Parked:
-    """A tensor in main memory; on the way back also the copy on the device, and the one that was parked before it."""
+class _Offloaded:
+    """A tensor in main memory, the tensor that was offloaded before it, and its copy on the device while fetched."""
 
-    def __init__(self, host: torch.Tensor, device: torch.device, before: weakref.ref[_Parked] | None) -> None:
+    def __init__(self, host: torch.Tensor, device: torch.device, before: weakref.ref[_Offloaded] | None) -> None:
         self.host = host
         self.device = device
         self.before = before
@@ -113,47 +113,47 @@ class _Parked:
 
 
 class HostMemory:
-    """Parks saved tensors in main memory, with copies that overlap the computation.
+    """Offloads saved tensors to main memory, with copies that overlap the computation.
 
     Args:
-        device: where the tensors come from.
+        device: the tensors' own.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._streams: Any = torch.get_device_module(device)
         self._stream = self._streams.Stream() if device.type == "cpu" else self._streams.Stream(device)
-        self._latest: weakref.ref[_Parked] | None = None  # the graph owns what is parked; it dies with the graph
+        self._latest: weakref.ref[_Offloaded] | None = None  # weak: owned and freed by the graph
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Parked:
-        """Starts the copy to the host; small tensors and parameters stay where they are."""
-        if tensor.nbytes < _WORTH_MOVING or isinstance(tensor, torch.nn.Parameter):
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Offloaded:
+        """Starts the copy to main memory; small tensors and parameters stay on the device."""
+        if tensor.nbytes < _MIN_OFFLOAD_BYTES or isinstance(tensor, torch.nn.Parameter):
             return tensor
         self._stream.wait_stream(self._streams.current_stream())
         with self._streams.stream(self._stream):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             host.copy_(tensor.detach(), non_blocking=True)
         if tensor.is_cuda:
-            tensor.record_stream(self._stream)  # its memory is not given away before the copy is done
-        parked = _Parked(host, tensor.device, self._latest)
-        self._latest = weakref.ref(parked)
-        return parked
+            tensor.record_stream(self._stream)  # its memory is not reused before the copy is done
+        offloaded = _Offloaded(host, tensor.device, self._latest)
+        self._latest = weakref.ref(offloaded)
+        return offloaded
 
-    def unpack(self, parked: torch.Tensor | _Parked) -> torch.Tensor:
-        """The tensor on its device again; begins to fetch the one that the backward pass needs next."""
-        if isinstance(parked, torch.Tensor):
-            return parked
-        self._fetch(parked)
+    def unpack(self, offloaded: torch.Tensor | _Offloaded) -> torch.Tensor:
+        """Returns the tensor on its device, and starts to fetch the one that the backward pass needs next."""
+        if isinstance(offloaded, torch.Tensor):
+            return offloaded
+        self._fetch(offloaded)
         self._streams.current_stream().wait_stream(self._stream)
-        tensor, parked.fetched = parked.fetched, None
+        tensor, offloaded.fetched = offloaded.fetched, None
         assert tensor is not None
         if tensor.is_cuda:
             tensor.record_stream(self._streams.current_stream())
-        before = parked.before() if parked.before else None
+        before = offloaded.before() if offloaded.before else None
         if before is not None:
             self._fetch(before)
         return tensor
 
-    def _fetch(self, parked: _Parked) -> None:
-        if parked.fetched is None:
+    def _fetch(self, offloaded: _Offloaded) -> None:
+        if offloaded.fetched is None:
             with self._streams.stream(self._stream):
-                parked.fetched = parked.host.to(parked.device, non_blocking=True, copy=True)
+                offloaded.fetched = offloaded.host.to(offloaded.device, non_blocking=True, copy=True)

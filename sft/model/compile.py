@@ -1,18 +1,18 @@
-"""`torch_compile`: each decoder layer is compiled, for rows of any length, in three graphs at the most.
+"""Compiles each decoder layer (`torch_compile`) for any number of tokens, in at most three graphs.
 
-A pass is one row of N tokens in D documents, and both change with every batch. Neither is a number in a graph: the
-dimensions that hold them are marked dynamic, the boundaries go in as tensors, and so nothing is padded to sizes that
-were compiled before. All layers of a kind run the same graph, for their weights are inputs; compiling takes the time
-of one layer, whatever the depth of the model.
+A micro-batch is one row of N tokens in D documents, and both change each time. Neither is a constant of a graph: the
+dimensions of that size are marked dynamic, the document offsets are passed as tensors, and nothing is padded. All
+layers of a kind share a graph, because their weights are inputs: compiling takes the time of one layer, whatever the
+depth of the model.
 
-A graph is for one kind of layer in one situation. Where there are more pairs than three (sliding and full attention in
-turns, say) those come first that cost the most time, and the others run as they are:
+A graph is for one kind of layer in one situation. If there are more than three such pairs (sliding and full attention
+alternate, for example), those that cost the most time are compiled, and the others run uncompiled:
 
-    training      gradients also to the layer's input
-    evaluation    no gradients; only where the run evaluates
-    first layer   gradients, but none to its input: behind frozen embeddings
+    training      gradients also for the layer's input
+    evaluation    no gradients; only if the run evaluates
+    first layer   gradients, but none for its input: after frozen embeddings
 
-Embeddings, final norm, and head with loss are outside; a call without boundaries (generation) is not compiled.
+Embeddings, final norm, and head with loss are not compiled, nor is a call without documents (generation).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.errors import Problem, UserError
 from sft.model.attention import document_attention
 
@@ -37,11 +37,11 @@ logger = logging.getLogger("sft")
 
 GRAPHS = 3
 KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-"""Upstream's keys; to upstream's Trainer, which would compile the whole model, they are not given."""
+"""Upstream's keys; upstream's Trainer, which would compile the whole model, does not get them."""
 
 _STATE = "_compiled_layer"
 _INDUCTOR = "inductor"
-_OF_NO_USE = {"layer_idx", "training"}  # what differs between layers, and between situations, of the same kind
+_IGNORED = {"layer_idx", "training"}  # differ between layers, or between situations, of the same kind
 
 Situation = Literal["training", "evaluation", "first layer"]
 
@@ -52,7 +52,7 @@ class CompileSettings:
 
     Attributes:
         backend: one of torch's, e.g. `inductor`.
-        options: of the backend; empty for another than inductor.
+        options: of inductor; empty for any other backend.
     """
 
     backend: str
@@ -60,12 +60,12 @@ class CompileSettings:
 
 
 def compile_settings(asked: bool, backend: str | None, mode: str | None) -> CompileSettings | None:
-    """What `torch_compile`, `torch_compile_backend` and `torch_compile_mode` ask for; None: nothing is compiled.
+    """Checks `torch_compile`, `torch_compile_backend` and `torch_compile_mode`; returns None if nothing is compiled.
 
-    A backend or a mode alone turns compiling on, as upstream has it. Random numbers are drawn as without compiling.
+    A backend or a mode alone turns compiling on, as upstream does. Random numbers are drawn as without compiling.
 
     Raises:
-        UserError: there is no such backend or mode, it cannot serve lengths that vary, or a compiler is missing.
+        UserError: there is no such backend or mode, it does not support varying lengths, or a compiler is missing.
     """
     if not (asked or backend or mode):
         return None
@@ -81,17 +81,17 @@ def compile_settings(asked: bool, backend: str | None, mode: str | None) -> Comp
     if mode is not None and mode not in modes:
         raise UserError(Problem(f"no mode {mode!r}", f"Modes are {', '.join(modes)}.", KEYS[2]))
     if mode == "reduce-overhead":
-        reason = "a CUDA graph replays one length, and rows vary in length: reduce-overhead would record each anew"
+        reason = "a CUDA graph replays one length, and lengths vary: reduce-overhead would record a graph for each"
         raise UserError(Problem(reason, "Use default or max-autotune-no-cudagraphs.", KEYS[2]))
     _require_compiler()
     options = {**modes.get(mode or "default", {}), "fallback_random": True}
     if options.pop("triton.cudagraphs", False) and torch.cuda.is_available():
-        logger.info("torch_compile_mode %s without CUDA graphs, which replay one length only", mode)
+        logger.info("torch_compile_mode %s runs without CUDA graphs, which replay one length only", mode)
     return CompileSettings(backend, options)
 
 
 def _require_compiler() -> None:
-    """Inductor writes C++ for a CPU and Triton for a GPU."""
+    """Checks that inductor finds a C++ compiler for a CPU, or Triton for a GPU."""
     if torch.cuda.is_available():
         from torch.utils._triton import has_triton
 
@@ -110,57 +110,57 @@ def _require_compiler() -> None:
 
 
 def compile_layers(model: nn.Module, settings: CompileSettings, *, evaluates: bool) -> None:
-    """Lets the decoder layers of `model` run compiled wherever documents are given; the first pass compiles.
+    """Makes the decoder layers of `model` run compiled in calls with documents; the first call compiles.
 
-    Activation checkpointing is compiled with them, so that what is computed again is part of the backward graph.
-    Called anew, it begins anew.
+    Activation checkpointing is compiled with them: the recomputation is part of the backward graph. A second call of
+    this function starts over.
 
     Args:
         model: a causal LM of transformers, wrapped by peft or not, with its adapter and checkpointing in place; not
-            yet by DDP.
-        evaluates: whether the run evaluates. Otherwise no graph is spent on passes without gradients.
+            yet wrapped by DDP.
+        evaluates: whether the run evaluates. Otherwise calls without gradients get no graph.
 
     Raises:
-        UserError: the model's attention is not told where documents begin, or it is not made of transformers' layers.
+        UserError: the model's attention takes no documents, or its layers are not transformers' own.
     """
     config: Any = model.config
     attention = config.get_text_config(decoder=True)._attn_implementation
     if attention != document_attention.NAME:
-        reason = f"rows of any length are compiled with attention over documents only, and this run has {attention}"
+        reason = f"only sft_documents attention is compiled for any length, and this run has {attention}"
         raise UserError(Problem(reason, "Set attn_implementation: sft_documents, or remove torch_compile.", KEYS[0]))
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     foreign = [layer for layer in layers if "forward" in layer.__dict__ and not hasattr(layer, _STATE)]
     if not layers or foreign:
-        reason = "they were changed by another library" if foreign else "it has none of transformers' kind"
+        reason = "another library changed them" if foreign else "they are not transformers' own"
         raise UserError(
             Problem(f"the layers of {type(model).__name__} cannot be compiled: {reason}", "Remove it.", KEYS[0])
         )
-    # DDP's reducer overlaps with backward passes of single layers as it is. Left on, dynamo would cut a layer's graph
-    # at DDP's buckets, and refuses those with checkpointing.
+    # DDP's reducer overlaps with backward passes of single layers anyway. If this were on, dynamo would split a layer's
+    # graph at DDP's buckets, and refuse those with checkpointing.
     torch._dynamo.config.optimize_ddp = False
-    # A graph must not serve a layer that has a hook which the layer it was made of has not.
+    # A graph must not run a layer that has other hooks than the layer it was traced from.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch.compiler.assume_constant_result(document_attention.capability)  # dynamo cannot trace the question itself
-    described = [_kind(layer) for layer in layers]
-    distinct = list(dict.fromkeys(described))
-    kinds = [distinct.index(kind) for kind in described]
+    torch.compiler.assume_constant_result(document_attention.capability)  # dynamo cannot trace it
+    descriptions = [_describe(layer) for layer in layers]
+    distinct = list(dict.fromkeys(descriptions))
+    kinds = [distinct.index(description) for description in descriptions]
     shared = _Shared(settings, _most_costly(kinds, evaluates))
     for layer, kind in zip(layers, kinds, strict=True):
         settable: Any = layer
         setattr(settable, _STATE, _Layer(kind, shared))
-        # A bound method follows a deep copy; the signature stays the layer's, for those who look at it.
+        # A bound method is copied by a deep copy; the signature stays the layer's, for code that inspects it.
         settable.forward = types.MethodType(functools.wraps(type(layer).forward)(_forward), layer)
     logger.info("Compiling %d decoder layers with %s: %s", len(layers), settings.backend, shared.describe(kinds))
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Equal for layers that one graph can serve: the same modules, settings, and shapes of weights."""
+def _describe(layer: nn.Module) -> tuple[Any, ...]:
+    """Returns modules, settings, and shapes of weights; layers of which these are equal can share a graph."""
     modules = []
     for name, module in layer.named_modules():
         settings = tuple(
             (key, value)
             for key, value in sorted(vars(module).items())
-            if isinstance(value, bool | int | float | str) and key not in _OF_NO_USE
+            if isinstance(value, bool | int | float | str) and key not in _IGNORED
         )
         modules.append((name, type(module), settings))
     weights = [(name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()]
@@ -168,7 +168,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _attention_kind(layer: nn.Module) -> str | None:
-    """What the config says of this layer's attention, for models whose layers do not say it themselves."""
+    """Returns the layer's type of attention from the config, for models whose layers do not hold it themselves."""
     for module in layer.modules():
         index, kinds = getattr(module, "layer_idx", None), getattr(getattr(module, "config", None), "layer_types", None)
         if index is not None and kinds:
@@ -177,7 +177,7 @@ def _attention_kind(layer: nn.Module) -> str | None:
 
 
 def _most_costly(kinds: Sequence[int], evaluates: bool) -> list[tuple[int, Situation]]:
-    """The pairs that get a graph: of the kinds with the most layers, training before evaluation."""
+    """Returns the pairs that get a graph: kinds with the most layers first, training before evaluation."""
     by_count = [kind for kind, _ in Counter(kinds).most_common()]
     pairs: list[tuple[int, Situation]] = [(kind, "training") for kind in by_count]
     if evaluates:
@@ -186,14 +186,14 @@ def _most_costly(kinds: Sequence[int], evaluates: bool) -> list[tuple[int, Situa
 
 
 class _Shared:
-    """What the layers of one model have in common: the compiled function, and the pairs it is called for."""
+    """What the layers of one model share: the compiled function, and the pairs that it is called for."""
 
     def __init__(self, settings: CompileSettings, chosen: list[tuple[int, Situation]]) -> None:
         self.chosen = chosen
-        # The limit is a safeguard: a guard that nobody thought of ends compiling, not the count of three.
-        compile_: Any = torch.compile  # its overloads leave out the last two
+        # The limit is a safeguard: with a guard that was not foreseen, compiling ends instead of going on without end.
+        compile_: Any = torch.compile  # its overloads lack the last two
         self.run: Callable[..., Any] = compile_(
-            _run,
+            call_layer,
             fullgraph=True,
             backend=settings.backend,
             options=settings.options or None,
@@ -202,7 +202,7 @@ class _Shared:
         )
 
     def describe(self, kinds: Sequence[int]) -> str:
-        """The chosen pairs, in words."""
+        """Names the chosen pairs, for the log."""
         counts = Counter(kinds)
         return ", ".join(
             situation if situation == "first layer" else f"{situation} ({counts[kind]} alike)"
@@ -212,10 +212,10 @@ class _Shared:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What a layer remembers.
+    """What each layer stores.
 
     Attributes:
-        kind: a number that layers have in common which one graph can serve.
+        kind: the same number for layers that can share a graph.
     """
 
     kind: int
@@ -223,12 +223,12 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _TracedBoundaries:
-    """`DocumentOffsets` of tensors alone: numbers and tuples would be compiled in, and each batch would be a new graph.
+class _TracedOffsets:
+    """`DocumentOffsets` of tensors alone: numbers and tuples would be constants, and each batch would be a new graph.
 
     Attributes:
         offsets, cu_seqlens: (documents + 1,), as in `DocumentOffsets`.
-        longest: (tokens of the longest document, 0), on the host: a number that is not compiled in.
+        longest: (tokens of the longest document, 0), on the host: a size, which is dynamic.
     """
 
     offsets: Tensor
@@ -241,35 +241,36 @@ class _TracedBoundaries:
         return self.longest.shape[0]
 
 
-def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls the layer's own forward; this function is what torch compiles."""
     return type(layer).forward(layer, *args, **kwargs)
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """In the place of a layer's `forward`."""
+    """Replaces a layer's `forward`: runs it compiled if its kind and situation have a graph."""
     state: _Layer = getattr(layer, _STATE)
     plain = type(layer).forward
     documents: DocumentOffsets | None = kwargs.get("documents")
     hidden = args[0] if args else None
-    # A size of one is no dimension that varies, to torch: a row that has nothing longer is not worth a graph.
+    # torch specializes on a size of one: a row of such documents is not worth a graph.
     if documents is None or hidden is None or documents.max_length < 2:
         return plain(layer, *args, **kwargs)
     pair = state.kind, _situation(hidden)
     if pair not in state.shared.chosen:
         return plain(layer, *args, **kwargs)
     if pair[1] == "evaluation":
-        hidden = hidden.detach()  # peft's hook makes embeddings require gradients even where none are made
-    traced = _TracedBoundaries(documents.offsets, documents.cu_seqlens, torch.empty(documents.max_length, 0))
+        hidden = hidden.detach()  # peft's hook makes embeddings require gradients even without grad mode
+    traced = _TracedOffsets(documents.offsets, documents.cu_seqlens, torch.empty(documents.max_length, 0))
     arguments = (hidden, *args[1:]), kwargs | {"documents": traced}
-    _let_vary(hidden.shape[1], *arguments, traced)
+    _mark_dynamic(hidden.shape[1], *arguments, traced)
     try:
         return state.shared.run(layer, *arguments)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         state.shared.chosen.remove(pair)
-        logger.warning("torch_compile: %s needs a graph beyond %d, and runs uncompiled: %s", pair[1], GRAPHS, error)
+        logger.warning("torch_compile: %s needs more than %d graphs, and runs uncompiled: %s", pair[1], GRAPHS, error)
         return plain(layer, *args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = f"{type(layer).__name__} cannot be compiled: {_in_short(error)}"
+        reason = f"{type(layer).__name__} cannot be compiled: {_summarize(error)}"
         raise UserError(Problem(reason, "Remove torch_compile.", KEYS[0])) from error
 
 
@@ -279,8 +280,8 @@ def _situation(hidden: Tensor) -> Situation:
     return "training" if hidden.requires_grad else "first layer"
 
 
-def _let_vary(tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any], documents: _TracedBoundaries) -> None:
-    """Marks the dimension of tokens in each input: (1, N, ...) or (N, ...); in a mask, (1, 1, 1, N), it is the last."""
+def _mark_dynamic(tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any], documents: _TracedOffsets) -> None:
+    """Marks the dimension of tokens dynamic in each input: (1, N, ...), (N, ...), or a mask of (1, 1, 1, N)."""
     mask = kwargs.get("attention_mask")
     for tensor in torch.utils._pytree.tree_leaves((args, {**kwargs, "attention_mask": None, "documents": None})):
         if isinstance(tensor, Tensor):
@@ -294,7 +295,7 @@ def _let_vary(tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any], docume
         torch._dynamo.maybe_mark_dynamic(each, 0)
 
 
-def _in_short(error: Exception) -> str:
-    """The first line, and dynamo's explanation where it has one."""
+def _summarize(error: Exception) -> str:
+    """Returns the first line, and dynamo's explanation if it has one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return ". ".join([lines[0], *(line.removeprefix("Explanation: ") for line in lines if "Explanation:" in line)])

@@ -1,4 +1,4 @@
-"""The two ends of a model, input embedding and output head: tied or not, and how they grow with a vocabulary."""
+"""The input embedding and the output head of a model: whether they share a matrix, and how they grow."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ logger = logging.getLogger("sft")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Rows of the input embedding: at least one for each token, often more."""
+    """Returns the rows of the input embedding: at least one per token, often more."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the input embedding and the output head are one matrix."""
+    """Returns whether the input embedding and the output head share one matrix."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
-    return head is not None and head.weight is embedding.weight
+    return head is not None and getattr(head, "weight", None) is embedding.weight
 
 
 def resize_embeddings(model: PreTrainedModel, rows: int) -> int:
-    """Grow the embeddings to `rows`, never shrink them; returns how many rows were added.
+    """Grows the embeddings to `rows`, never shrinks them, and returns how many rows were added.
 
-    New rows are the mean of the old ones, so that the new tokens change no probability until they are trained (Hewitt,
-    "Initializing New Word Embeddings for Pretrained Language Models", 2021), and so that a base which is loaded again
+    New rows are the mean of the old ones: new tokens then hardly change any probability before they are trained
+    (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021), and a base that is loaded again
     gets the same rows.
     """
     import torch
@@ -41,7 +41,7 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> int:
     embedding: Any = model.get_input_embeddings()
     matrices = [embedding.weight]
     head: Any = model.get_output_embeddings()
-    if head is not None and head.weight is not matrices[0]:
+    if head is not None and not is_tied(model):
         matrices.append(head.weight)
         if getattr(head, "bias", None) is not None:
             matrices.append(head.bias)
@@ -51,23 +51,22 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> int:
     return rows - before
 
 
-def untie_adapted_ends(adapted: PeftModel) -> None:
-    """Give the head a matrix of its own where LoRA adapts one end of tied embeddings.
+def untie_adapted_embeddings(adapted: PeftModel) -> None:
+    """Gives the head a matrix of its own where LoRA adapts the input embedding or the head and the two are tied.
 
-    Folding a change into the shared matrix would change the other end too. To be called before an adapter is merged.
+    Merging an adapter into the shared matrix would change the other one too. Call this before the adapter is merged.
     """
     import torch
     from peft.tuners.lora import LoraLayer
 
     base: Any = adapted.get_base_model()
     kind: Any = LoraLayer
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or not (isinstance(embedding, kind) or isinstance(head, kind)):
-        return
-    if head.weight is not embedding.weight:
+    head = base.get_output_embeddings()
+    is_adapted = isinstance(head, kind) or isinstance(base.get_input_embeddings(), kind)
+    if not (is_adapted and is_tied(base)):
         return
     plain = head.get_base_layer() if isinstance(head, kind) else head
     plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
     base.config.get_text_config().tie_word_embeddings = False
     base.config.tie_word_embeddings = False
-    logger.info("The adapter changes one end of tied embeddings: the merged model has two matrices")
+    logger.info("The adapter changes one of two tied embeddings: the merged model has two matrices")

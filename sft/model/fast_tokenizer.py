@@ -1,18 +1,17 @@
-"""A tokenizer from its files, as `AutoTokenizer` loads it, and where possible without what that imports.
+"""Loads a tokenizer as `AutoTokenizer` does, if possible without importing torch.
 
 `AutoTokenizer` reads the model's config to choose a class, and the module of configs imports torch: 190 MiB and over a
-second, for `check`, `preview` and a preparation of data that need none of it. For most models with a tokenizer.json the
-choice is plain from two names in their files. Those are settled here; all others are left to `AutoTokenizer`.
+second, which `check`, `preview` and the preparation of data do not need. For most models with a tokenizer.json the
+class is known from two names in their files. Those are loaded directly, all others by `AutoTokenizer`.
 """
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# The class that a tokenizer_config.json names → where it is, and the `model_type`s (none: a tokenizer without a model)
-# with which AutoTokenizer takes that class as named.
 _ANY_RUST = "transformers.tokenization_utils_tokenizers", "TokenizersBackend"
 _RUST_TYPES = frozenset(
     (
@@ -22,7 +21,9 @@ _RUST_TYPES = frozenset(
     )
 )
 _QWEN_TYPES = frozenset(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"))
-_SETTLED: dict[str, tuple[tuple[str, str], frozenset[str]]] = {
+# By the class that a tokenizer_config.json names: module and class to load, and the `model_type`s (or none: a tokenizer
+# without a model) for which AutoTokenizer loads the same.
+KNOWN_CLASSES: dict[str, tuple[tuple[str, str], frozenset[str]]] = {
     "TokenizersBackend": (_ANY_RUST, _RUST_TYPES),
     "PreTrainedTokenizerFast": (_ANY_RUST, _RUST_TYPES),
     "Qwen2Tokenizer": (("transformers.models.qwen2.tokenization_qwen2", "Qwen2Tokenizer"), _QWEN_TYPES),
@@ -30,32 +31,30 @@ _SETTLED: dict[str, tuple[tuple[str, str], frozenset[str]]] = {
 
 
 def load_tokenizer_files(reference: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """The tokenizer at `reference`, a folder or a name on the hub.
+    """Loads the tokenizer at `reference`, a folder or a name on the hub.
 
     Raises:
-        Exception: whatever transformers raises of broken or missing files.
+        Exception: whatever transformers raises for broken or missing files.
     """
-    place = _settled(Path(reference))
-    if place is None:
+    known = _find_class(Path(reference))
+    if known is None:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(reference, revision=revision, trust_remote_code=trust_remote_code)
-    from importlib import import_module
-
-    module, name = place
+    module, name = known
     return getattr(import_module(module), name).from_pretrained(reference)
 
 
-def _settled(folder: Path) -> tuple[str, str] | None:
-    """Module and name of the class of the tokenizer in `folder`; None where AutoTokenizer has to choose."""
+def _find_class(folder: Path) -> tuple[str, str] | None:
+    """Returns module and name of the class of the tokenizer in `folder`; None if AutoTokenizer has to choose."""
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
         tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         config = folder / "config.json"
         model = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {"model_type": None}
-        place, types = _SETTLED[tokenizer_config["tokenizer_class"]]
-        is_plain = "auto_map" not in tokenizer_config and "auto_map" not in model
-        return place if is_plain and model["model_type"] in (*types, None) else None
+        known, types = KNOWN_CLASSES[tokenizer_config["tokenizer_class"]]
+        has_own_code = "auto_map" in tokenizer_config or "auto_map" in model
+        return known if not has_own_code and model["model_type"] in (*types, None) else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # AutoTokenizer has words for what is wrong with them
+        return None  # AutoTokenizer says what is wrong with them

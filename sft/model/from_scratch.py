@@ -1,4 +1,4 @@
-"""`from_scratch`: a model with random weights from a config, for pretraining and for tests."""
+"""Builds the config of a randomly initialized model (`from_scratch`), for pretraining and for tests."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 KEY = "from_scratch"
 
 
-def read_config(value: Mapping[str, Any] | str) -> dict[str, Any]:
-    """The mapping itself, or what stands in the JSON or YAML file that `value` names.
+def _read_settings(value: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Returns the mapping itself, or the content of the JSON or YAML file that `value` names.
 
     Raises:
         UserError: the file is missing, unreadable, or holds no mapping with a `model_type`.
@@ -44,10 +44,10 @@ def read_config(value: Mapping[str, Any] | str) -> dict[str, Any]:
 
 
 def _check_fields(config_class: type, settings: Mapping[str, Any]) -> None:
-    """Unknown settings would become attributes that no layer reads."""
+    """Checks that the config class has all settings: it would keep others as attributes that no layer reads."""
     known = {field.name for field in dataclasses.fields(config_class) if field.init}
     known |= set(getattr(config_class, "attribute_map", {}))
-    # What a config.json of a saved model holds beside the settings.
+    # A saved model's config.json also holds these.
     known |= {"architectures", "transformers_version", "torch_dtype", "dtype", "model_type", "use_cache"}
     problems = []
     for name in sorted(settings.keys() - known):
@@ -59,14 +59,14 @@ def _check_fields(config_class: type, settings: Mapping[str, Any]) -> None:
 
 
 def check_settings(value: Mapping[str, Any] | str) -> tuple[str, dict[str, Any]]:
-    """The model type and its settings, by name only: their values are judged by `build_config`.
+    """Returns the model type and its settings, of which the names are checked; `build_config` checks the values.
 
     Raises:
         UserError: an unknown model type, or settings that its config class does not have.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    settings = read_config(value)
+    settings = _read_settings(value)
     model_type = settings.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
@@ -77,7 +77,7 @@ def check_settings(value: Mapping[str, Any] | str) -> tuple[str, dict[str, Any]]
 
 
 def build_config(value: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """The model config: the user's settings, with vocabulary size and token ids from the tokenizer where left out.
+    """Builds the model config from the user's settings; vocabulary size and token ids default to the tokenizer's.
 
     Raises:
         UserError: an unknown model type or setting, a value that the config class refuses, or too small a vocabulary.
@@ -92,7 +92,7 @@ def build_config(value: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerF
         raise UserError(
             Problem(
                 f"vocab_size is {settings['vocab_size']}, and the tokenizer has {len(tokenizer)} tokens",
-                "Leave vocab_size out: it is taken from the tokenizer.",
+                "Remove vocab_size: it is taken from the tokenizer.",
                 key=f"{KEY}.vocab_size",
             )
         )

@@ -1,19 +1,18 @@
-"""A causal language model without an adapter: read from its files, made of random weights, or as an outline.
+"""Loads a causal language model without an adapter: pretrained, randomly initialized, or as a meta model.
 
-Which attention it runs with is chosen here, and said aloud.
+The attention implementation is chosen here, and logged.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
-from sft.distributed.device import device_facts
-from sft.errors import Problem, UserError
+from sft.distributed.device import device_facts, training_device
+from sft.errors import Problem, UserError, first_line
 from sft.model.attention.selection import choose_attention
 from sft.model.from_scratch import build_config
-from sft.model.paths import LOAD_ERRORS, require_model, require_weights, resolve_reference, unavailable
+from sft.model.paths import LOAD_ERRORS, load_failure, require_model, require_weights, resolve_reference
 from sft.model.precision import Precision
 from sft.model.quantization import bits_and_bytes_config
 
@@ -26,10 +25,10 @@ logger = logging.getLogger("sft")
 
 
 def read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
-    """The model's config, checked to be of a causal language model.
+    """Reads the model's config and checks that it is a causal language model.
 
     Raises:
-        UserError: unreadable, of an unknown kind, or no causal language model.
+        UserError: it is unreadable, of an unknown model type, or not a causal language model.
     """
     from transformers import AutoConfig
 
@@ -48,35 +47,26 @@ def read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
                     key="trust_remote_code",
                 )
             ) from error
-        raise unavailable(reference, error, key, "model") from error
+        raise load_failure(reference, error, key, "model") from error
+    hint = "Use a decoder, such as a Llama, Qwen, Mistral or GPT model."
     if model_class(config) is None and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        raise UserError(
-            Problem(
-                f"{reference!r} is a {config.model_type} model, which is not a causal language model",
-                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
-                key=key,
-            )
-        )
+        message = f"{reference!r} is a {config.model_type} model, which is not a causal language model"
+        raise UserError(Problem(message, hint, key=key))
     if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
-        raise UserError(
-            Problem(
-                f"{reference!r} is an encoder ({config.model_type}): each token sees those behind it",
-                "Use a decoder, such as a Llama, Qwen, Mistral or GPT model.",
-                key=key,
-            )
-        )
+        message = f"{reference!r} is an encoder ({config.model_type}): each token sees the tokens after it"
+        raise UserError(Problem(message, hint, key=key))
     return config  # type: ignore[no-any-return]
 
 
 def model_class(config: Any) -> type | None:
-    """The class that AutoModelForCausalLM makes for `config`; None where it has none of its own."""
+    """Returns the class that AutoModelForCausalLM makes for `config`, None if transformers has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     return mapping.get(type(config), None)  # type: ignore[no-any-return]
 
 
-def _attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) -> str:
+def _choose_attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) -> str:
     from sft.model.attention import document_attention
 
     document_attention.register()
@@ -87,11 +77,11 @@ def _attention(keys: ModelKeys, config: PreTrainedConfig, precision: Precision) 
     return name
 
 
-def pretrained(keys: ModelKeys, precision: Precision, quantization: QuantizationKeys | None) -> PreTrainedModel:
-    """The pretrained weights, all of them.
+def load_pretrained(keys: ModelKeys, precision: Precision, quantization: QuantizationKeys | None) -> PreTrainedModel:
+    """Loads the pretrained weights, and checks that none is missing.
 
     Raises:
-        UserError: the weights cannot be read, are incomplete, or the attention kernel does not fit.
+        UserError: the weights cannot be read or are incomplete, or the attention implementation does not run here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -99,11 +89,11 @@ def pretrained(keys: ModelKeys, precision: Precision, quantization: Quantization
     reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
     config = read_config(reference, keys)
     require_weights(reference, "model_name_or_path")
-    attention = _attention(keys, config, precision)
+    attention = _choose_attention(keys, config, precision)
     kwargs: dict[str, Any] = {}
     if quantization is not None:
         kwargs["quantization_config"] = bits_and_bytes_config(quantization, precision)
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if device_facts().kind == "cuda" else "cpu"}
+        kwargs["device_map"] = {"": training_device()}
     try:
         model, loading = loader.from_pretrained(
             reference,
@@ -117,17 +107,21 @@ def pretrained(keys: ModelKeys, precision: Precision, quantization: Quantization
         )
     except LOAD_ERRORS as error:
         if "attention" in str(error).lower() or "attn" in str(error).lower():
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(
-                Problem(f"{attention!r} does not run here: {first_line}", "Use auto.", key="attn_implementation")
-            ) from error
-        raise unavailable(reference, error, "model_name_or_path", "weights") from error
+            message = f"{attention!r} does not run here: {first_line(error)}"
+            raise UserError(Problem(message, "Use auto.", key="attn_implementation")) from error
+        raise load_failure(reference, error, "model_name_or_path", "weights") from error
+    _check_loaded(loading, reference)
+    return model  # type: ignore[no-any-return]
+
+
+def _check_loaded(loading: dict[str, Any], reference: str) -> None:
+    """Checks that the files held every tensor of the model, and warns of tensors that it does not use."""
     missing = sorted(loading["missing_keys"])
     if missing:
         raise UserError(
             Problem(
-                f"the weights in {reference!r} lack {len(missing)} of the model's tensors, which would start as random "
-                f"numbers: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
+                f"the weights in {reference!r} lack {len(missing)} of the model's tensors, which would be initialized "
+                f"randomly: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
                 "Is it a whole causal language model?",
                 key="model_name_or_path",
             )
@@ -135,36 +129,33 @@ def pretrained(keys: ModelKeys, precision: Precision, quantization: Quantization
     if loading["unexpected_keys"]:
         unused = sorted(loading["unexpected_keys"])
         logger.warning("%d tensors of %s are not used: %s", len(unused), reference, ", ".join(unused[:4]))
-    return model  # type: ignore[no-any-return]
 
 
 def init_random(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, precision: Precision) -> PreTrainedModel:
-    """Random weights, drawn from torch's generator as the caller seeded it."""
+    """Initializes the weights randomly, from torch's generator as the caller seeded it."""
     from transformers import AutoModelForCausalLM
 
     config = build_config(keys.from_scratch or "", tokenizer)
     if model_class(config) is None:
-        raise UserError(
-            Problem(f"{config.model_type} is not a causal language model", key="from_scratch.model_type"),
-        )
-    attention = _attention(keys, config, precision)
+        raise UserError(Problem(f"{config.model_type} is not a causal language model", key="from_scratch.model_type"))
+    attention = _choose_attention(keys, config, precision)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=precision.torch_dtype(), attn_implementation=attention
         )
     except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(Problem(f"no model can be made of these settings: {error}", key="from_scratch")) from error
+        raise UserError(Problem(f"no model can be built from these settings: {error}", key="from_scratch")) from error
     logger.info("Random weights: %s from scratch", config.model_type)
     return model
 
 
 def load_meta(keys: ModelKeys, precision: Precision) -> PreTrainedModel:
-    """The model that is named, of weights without numbers."""
+    """Builds the named model without reading its weights; call it under `torch.device("meta")`."""
     from transformers import AutoModelForCausalLM
 
     reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
     config = read_config(reference, keys)
-    attention = _attention(keys, config, precision)
+    attention = _choose_attention(keys, config, precision)
     options: dict[str, Any] = {"dtype": precision.torch_dtype(), "trust_remote_code": keys.trust_remote_code}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
     return model

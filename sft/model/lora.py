@@ -1,4 +1,4 @@
-"""LoRA adapters through peft: attached so that exactly what the config names is trained, and nothing else."""
+"""LoRA adapters, by peft: exactly the weights that the config names are trained, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import Problem, UserError
+from sft.distributed.device import autocast_dtype
+from sft.errors import Problem, UserError, first_line
 from sft.model.embeddings import is_tied
 from sft.model.quantization import import_bitsandbytes, quantized_layers
 
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
 
     from sft.config.schema import LoraKeys
 
-# Initialisations of peft that need a pass over data before training, which nothing here makes: with them peft would
+# Initializations of peft that need a pass over data before training, which is not made here: with them peft would
 # silently start from something else or fail in the first step.
-NEEDS_DATA = ("eva", "corda", "lora_ga")
-# These replace the base weights by what is left after the adapter's start is taken out.
-CHANGES_BASE = ("pissa", "olora", "loftq")
+_NEED_DATA = ("eva", "corda", "lora_ga")
+# These subtract the adapter's initial value from the base weights.
+_CHANGE_BASE = ("pissa", "olora", "loftq")
 _INIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of weights; those packed in 4 bits count as the weights they stand for."""
+    """Numbers of weights; two weights that are packed in a byte count as two."""
 
     trainable: int
     total: int
@@ -43,7 +44,7 @@ class ParameterCount:
 
 
 def without_adapter(model: Any) -> Any:
-    """The causal LM that peft has wrapped, its layers replaced by adapted ones; a model that is not wrapped, itself."""
+    """Returns the causal LM that peft wraps, with its adapted layers; a model that is not wrapped is returned as is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -60,7 +61,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def linear_layer_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers, e.g. `q_proj`: what `target_modules` can name."""
+    """Returns the last parts of the names of all linear layers, e.g. `q_proj`: what `target_modules` can name."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -68,16 +69,16 @@ def linear_layer_names(model: nn.Module) -> list[str]:
 
 
 def _unmatched(names: Sequence[str], model: nn.Module) -> list[str]:
-    """Those of `names` that no module's name equals or ends with; peft passes over them in silence."""
+    """Returns those of `names` that no module's name equals or ends with; peft ignores them silently."""
     modules = [name for name, _ in model.named_modules() if name]
     return [name for name in names if not any(m == name or m.endswith("." + name) for m in modules)]
 
 
 def _check_targets(model: nn.Module, keys: LoraKeys) -> None:
-    """Every name in `target_modules` and `modules_to_save` must exist.
+    """Checks that every name in `target_modules` and `modules_to_save` exists.
 
     Raises:
-        UserError: lists the names that do not, and the linear layers that do.
+        UserError: lists the names that do not, and the model's linear layers.
     """
     hint = f"The linear layers of this model are {', '.join(linear_layer_names(model))}; `all-linear` takes them all."
     problems = []
@@ -92,7 +93,7 @@ def _check_targets(model: nn.Module, keys: LoraKeys) -> None:
             found = any(re.fullmatch(targets, name) for name, _ in model.named_modules())
         except re.error as error:
             raise UserError(
-                Problem(f"{targets!r} is no regular expression: {error}", hint, key="lora_config.target_modules")
+                Problem(f"{targets!r} is not a regular expression: {error}", hint, key="lora_config.target_modules")
             ) from error
         if not found:
             problems.append(Problem(f"no layer matches {targets!r}", hint, key="lora_config.target_modules"))
@@ -104,15 +105,16 @@ def _check_targets(model: nn.Module, keys: LoraKeys) -> None:
         raise UserError(*problems)
 
 
-def _check_initialisation(model: nn.Module, keys: LoraKeys) -> None:
+def _check_initialization(model: nn.Module, keys: LoraKeys) -> None:
+    """Checks that `init_lora_weights` needs no data, and changes no base weights that are quantized."""
     init = getattr(keys, "init_lora_weights", True)
     if not isinstance(init, str):
         return
     key = "lora_config.init_lora_weights"
-    if init.startswith(NEEDS_DATA):
+    if init.startswith(_NEED_DATA):
         raise UserError(
             Problem(
-                f"{init!r} needs a pass over the data before training, which is not made here",
+                f"{init!r} needs a pass over the data before training, which is not implemented",
                 "Use true, gaussian, orthogonal, olora, or pissa.",
                 key=key,
             )
@@ -124,36 +126,36 @@ def _check_initialisation(model: nn.Module, keys: LoraKeys) -> None:
 
 
 def _changes_base(keys: LoraKeys) -> bool:
-    return str(getattr(keys, "init_lora_weights", True)).startswith(CHANGES_BASE)
+    return str(getattr(keys, "init_lora_weights", True)).startswith(_CHANGE_BASE)
 
 
-def _ends(model: PreTrainedModel) -> list[str]:
-    """What the input embedding and the output head are called, e.g. `embed_tokens` and `lm_head`."""
-    names = [_last_part(model, model.get_input_embeddings()), _last_part(model, model.get_output_embeddings())]
+def _embedding_names(model: PreTrainedModel) -> list[str]:
+    """Returns the names of the input embedding and the output head, e.g. `embed_tokens` and `lm_head`."""
+    names = [_short_name(model, model.get_input_embeddings()), _short_name(model, model.get_output_embeddings())]
     return [name for name in names if name is not None]
 
 
-def _replaced(keys: LoraKeys) -> set[str]:
-    """Modules that are trained whole."""
+def _fully_trained(keys: LoraKeys) -> set[str]:
+    """Returns the modules that are trained in full beside the adapter."""
     return set(getattr(keys, "modules_to_save", None) or ())
 
 
-def _last_part(model: nn.Module, wanted: Any) -> str | None:
+def _short_name(model: nn.Module, wanted: Any) -> str | None:
     return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is wanted), None)
 
 
-def token_rows_to_train(model: PreTrainedModel, keys: LoraKeys, new_ids: Sequence[int]) -> dict[str, list[int]]:
-    """`trainable_token_indices` for new tokens: which rows of which embedding the adapter is to train.
+def _trainable_token_rows(model: PreTrainedModel, keys: LoraKeys, new_ids: Sequence[int]) -> dict[str, list[int]]:
+    """Returns `trainable_token_indices` for new tokens: the rows of each embedding that the adapter trains.
 
-    New rows start as the mean of the old ones and the base is frozen, so that without this a new end token would
-    never be learned. With tied embeddings the one entry covers the head; with an untied head it has its own. A matrix
-    that the adapter trains by another way (`modules_to_save`, `target_modules`, a list of the user's own) is left out.
+    New rows start as the mean of the old ones and the base is frozen: without this a new end token would never be
+    learned. An untied head has an entry of its own. A matrix that the adapter trains in another way
+    (`modules_to_save`, `target_modules`, the user's own `trainable_token_indices`) is skipped.
     """
     if not new_ids or getattr(keys, "trainable_token_indices", None) is not None:
         return {}
     targets = keys.target_modules if isinstance(keys.target_modules, (list, tuple)) else ()
-    covered = _replaced(keys) | set(targets)
-    names = _ends(model)
+    covered = _fully_trained(keys) | set(targets)
+    names = _embedding_names(model)
     if is_tied(model):
         names = [] if covered & set(names) else names[:1]
     return {name: sorted(new_ids) for name in names if name not in covered}
@@ -162,17 +164,17 @@ def token_rows_to_train(model: PreTrainedModel, keys: LoraKeys, new_ids: Sequenc
 def attach_adapter(
     model: PreTrainedModel, keys: LoraKeys, new_ids: Sequence[int] = ()
 ) -> tuple[PeftModel, dict[str, list[int]]]:
-    """Freeze `model` and put a LoRA adapter on it (Hu et al., arXiv:2106.09685); the adapter itself is float32.
+    """Freezes `model` and attaches a LoRA adapter (Hu et al., arXiv:2106.09685), whose weights are float32.
 
-    The random start is drawn from the run's seed (torch's, as it was set last), whatever was drawn before. Only an
-    initialisation that also changes the base (PiSSA with a randomized SVD) has a seed of its own, so that it is the
-    same when the adapter is loaded again.
+    The adapter is initialized from the run's seed (torch's, as it was set last), whatever was drawn before. Only an
+    initialization that also changes the base (PiSSA with a randomized SVD) has a fixed seed: it must be the same when
+    the adapter is loaded again.
 
     Args:
         new_ids: token ids without a trained embedding.
 
     Returns:
-        The model, and the embedding rows that are trained for the new tokens.
+        The model, and by embedding the rows that are trained for the new tokens.
 
     Raises:
         UserError: a target that the model does not have, or a combination that peft refuses.
@@ -181,33 +183,33 @@ def attach_adapter(
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, keys)
-    _check_initialisation(model, keys)
-    rows = token_rows_to_train(model, keys, new_ids)
+    _check_initialization(model, keys)
+    rows = _trainable_token_rows(model, keys, new_ids)
     kwargs = keys.kwargs()
     if rows:
         kwargs["trainable_token_indices"] = rows
-    if is_tied(model) and _replaced(keys) & set(_ends(model)):
-        # Left to itself peft trains two copies that drift apart, and the merged model is no longer tied.
+    if is_tied(model) and _fully_trained(keys) & set(_embedding_names(model)):
+        # By default peft trains two copies that drift apart, and the merged model is no longer tied.
         kwargs["ensure_weight_tying"] = True
     try:
-        with initialising(_changes_base(keys)):
+        with _init_rng(fixed=_changes_base(keys)):
             adapted = get_peft_model(model, LoraConfig(**kwargs), autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         layers = ", ".join(linear_layer_names(model))
         raise UserError(
             Problem(f"peft refuses the adapter: {error}", f"The model's linear layers: {layers}.", key="lora_config")
         ) from error
-    check_trainable(adapted)
-    _cast_once(adapted)
+    _check_trainable(adapted)
+    _skip_redundant_casts(adapted)
     return adapted, rows
 
 
-def _cast_once(model: PeftModel) -> None:
-    """Lets the adapter take its input as autocast would have it.
+def _skip_redundant_casts(model: PeftModel) -> None:
+    """Makes the adapter use its input as it is where autocast would cast it back anyway.
 
-    peft casts what each layer is given to the adapter's float32, and autocast casts it back for the product: two passes
-    over all activations of seven layers a block, for the same bits. Without autocast, and where dropout or a variant
-    of LoRA computes with the input, it stays so.
+    peft casts the input of each layer to the adapter's float32, and autocast casts it back for the matrix
+    multiplication: all activations of seven layers per block are cast twice, for the same bits. The cast stays
+    without autocast, and where dropout or a variant of LoRA computes with the input.
     """
     from peft.tuners.lora import Linear
     from torch.nn import Identity
@@ -221,40 +223,36 @@ def _cast_once(model: PeftModel) -> None:
 
 
 def _cast_input_dtype(layer: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In the place of peft's; a bound method follows a deep copy of the model."""
-    import torch
-
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind):
+    """Replaces peft's method of that name; as a bound method it is copied by a deep copy of the model."""
+    if x.dtype == autocast_dtype(x.device.type):
         return x
     cast: torch.Tensor = type(layer)._cast_input_dtype(layer, x, dtype)
     return cast
 
 
 @contextmanager
-def initialising(changes_base: bool = True) -> Iterator[None]:
-    """While this lasts torch's random numbers begin anew; afterwards they go on as if nothing happened.
+def _init_rng(*, fixed: bool) -> Iterator[None]:
+    """Reseeds torch's random number generators, and restores their state afterwards.
 
     Args:
-        changes_base: they begin with the same seed in every run, and not with the run's.
+        fixed: use the same seed in every run instead of the run's seed.
     """
     import torch
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_INIT_SEED if changes_base else torch.initial_seed())
+        torch.manual_seed(_INIT_SEED if fixed else torch.initial_seed())
         yield
 
 
-def check_trainable(model: PeftModel) -> None:
-    """Only the adapter's own parameters may be trainable, and some must be.
+def _check_trainable(model: PeftModel) -> None:
+    """Checks that the adapter's own parameters are trainable, and no others.
 
-    peft marks what belongs to an adapter by its name in the state dict that it saves; whatever is trained beyond that
-    would be lost in saving.
+    peft saves the parameters of an adapter alone; any other weight that is trained would be lost.
 
     Raises:
         UserError: nothing is trained.
-        RuntimeError: a weight of the base is: a mistake of the program's, not of the user's.
+        RuntimeError: a weight of the base is trained, which is a bug of this program.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -274,23 +272,23 @@ def check_trainable(model: PeftModel) -> None:
 
 
 def attach_saved_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """Put the adapter in `folder` on its base, frozen, for inference.
+    """Attaches the adapter in `folder` to its base, frozen, for inference.
 
     Raises:
-        UserError: the adapter does not fit this base, or its file lacks some of its weights, which peft would replace
-            by fresh ones with no more than a warning.
+        UserError: the adapter does not fit this base, or its file lacks some of its weights: peft only warns of that,
+            and initializes them randomly.
     """
     import_bitsandbytes()
     from peft import PeftModel
 
     try:
-        with initialising(), warnings.catch_warnings(record=True) as caught:
+        with _init_rng(fixed=True), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(Problem(f"the adapter in {folder!r} does not fit its base model: {first_line}")) from error
+        message = f"the adapter in {folder!r} does not fit its base model: {first_line(error)}"
+        raise UserError(Problem(message)) from error
     missing = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None)
     if missing is not None:
-        raise UserError(Problem(f"the adapter in {folder!r} is not whole: {missing[:300]}"))
+        raise UserError(Problem(f"the adapter in {folder!r} is incomplete: {missing[:300]}"))
     return adapted

@@ -1,15 +1,15 @@
-"""Folding an adapter into its base, and proving on the files written that nothing changed on the way.
+"""Merges an adapter into its base, and verifies on the files written that the function is the same.
 
     W_merged = W_base + scaling * B A        (LoRA; peft knows the formulas of its variants)
 
-A 4-bit or 8-bit base is a special case with a usual mistake: the adapter was trained on top of the *rounded* weights
-and has learned to make up for their rounding, so that folding it into the original 16-bit weights gives a function
-that nobody trained. Here the base is quantized exactly as in training, each weight is written out as the number that
-its bits stand for, and the adapter is added to that: the merged model is the function that was trained. What an 8-bit
-layer does beyond its weights (it rounds its inputs too) has no place in a plain layer and is left out.
+With a 4-bit or 8-bit base there is a common mistake: the adapter was trained on top of the *rounded* weights and has
+learned to correct their rounding, so that merging it into the original 16-bit weights gives a function that nobody
+trained. Here the base is quantized exactly as in training, its weights are dequantized, and the adapter is added to
+those: the merged model is the function that was trained. An 8-bit layer also rounds its inputs, which a plain layer
+does not; that is not reproduced.
 
-The arithmetic is done in float32, whatever the result is saved in, so that there is one rounding and not two. It takes
-4 bytes of host memory for each weight of the base.
+All is computed in float32, whatever dtype the result is saved in: there is one rounding and not two. It takes 4 bytes
+of main memory per weight of the base.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import Problem, UserError
-from sft.model.embeddings import untie_adapted_ends
+from sft.model.embeddings import untie_adapted_embeddings
 from sft.model.lora import attach_saved_adapter
 from sft.model.paths import is_adapter, require_trained
 from sft.model.precision import DTYPES
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft")
 
-# Largest accepted difference of the logits, as a share of their size (root mean square over root mean square).
+# Largest accepted difference of the logits, relative to their size (root mean square over root mean square).
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TOLERANCE_8BIT = 1e-1  # the rounding of the inputs is not part of the merged model
 _PROBE_SHAPE = (2, 48)
@@ -45,16 +45,16 @@ _PROBE_SHAPE = (2, 48)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged and how well the result does what the adapter did.
+    """What was merged, and how exactly the result reproduces the adapter.
 
     Attributes:
-        base, adapter, output_dir: what went in and where it went.
+        base, adapter: what was merged.
         dtype: of the weights written.
         parameters: how many weights were written.
         error: difference between the logits of the merged model, read back from disk, and those of base and adapter,
             relative to their size.
-        tolerance: what `error` was allowed to be.
-        quantized_error: the same for the model as it was trained, on its quantized base; None without quantization.
+        tolerance: the largest `error` that is accepted.
+        quantized_error: `error` against the adapter on its quantized base, as trained; None without quantization.
         effect: difference between adapter and base, relative in the same way: what training changed.
         seconds: the time it took.
     """
@@ -84,21 +84,17 @@ class MergeReport:
 def _check_request(folder: Path, output_dir: Path, dtype: str | None) -> None:
     require_trained(folder)
     if not is_adapter(folder):
-        raise UserError(
-            Problem(f"{str(folder)!r} holds a whole model: there is nothing to merge", "It can be used as it is.")
-        )
+        message = f"{str(folder)!r} holds a whole model: there is nothing to merge"
+        raise UserError(Problem(message, "It can be used as it is."))
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(
-            Problem(
-                f"{str(output_dir)!r} is not empty", "Name a new folder; nothing is overwritten.", key="--output_dir"
-            )
-        )
+        hint = "Name a new folder; nothing is overwritten."
+        raise UserError(Problem(f"{str(output_dir)!r} is not empty", hint, key="--output_dir"))
     if dtype is not None and dtype not in DTYPES:
         raise UserError(Problem(f"no such dtype: {dtype!r}", f"One of {', '.join(DTYPES)}.", key="--dtype"))
 
 
-def probe_tokens(vocabulary: int) -> torch.Tensor:
-    """Token ids that the models are compared on, the same at each call; the last ids are among them.
+def _probe_tokens(vocabulary: int) -> torch.Tensor:
+    """Returns the token ids that the models are compared on: the same at each call, with the newest ids among them.
 
     Returns:
         (B, T) = (2, 48), int64.
@@ -113,7 +109,7 @@ def probe_tokens(vocabulary: int) -> torch.Tensor:
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T, V) in float32 on the CPU."""
+    """Returns (B, T, V) logits in float32 on the CPU."""
     import torch
 
     model.eval()
@@ -122,7 +118,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def relative_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Root mean square of the difference over that of the reference; not a number if either is not finite."""
+    """Returns the root mean square of the difference over that of the reference; NaN if either is not finite."""
     columns = min(ours.shape[-1], reference.shape[-1])
     ours, reference = ours[..., :columns], reference[..., :columns]
     return float((ours - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt())
@@ -132,47 +128,54 @@ def _within(error: float, tolerance: float) -> bool:
     return error <= tolerance  # false for NaN
 
 
-def _load_unquantized(folder: Path, reference: str, facts: dict[str, Any], trust_remote_code: bool) -> PeftModel:
-    """Base and adapter in float32 on the CPU, computing exactly what was trained.
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter that is saved in `folder`, and its base as `find_base` describes it."""
 
-    The adapter is attached while the base still has its number format of training: an initialisation that changes the
-    base (PiSSA) then rounds as it did.
-    """
-    import torch
+    folder: Path
+    base: str
+    facts: dict[str, Any]
+    trust_remote_code: bool
 
-    base = load_base(reference, facts, trust_remote_code=trust_remote_code)
-    if facts.get("quantization_config"):
-        base = dequantize(base, getattr(torch, str(base.config.dtype).removeprefix("torch.")))
-    on_cpu: Any = base.to("cpu")  # type: ignore[arg-type]
-    adapted: Any = attach_saved_adapter(on_cpu, str(folder))
-    return adapted.to(torch.float32)  # type: ignore[no-any-return]
+    def load_unquantized(self) -> PeftModel:
+        """Loads base and adapter in float32 on the CPU, computing exactly what was trained.
+
+        The adapter is attached while the base still has its dtype of training: an initialization that changes the base
+        (PiSSA) then rounds as it did.
+        """
+        import torch
+
+        base = load_base(self.base, self.facts, trust_remote_code=self.trust_remote_code)
+        if self.facts.get("quantization_config"):
+            base = dequantize(base, getattr(torch, str(base.config.dtype).removeprefix("torch.")))
+        on_cpu: Any = base.to("cpu")  # type: ignore[arg-type]
+        adapted: Any = attach_saved_adapter(on_cpu, str(self.folder))
+        return adapted.to(torch.float32)  # type: ignore[no-any-return]
+
+    def quantized_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the logits on the quantized base, as it was trained."""
+        base = load_base(self.base, self.facts, trust_remote_code=self.trust_remote_code)
+        return _logits(attach_saved_adapter(base, str(self.folder)), ids)
+
+    def quantized_tolerance(self) -> float:
+        """Returns the largest difference that the quantized base's own rounding explains."""
+        quantization = self.facts["quantization_config"]
+        if quantization.get("load_in_8bit"):
+            return TOLERANCE_8BIT
+        return TOLERANCE[str(quantization.get("bnb_4bit_compute_dtype", "float32"))]
 
 
-def _quantized_logits(
-    folder: Path, reference: str, facts: dict[str, Any], ids: torch.Tensor, trust_remote_code: bool
-) -> torch.Tensor:
-    base = load_base(reference, facts, trust_remote_code=trust_remote_code)
-    return _logits(attach_saved_adapter(base, str(folder)), ids)
-
-
-def _quantized_tolerance(facts: dict[str, Any]) -> float:
-    quantization = facts["quantization_config"]
-    if quantization.get("load_in_8bit"):
-        return TOLERANCE_8BIT
-    return TOLERANCE[str(quantization.get("bnb_4bit_compute_dtype", "float32"))]
-
-
-def _fold(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor) -> PreTrainedModel:
-    """Merge in float32 and check the arithmetic.
+def _merge_weights(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor) -> PreTrainedModel:
+    """Merges in float32 and compares the logits with `expected`.
 
     Raises:
-        UserError: peft has no formula for merging this kind of adapter.
+        UserError: peft cannot merge this kind of adapter.
         RuntimeError: the merged weights compute something else.
     """
-    untie_adapted_ends(adapted)
+    untie_adapted_embeddings(adapted)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns of adapters on tied weights, which are seen to above
+            warnings.simplefilter("ignore")  # peft warns of adapters on tied weights, which were untied above
             merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(Problem(f"this adapter cannot be merged: {error}", "Serve it beside its base.")) from error
@@ -184,7 +187,8 @@ def _fold(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor) -> PreT
     return merged  # type: ignore[no-any-return]
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Path, folder: Path) -> None:
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Path, folder: Path) -> None:
+    """Writes a merged model with its tokenizer and the generation config of its adapter."""
     from transformers import GenerationConfig
 
     if (adapter / "generation_config.json").is_file():
@@ -194,20 +198,42 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: 
     tokenizer.save_pretrained(str(folder))
 
 
-def _read_back(folder: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
+def _verify(
+    folder: Path, adapter: _Adapter, ids: torch.Tensor, expected: torch.Tensor, dtype: str
+) -> tuple[float, float | None]:
+    """Reads the model written to `folder` and returns its `error` and `quantized_error` (`MergeReport`).
+
+    Raises:
+        RuntimeError: either is beyond its tolerance.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=trust_remote_code)
-    return _logits(model, ids)
+    trust = adapter.trust_remote_code
+    result = _logits(AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=trust), ids)
+    error = relative_difference(result, expected)
+    _require_within(error, TOLERANCE[dtype], f"adapter and base, in {dtype}")
+    if not adapter.facts.get("quantization_config"):
+        return error, None
+    quantized_error = relative_difference(result, adapter.quantized_logits(ids))
+    _require_within(quantized_error, max(adapter.quantized_tolerance(), TOLERANCE[dtype]), "the quantized model")
+    return error, quantized_error
+
+
+def _require_within(error: float, tolerance: float, what: str) -> None:
+    if not _within(error, tolerance):
+        raise RuntimeError(
+            f"the merged model as written differs from {what} by {error:.1e} of the logits' size, more than the "
+            f"{tolerance:.0e} that rounding explains; nothing was kept"
+        )
 
 
 def _warn_of_little_effect(effect: float, error: float, dtype: str) -> None:
-    """Says so when the merged model is hardly another than the base."""
+    """Warns if rounding changes the model about as much as training did, or training changed nothing."""
     if effect == 0.0:
         logger.warning("The adapter changes nothing (its B matrices are zero): the merged model is the base")
     elif error > effect / 2:
         logger.warning(
-            "Rounding to %s changes the model by %.1e, and training had changed it by %.1e: float32 keeps all of it",
+            "Rounding to %s changes the model by %.1e, and training changed it by %.1e: float32 keeps all of it",
             *(dtype, error, effect),
         )
 
@@ -215,16 +241,16 @@ def _warn_of_little_effect(effect: float, error: float, dtype: str) -> None:
 def merge(
     model_dir: str | Path, output_dir: str | Path, dtype: str | None = None, *, trust_remote_code: bool = False
 ) -> MergeReport:
-    """Fold the adapter in `model_dir` into its base and write a whole model, verified, to `output_dir`.
+    """Merges the adapter in `model_dir` into its base and writes a whole, verified model to `output_dir`.
 
     The files are written beside `output_dir`, read back, compared with base and adapter on probe tokens, and only then
-    moved there: a folder of that name is always a model that was checked.
+    moved there: a folder of that name always holds a model that was verified.
 
     Args:
-        dtype: of the weights written; None is what the base was held in during training.
+        dtype: of the weights written; None is the dtype of the base in training.
 
     Raises:
-        UserError: no adapter, a base that is gone, an `output_dir` that is not empty, or a number format too coarse.
+        UserError: no adapter, a base that is gone, an `output_dir` that is not empty, or no such dtype.
         RuntimeError: the merged model does not compute what the adapter computes.
     """
     import torch
@@ -235,29 +261,23 @@ def merge(
     reference, facts = find_base(folder)
     tokenizer = load_saved_tokenizer(folder, trust_remote_code)
     facts.setdefault("embedding_rows", len(tokenizer))
-    ids = probe_tokens(len(tokenizer))
+    ids = _probe_tokens(len(tokenizer))
 
-    adapted: Any = _load_unquantized(folder, reference, facts, trust_remote_code)
+    adapter = _Adapter(folder, reference, facts, trust_remote_code)
+    adapted: Any = adapter.load_unquantized()
     dtype = dtype or str(facts.get("dtype") or adapted.config.dtype).removeprefix("torch.")
     expected = _logits(adapted, ids)
     with adapted.disable_adapter():
         effect = relative_difference(expected, _logits(adapted, ids))
-    merged = _fold(adapted, ids, expected).to(getattr(torch, dtype))
+    merged = _merge_weights(adapted, ids, expected).to(getattr(torch, dtype))
     parameters = merged.num_parameters()
 
     unchecked = target.parent / f".{target.name}.unchecked"
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
-        _write(merged, tokenizer, folder, unchecked)
+        write_model(merged, tokenizer, folder, unchecked)
         del merged, adapted
-        result = _read_back(unchecked, ids, trust_remote_code)
-        error = relative_difference(result, expected)
-        _require(error, TOLERANCE[dtype], f"adapter and base, in {dtype}")
-        quantized_error = None
-        if facts.get("quantization_config"):
-            as_trained = _quantized_logits(folder, reference, facts, ids, trust_remote_code)
-            quantized_error = relative_difference(result, as_trained)
-            _require(quantized_error, max(_quantized_tolerance(facts), TOLERANCE[dtype]), "the quantized model")
+        error, quantized_error = _verify(unchecked, adapter, ids, expected, dtype)
         if target.exists():
             target.rmdir()
         unchecked.rename(target)
@@ -278,11 +298,3 @@ def merge(
     )
     logger.info("%s", report)
     return report
-
-
-def _require(error: float, tolerance: float, what: str) -> None:
-    if not _within(error, tolerance):
-        raise RuntimeError(
-            f"the merged model as written differs from {what} by {error:.1e} of the logits' size, more than the "
-            f"{tolerance:.0e} that rounding explains; nothing was kept"
-        )

@@ -1,7 +1,7 @@
-"""Layers that take the memory of quantized ones and compute nothing: for estimates on fake tensors.
+"""Layers on the meta device that take the memory of quantized ones and compute nothing, for estimates.
 
-bitsandbytes' own kernels need numbers. What they hold and make is simple to tell: packed weights with their scales,
-and, in both directions, the weight in the format of the computation for as long as one product takes.
+bitsandbytes' own kernels need real weights. Their memory is simple to model: packed weights with their scales, and in
+the forward and the backward pass the dequantized weight for as long as one matrix multiplication takes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 _BLOCK_4BIT = 64  # weights that share a scale
-_BLOCK_SCALES = 256  # scales that share a scale of their own, under double quantization
+_BLOCK_SCALES = 256  # scales that share a scale, under double quantization
 
 
-class _DequantizedProduct(torch.autograd.Function):
-    """x · Wᵀ, where W stands unpacked only during the product, forward and backward; x is not kept."""
+class _DequantizedMatmul(torch.autograd.Function):
+    """x · Wᵀ, where W is dequantized for the matrix multiplication alone, forward and backward; x is not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, out_features: int) -> torch.Tensor:
@@ -30,27 +30,27 @@ class _DequantizedProduct(torch.autograd.Function):
 
 
 class FakeQuantizedLinear(nn.Linear):
-    """A frozen linear layer with packed weights in `weight`, shaped as one row of bytes, scales included."""
+    """A frozen linear layer whose `weight` holds the packed weights and their scales, as a vector of bytes."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features), in the input's dtype."""
-        product = _DequantizedProduct.apply(input, self.weight, self.out_features)
+        """Maps (..., in_features) to (..., out_features), in the input's dtype."""
+        product = _DequantizedMatmul.apply(input, self.weight, self.out_features)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 def packed_bytes(weights: int, rows: int, bits: int, double_quantization: bool) -> int:
-    """Bytes of a quantized matrix with all that belongs to it.
+    """Returns the bytes of a quantized matrix, scales included.
 
     Args:
-        weights: its numbers.
-        rows: its output features; 8 bits have a float32 scale for each (LLM.int8, arXiv:2208.07339).
-        double_quantization: 4 bits only: the scales of the blocks of 64 are held in 8 bits themselves
+        weights: how many the matrix has.
+        rows: its output features; with 8 bits each has a float32 scale (LLM.int8, arXiv:2208.07339).
+        double_quantization: with 4 bits: the scales of the blocks of 64 are quantized to 8 bits
             (QLoRA, arXiv:2305.14314, section 3).
     """
     if bits == 8:
         return weights + 4 * rows
     blocks = -(-weights // _BLOCK_4BIT)
-    tables = 16 * 4  # the 16 values of the format
+    tables = 16 * 4  # the 16 values that 4 bits encode
     scales = 4 * blocks
     if double_quantization:
         scales = blocks + 4 * -(-blocks // _BLOCK_SCALES) + 256 * 4 + 4
@@ -58,11 +58,11 @@ def packed_bytes(weights: int, rows: int, bits: int, double_quantization: bool) 
 
 
 def fake_quantize(model: nn.Module, bits: int, double_quantization: bool, skipped: tuple[str, ...] = ()) -> int:
-    """Makes the frozen linear layers of a model quantized in place, but for the head; returns their number.
+    """Replaces the frozen linear layers of a meta model by fake quantized ones, except the head; returns their number.
 
     Args:
-        model: on the meta device, with its adapters attached or not.
-        skipped: ends of the names of layers that stay as they are (`llm_int8_skip_modules`).
+        model: on the meta device, with or without an adapter.
+        skipped: ends of the names of layers that are not quantized (`llm_int8_skip_modules`).
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     head = getattr(head, "base_layer", head)

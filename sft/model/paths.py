@@ -1,4 +1,4 @@
-"""What a model or tokenizer setting names: a folder on this machine or a name on the hub, and what is in the folder."""
+"""Folders and hub names of models: what a model or tokenizer setting names, and what the folder holds."""
 
 from __future__ import annotations
 
@@ -7,46 +7,47 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
-# What transformers raises over files that are missing, damaged, or of another model.
+# What transformers raises for files that are missing, damaged, or of another model.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether `folder` holds a PEFT adapter and not a whole model."""
+    """Returns whether `folder` holds a PEFT adapter and not a whole model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def is_model(folder: Path) -> bool:
-    """Whether `folder` holds a whole model."""
+    """Returns whether `folder` holds a whole model."""
     return (folder / MODEL_CONFIG).is_file() and not is_adapter(folder)
 
 
-def _names_a_path(name: str) -> bool:
-    """Whether `name` can only be meant as a path: a hub name is `name` or `owner/name`, and nothing else."""
+def _must_be_path(name: str) -> bool:
+    """Returns whether `name` can only be a path: a hub name is `name` or `owner/name`, and nothing else."""
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/"):
         return True
     owner, slash, _ = name.partition("/")
     return bool(slash) and Path(owner).is_dir()
 
 
-def nearest_existing(path: Path) -> str:
-    """Where a path that does not exist leaves the file system, and what there looks most like it."""
+def _suggest_path(path: Path) -> str:
+    """Returns a hint for a path that does not exist: its nearest existing folder, or a similar name there."""
     parent = path
     while not parent.exists() and parent != parent.parent:
         missing, parent = parent.name, parent.parent
     if not parent.is_dir():
-        return f"{parent} exists, and is a file."
+        return f"{parent} is a file."
     close = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
     if close:
         return f"Did you mean {parent / close[0]}?"
     return f"The nearest folder that exists is {parent}."
 
 
-def _what_is_in(folder: Path) -> str:
+def _describe_content(folder: Path) -> str:
+    """Returns a hint for a folder that is no model: the models in it, or else its first entries."""
     names = sorted(entry.name for entry in folder.iterdir())
     inside = [entry.name for entry in folder.iterdir() if is_model(entry) or is_adapter(entry)]
     if inside:
@@ -56,7 +57,7 @@ def _what_is_in(folder: Path) -> str:
 
 
 def resolve_reference(name: str, key: str) -> str:
-    """An absolute path for a folder that exists, or `name` unchanged for a name on the hub.
+    """Returns the absolute path of a folder that exists, or `name` unchanged if it is a name on the hub.
 
     Raises:
         UserError: `name` is a path that does not exist, or a file.
@@ -65,19 +66,17 @@ def resolve_reference(name: str, key: str) -> str:
     if path.is_dir():
         return str(path.resolve())
     if path.exists():
-        raise UserError(Problem(f"{name!r} is a file", "Name the folder that it is in.", key=key))
-    if _names_a_path(name):
-        raise UserError(
-            Problem(f"no such folder: {name!r}", nearest_existing(Path(path.absolute())), key=key),
-        )
+        raise UserError(Problem(f"{name!r} is a file", "Name the folder that holds it.", key=key))
+    if _must_be_path(name):
+        raise UserError(Problem(f"no such folder: {name!r}", _suggest_path(path.absolute()), key=key))
     return name
 
 
 def require_model(reference: str, key: str) -> None:
-    """A local folder must hold a whole model.
+    """Checks that a local folder holds a whole model.
 
     Raises:
-        UserError: it holds an adapter, or nothing that is a model; says what it does hold.
+        UserError: it holds an adapter, or no model; names what it does hold.
     """
     folder = Path(reference)
     if not folder.is_dir() or is_model(folder):
@@ -86,47 +85,47 @@ def require_model(reference: str, key: str) -> None:
         raise UserError(
             Problem(
                 f"{reference!r} holds an adapter, not a whole model",
-                "Name its base model here; or make a whole model of it first: sft_main.py merge --model "
+                "Name its base model here, or merge it into a whole model first: sft_main.py merge --model "
                 f"{reference} --output_dir DIR.",
                 key=key,
             )
         )
-    raise UserError(Problem(f"{reference!r} holds no {MODEL_CONFIG}: not a model", _what_is_in(folder), key=key))
+    raise UserError(Problem(f"{reference!r} holds no {MODEL_CONFIG}: not a model", _describe_content(folder), key=key))
 
 
 def require_weights(reference: str, key: str) -> None:
-    """A local folder must hold files of weights beside its config.
+    """Checks that a local folder holds files of weights.
 
     Raises:
-        UserError: it has none, in a form that loads.
+        UserError: it has none in a format that can be loaded.
     """
     folder = Path(reference)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        raise UserError(Problem(f"{reference!r} holds no weights (*.safetensors)", _what_is_in(folder), key=key))
+        raise UserError(Problem(f"{reference!r} holds no weights (*.safetensors)", _describe_content(folder), key=key))
 
 
 def require_trained(folder: Path, key: str = "--model") -> None:
-    """The folder of a trained model or an adapter, as the verbs after training take it.
+    """Checks that a folder holds a trained model or an adapter.
 
     Raises:
         UserError: there is no such folder, or it holds neither.
     """
     if not folder.is_dir():
-        raise UserError(Problem(f"no such folder: {str(folder)!r}", nearest_existing(folder.absolute()), key=key))
+        raise UserError(Problem(f"no such folder: {str(folder)!r}", _suggest_path(folder.absolute()), key=key))
     if not is_model(folder) and not is_adapter(folder):
-        raise UserError(Problem(f"{str(folder)!r} holds neither a model nor an adapter", _what_is_in(folder), key=key))
+        message = f"{str(folder)!r} holds neither a model nor an adapter"
+        raise UserError(Problem(message, _describe_content(folder), key=key))
 
 
-def unavailable(reference: str, error: Exception, key: str, what: str) -> UserError:
-    """What could not be loaded, as a UserError instead of the loader's traceback."""
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def load_failure(reference: str, error: Exception, key: str, what: str) -> UserError:
+    """Returns a loader's error as a UserError that names what could not be loaded."""
     if Path(reference).is_dir():
-        return UserError(Problem(f"cannot read the {what} in {reference!r}: {first_line}", key=key))
+        return UserError(Problem(f"cannot read the {what} in {reference!r}: {first_line(error)}", key=key))
     return UserError(
         Problem(
-            f"cannot get the {what} {reference!r} from the hub: {first_line}",
-            "Check the name, the network, and that you are logged in where the model is gated; on a machine without "
-            "network give the path of a local folder.",
+            f"cannot get the {what} {reference!r} from the hub: {first_line(error)}",
+            "Check the name, the network, and that you are logged in if the model is gated; without a network give "
+            "the path of a local folder.",
             key=key,
         )
     )

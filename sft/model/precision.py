@@ -1,4 +1,4 @@
-"""Which number format the weights and the computation have, and which attention kernel runs."""
+"""Chooses the dtype of the weights and of the computation, and whether the optimizer keeps master weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 WORTHWHILE = 1.3
-"""From this speedup on a CPU computes in bfloat16. Native kernels give 3 to 5, emulated ones 0.1 to 0.5: the
-threshold stands where no measurement wavers."""
+"""The speedup from which a CPU computes in bfloat16. Native kernels give 3 to 5, emulated ones 0.1 to 0.5: the
+threshold is far from both, so noise in the measurement does not change the choice."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The choice.
+    """The dtypes of one run.
 
     Attributes:
-        dtype: of the weights at rest: `float32`, `bfloat16` or `float16`.
-        bf16, fp16: whether the Trainer is to compute under autocast in that format.
-        reason: in words, for the console.
-        master_weights: whether the optimizer is to keep float32 values of the weights
-        (`sft.training.optim.master_weights`).
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        bf16, fp16: whether the Trainer computes under autocast in that dtype.
+        reason: for the console.
+        master_weights: whether the optimizer keeps float32 values of the weights
+            (`sft.training.optim.master_weights`).
     """
 
     dtype: str
@@ -36,7 +36,7 @@ class Precision:
     master_weights: bool = False
 
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch's own object."""
+        """Returns `dtype` as a `torch.dtype`."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -48,8 +48,6 @@ def _check_flags(
 ) -> None:
     if dtype_key not in ("auto", *DTYPES):
         raise UserError(Problem(f"no such dtype: {dtype_key!r}", f"One of auto, {', '.join(DTYPES)}.", key="dtype"))
-    if bf16 and fp16:
-        raise UserError(Problem("bf16 and fp16 are both true", "Keep one of them.", key="fp16"))
     if bf16 and not device.bf16:
         raise UserError(
             Problem("bf16 is true, and this GPU does not compute in bfloat16", "Use `fp16: true`.", key="bf16")
@@ -91,22 +89,22 @@ def choose_precision(
     *,
     sharded: bool = False,
 ) -> Precision:
-    """Weights, autocast and master weights for one run.
+    """Chooses weights, autocast and master weights for one run.
 
-    Frozen weights lose nothing in 16 bits, so that adapters sit on a bfloat16 base (and are float32 themselves). When
-    every weight is trained, updates are smaller than bfloat16's 8 bits of mantissa can hold (a step of 1e-5 on a weight
-    of 1.0 rounds to nothing). The optimizer therefore keeps float32 values, of which the bfloat16 weights are the
+    Frozen weights do not change, so adapters (float32 themselves) are attached to a bfloat16 base. When every weight
+    is trained, updates are smaller than bfloat16's 8 bits of mantissa can hold (a step of 1e-5 on a weight of 1.0
+    rounds to nothing). The optimizer therefore keeps float32 master weights, of which the bfloat16 weights are the
     rounding (Micikevicius et al., "Mixed Precision Training", 2018, section 3.1). float32 weights under autocast would
-    need the same memory, for autocast's casts live until the backward pass; but they are cast anew in each pass, and
-    the activations between the matrix products would take 4 bytes a number instead of 2.
+    need the same memory, because autocast's casts live until the backward pass; but they are cast again in each forward
+    pass, and the activations between the matrix multiplications would take 4 bytes per number instead of 2.
 
     Args:
-        dtype_key: the `dtype` setting: `auto` or a format, which is honoured.
+        dtype_key: the `dtype` setting: `auto` or a dtype, which is honoured.
         trains_everything: full fine-tuning or pretraining, as opposed to an adapter on frozen weights.
-        bf16, fp16: the settings of that name; None where the user has said nothing. `bf16` without a dtype means
-            computing in bfloat16 by whichever means is fastest, with `dtype: float32` it means autocast.
-        sharded: whether FSDP shards the weights, whose own mixed precision keeps float32 shards and gathers them in
-            bfloat16: the optimizer then has nothing to keep beside them.
+        bf16, fp16: the settings of that name, None if not set. `bf16` without a dtype means computing in bfloat16 in
+            the fastest way, with `dtype: float32` it means autocast.
+        sharded: whether FSDP shards the weights: its mixed precision keeps float32 shards and gathers them in
+            bfloat16, so the optimizer needs no master weights.
 
     Raises:
         UserError: the settings exclude each other, the device cannot do it, or float16 weights would be trained.
@@ -120,7 +118,7 @@ def choose_precision(
     use_fp16 = bool(fp16) or (undecided and not device.bf16)
     autocast = ", bf16 autocast" if use_bf16 else ", fp16 autocast" if use_fp16 else ""
     if keeps_masters and use_bf16 and dtype_key == "auto":
-        return _half_weights(trains_everything, "the GPU computes in bfloat16, and casts nothing on the way")
+        return _half_weights(trains_everything, "the GPU computes in bfloat16, without casts")
     if keeps_masters and not use_fp16 and dtype_key == "bfloat16":
         return _half_weights(trains_everything, "as the config says")
     if dtype_key != "auto":
@@ -136,22 +134,23 @@ def choose_precision(
 
 
 def keep_precision(chosen: Precision, kept: str, trains_everything: bool, device: DeviceFacts) -> Precision:
-    """What a run goes on with that has left the choice to the machine: the format of its checkpoint's weights.
+    """Returns the precision of a run that resumes with `dtype: auto`: the dtype of its checkpoint's weights.
 
-    Else a measurement that comes out otherwise, or another machine, would change the numbers in the middle of a run;
-    where all weights are trained the states of the optimizer would not even fit.
+    Otherwise another result of the measurement, or another machine, would change the numbers in the middle of a run;
+    if all weights are trained the optimizer's state would not even fit.
 
     Args:
-        chosen: what a fresh run would have.
-        kept: the format of the weights in the checkpoint; float16 is kept where the machine chooses it, too.
+        chosen: the choice for a new run.
+        kept: the dtype of the weights in the checkpoint; float16 is kept only if it is also the machine's choice.
     """
     if kept == chosen.dtype or kept == "float16" or (kept == "bfloat16" and not device.bf16):
         return chosen
-    reason = f"{kept} weights as in the checkpoint; a fresh run would have {chosen.dtype} ones here"
+    reason = f"{kept} weights as in the checkpoint; a new run would have {chosen.dtype} ones here"
     return replace(choose_precision(kept, trains_everything, None, None, device), reason=reason)
 
 
 def _on_cpu(dtype_key: str, trains_everything: bool, bf16: bool | None, speedup: float) -> Precision:
+    """Chooses between float32 and bfloat16 by which of them the CPU multiplies faster."""
     measured = f"this CPU multiplies {speedup:.1f} times as fast in bfloat16 as in float32"
     if dtype_key == "bfloat16":
         return _half_weights(trains_everything, "as the config says")
@@ -166,7 +165,7 @@ def _on_cpu(dtype_key: str, trains_everything: bool, bf16: bool | None, speedup:
 
 
 def _half_weights(trains_everything: bool, why: str) -> Precision:
-    """bfloat16 weights without autocast: nothing is left that it could cast."""
+    """Returns bfloat16 weights without autocast, which would have nothing to cast."""
     if trains_everything:
         held = "bfloat16 weights, of which the optimizer keeps float32 values so that no update is lost"
     else:

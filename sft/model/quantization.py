@@ -1,17 +1,17 @@
-"""4-bit and 8-bit base models through bitsandbytes, on GPUs and CPUs, without its silent traps.
+"""4-bit and 8-bit base models, by bitsandbytes, on GPUs and CPUs.
 
-Three things here are more than a call:
+`prepare_quantized` guards against three silent traps:
 
-- On CPUs with AVX512-BF16, `Linear4bit` repacks its weights at the first forward in evaluation mode, and for good: from
-  then on each product is rounded to bfloat16 and, worse, has no gradient, so that training after the first evaluation
-  would go on with the adapters of the upper layer only. `settle` switches the repacking off.
-- `peft.prepare_model_for_kbit_training` casts every weight that is not quantized to float32. Of what it does only the
-  freezing is needed. The embeddings and the head are the largest of those weights and doubling them buys nothing: they
-  are frozen, and a bfloat16 number is the same number in float32. The norms compute in float32 internally whatever
-  their weights are stored in; float32 weights would only turn the whole residual stream into float32. And the gradient
-  hook on the embeddings is for reentrant checkpointing, which is not used here.
-- A quantization that did not happen (nothing matched, or everything was skipped) would train at full memory; `settle`
-  counts the layers.
+- On CPUs with AVX512-BF16, `Linear4bit` repacks its weights at the first forward pass in evaluation mode, for good:
+  from then on each result is rounded to bfloat16 and, worse, has no gradient, so that after the first evaluation only
+  the adapters of the last layer would be trained. The repacking is switched off.
+- `peft.prepare_model_for_kbit_training` casts every weight that is not quantized to float32, and freezes all. Only the
+  freezing is needed. The embeddings and the head are the largest of those weights: they are frozen, a bfloat16 number
+  is the same number in float32, and twice the memory buys nothing. The norms compute in float32 internally whatever
+  their dtype; float32 weights would only turn the residual stream into float32. And the gradient hook on the embeddings
+  is for reentrant checkpointing, which is not used here.
+- A quantization that had no effect (nothing matched, or everything was skipped) would train at full memory: the
+  quantized layers are counted.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _CAST_LOGGER = "bitsandbytes.autograd._functions"
 
 @contextmanager
 def _without_hub_kernels() -> Iterator[None]:
-    """While this lasts `import kernels` fails at once.
+    """Makes `import kernels` fail.
 
-    The CPU backend of bitsandbytes fetches a kernel from the hub at import time where that package is installed, in
-    each process, with the waiting that a machine without network has. The kernel is for repacked weights, which are
-    never used here.
+    Where that package is installed, the CPU backend of bitsandbytes fetches a kernel from the hub when it is imported,
+    in each process; without a network it waits for a timeout. The kernel is for repacked weights, which are not used
+    here.
     """
     before = sys.modules.get("kernels", ...)
     sys.modules["kernels"] = None  # type: ignore[assignment]
@@ -57,11 +57,11 @@ def _without_hub_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _compiling_late() -> Iterator[None]:
-    """While this lasts `torch.compile` puts off its work to the first call.
+def _lazy_compile() -> Iterator[None]:
+    """Makes `torch.compile` defer its work to the first call.
 
-    bitsandbytes compiles functions at import, which imports torch's inductor: 0.9 s of CPU time for each process,
-    whether it quantizes anything or not.
+    bitsandbytes compiles functions when it is imported, which imports torch's inductor: 0.9 s of CPU time in each
+    process, even if nothing is quantized.
     """
     import torch
 
@@ -79,10 +79,10 @@ def _compiling_late() -> Iterator[None]:
 
 
 def import_bitsandbytes() -> Any:
-    """The bitsandbytes module, imported without its call to the hub and the warning that the call failed.
+    """Imports bitsandbytes without its call to the hub and the warning that the call failed.
 
-    `import peft` and `from transformers import Trainer` import bitsandbytes too, so that a program calls this before
-    either. Later calls cost nothing.
+    `import peft` and `from transformers import Trainer` import bitsandbytes too: call this before either. Later calls
+    cost nothing.
 
     Raises:
         UserError: it is not installed, or does not load on this machine.
@@ -93,7 +93,7 @@ def import_bitsandbytes() -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with _without_hub_kernels(), _compiling_late():
+        with _without_hub_kernels(), _lazy_compile():
             import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
@@ -101,26 +101,21 @@ def import_bitsandbytes() -> Any:
         ) from error
     finally:
         logger.setLevel(level)
-    # 8-bit layers round their inputs by design, and say so for each layer.
+    # 8-bit layers round their inputs by design, and warn of it in each layer.
     logging.getLogger(_CAST_LOGGER).addFilter(lambda record: "inputs will be cast" not in record.getMessage())
     return bitsandbytes
 
 
 def bits_and_bytes_config(keys: QuantizationKeys, precision: Precision) -> BitsAndBytesConfig:
-    """What transformers takes; the compute dtype defaults to what the machine computes in, not to float32.
+    """Returns the config for transformers; the compute dtype defaults to the run's, not to float32.
 
     Raises:
-        UserError: neither 4 nor 8 bits are asked for, or both.
+        UserError: neither 4 nor 8 bits are set, or both.
     """
     if keys.load_in_4bit == keys.load_in_8bit:
-        said = "both" if keys.load_in_4bit else "neither"
-        raise UserError(
-            Problem(
-                f"{said} of load_in_4bit and load_in_8bit is true",
-                "Set exactly one of them.",
-                key="quantization_config",
-            )
-        )
+        which = "both" if keys.load_in_4bit else "neither"
+        message = f"{which} of load_in_4bit and load_in_8bit is true"
+        raise UserError(Problem(message, "Set exactly one of them.", key="quantization_config"))
     from transformers import BitsAndBytesConfig
 
     kwargs = keys.kwargs()
@@ -130,8 +125,8 @@ def bits_and_bytes_config(keys: QuantizationKeys, precision: Precision) -> BitsA
     return BitsAndBytesConfig(**kwargs)
 
 
-def held_as(config: Any) -> dict[str, Any] | None:
-    """The settings by which a model's weights are quantized, from its config; None where they are not."""
+def quantization_settings(config: Any) -> dict[str, Any] | None:
+    """Returns how a model's weights are quantized, from its config; None if they are not."""
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization is None:
         return None
@@ -139,28 +134,28 @@ def held_as(config: Any) -> dict[str, Any] | None:
     return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
-def require_trained_weights(config: PreTrainedConfig, lora: LoraKeys | None) -> None:
-    """Checks that a model whose files hold weights of bitsandbytes is to get an adapter.
+def require_adapter_if_quantized(config: PreTrainedConfig, lora: LoraKeys | None) -> None:
+    """Checks that a model whose files hold weights quantized by bitsandbytes gets an adapter.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not.
     """
-    facts = held_as(config) or {}
-    if lora is None and str(getattr(facts.get("quant_method"), "value", facts.get("quant_method"))) == "bitsandbytes":
-        bits = 8 if facts.get("load_in_8bit") else 4
+    settings = quantization_settings(config) or {}
+    method = settings.get("quant_method")
+    if lora is None and str(getattr(method, "value", method)) == "bitsandbytes":
+        bits = 8 if settings.get("load_in_8bit") else 4
         message = f"its weights are quantized to {bits} bits, and cannot be trained without an adapter"
-        hint = "Add a lora_config section (`lora_config: {}` takes every default), or name the model it was made of."
+        hint = "Add a lora_config section (`lora_config: {}` takes every default), or name the unquantized model."
         raise UserError(Problem(message, hint, key="model_name_or_path"))
 
 
-def require_trainer_takes(model: nn.Module) -> None:
-    """Checks what upstream's Trainer does of a loaded model, whatever quantized it.
+def require_trainable_quantization(model: nn.Module) -> None:
+    """Checks what upstream's Trainer checks of a loaded model, whatever quantized it.
 
-    Some kinds of quantization are undone by the load where the machine has no kernels for them, so that their name in
-    the model's config does not say it yet.
+    The config does not tell it before: without kernels for it, some quantization is undone by loading the model.
 
     Raises:
-        UserError: the model is quantized and has no adapter, or in a way that no adapter can be trained on.
+        UserError: the model is quantized and has no adapter, or no adapter can be trained on its quantization.
     """
     from transformers.trainer_utils import validate_quantization_for_training
 
@@ -168,13 +163,13 @@ def require_trainer_takes(model: nn.Module) -> None:
         validate_quantization_for_training(model)
     except ValueError as error:
         method = getattr(model.config.quantization_config, "quant_method", "unknown")  # type: ignore[union-attr]
-        message = f"its weights are quantized ({getattr(method, 'value', method)}), and cannot be trained so"
-        hint = "Name the model it was made of; what bitsandbytes quantized is trained with a lora_config section."
+        message = f"its weights are quantized ({getattr(method, 'value', method)}), and cannot be trained"
+        hint = "Name the unquantized model; one that bitsandbytes quantized is trained with a lora_config section."
         raise UserError(Problem(message, hint, key="model_name_or_path")) from error
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers whose weights are held in 4 or 8 bits, by name."""
+    """Returns the layers whose weights are held in 4 or 8 bits, by name."""
     if "bitsandbytes" not in sys.modules:
         return {}
     bnb = sys.modules["bitsandbytes"].nn
@@ -183,22 +178,22 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def settle(model: PreTrainedModel) -> int:
-    """Make a model that was just loaded quantized ready: checked, frozen, and with one arithmetic for all modes.
+def prepare_quantized(model: PreTrainedModel) -> int:
+    """Freezes a model that was loaded quantized, and makes it compute the same in training and evaluation mode.
 
     Returns:
         How many layers are quantized.
 
     Raises:
-        UserError: no layer is: the setting had no effect.
+        UserError: none is: the setting had no effect.
     """
     layers = quantized_layers(model)
     if not layers:
         raise UserError(
             Problem(
                 "no layer of the model was quantized",
-                "Its linear layers are of a kind that bitsandbytes does not replace, or llm_int8_skip_modules leaves "
-                "all of them out.",
+                "Its linear layers are of a kind that bitsandbytes does not replace, or llm_int8_skip_modules skips "
+                "all of them.",
                 key="quantization_config",
             )
         )
@@ -210,10 +205,10 @@ def settle(model: PreTrainedModel) -> int:
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same function in plain linear layers: each weight becomes exactly the number its 4 or 8 bits stand for.
+    """Returns the same function in plain linear layers, whose weights are exactly the dequantized ones.
 
     Args:
-        dtype: of all weights afterwards; no less precise than the model's own for the function to stay the same.
+        dtype: of all weights afterwards; the function stays the same if it is at least as precise as the model's own.
     """
     plain: Any = model.dequantize(dtype=dtype)
     return plain.to(dtype=dtype)  # type: ignore[no-any-return]

@@ -1,4 +1,7 @@
-"""A tokenizer as training needs it: the tokens that the user adds, a token to pad with, and a chat template."""
+"""Loads a tokenizer for training: the user's special tokens, a pad token, a chat template.
+
+The system prompt of a run is saved with its tokenizer, so that a trained model can be asked with it again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from sft.config.section import located
 from sft.data.templates import chat_templates
 from sft.errors import Problem, UserError
 from sft.model.fast_tokenizer import load_tokenizer_files
-from sft.model.paths import resolve_reference, unavailable
+from sft.model.paths import load_failure, resolve_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,9 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft")
 
-# Names under which vocabularies of the common model families already hold a token that is for padding and nothing
-# else, although their tokenizer config may not say so.
-PAD_NAMES = (
+# Names that vocabularies of the common model families give to a token that only pads, even if their tokenizer config
+# does not declare it.
+_PAD_NAMES = (
     "<|pad|>",
     "<pad>",
     "[PAD]",
@@ -31,23 +34,28 @@ PAD_NAMES = (
     "<|pad_token|>",
     "<pad_token>",
 )
-# The slots of a tokenizer that hold one token each; `additional_special_tokens` holds a list.
-SLOTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Settings of a tokenizer that hold one token each; `additional_special_tokens` holds a list.
+_SLOTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SYSTEM_PROMPT = "sft_system_prompt"
 
 
-def _as_mapping(special_tokens: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """`special_tokens` in the one spelling that transformers takes, or a UserError that names what is off."""
+def _check_special_tokens(special_tokens: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `special_tokens` as a mapping, the form that transformers takes.
+
+    Raises:
+        UserError: an unknown slot, or a token that is not text.
+    """
     if not isinstance(special_tokens, Mapping):
         special_tokens = {"additional_special_tokens": list(special_tokens)}
     problems = []
     for slot, value in special_tokens.items():
         key = f"special_tokens.{slot}"
-        if slot in SLOTS:
+        if slot in _SLOTS:
             ok = isinstance(value, str) and bool(value)
         elif slot == "additional_special_tokens":
             ok = isinstance(value, (list, tuple)) and all(isinstance(token, str) and token for token in value)
         else:
-            known = ", ".join((*SLOTS, "additional_special_tokens"))
+            known = ", ".join((*_SLOTS, "additional_special_tokens"))
             problems.append(Problem(f"no such slot: {slot!r}", f"A tokenizer has {known}.", key=key))
             continue
         if not ok:
@@ -60,14 +68,14 @@ def _as_mapping(special_tokens: Sequence[str] | Mapping[str, Any]) -> dict[str, 
 def add_special_tokens(
     tokenizer: PreTrainedTokenizerFast, special_tokens: Sequence[str] | Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Put the user's tokens into the tokenizer, and return those that the vocabulary did not hold before.
+    """Adds the user's tokens to the tokenizer, and returns those that are new in the vocabulary.
 
-    Tokens that the tokenizer already lists as additional ones stay listed.
+    The tokenizer's own additional special tokens stay.
 
     Raises:
         UserError: an unknown slot, or a token that is not text.
     """
-    wanted = _as_mapping(special_tokens)
+    wanted = _check_special_tokens(special_tokens)
     names = [name for value in wanted.values() for name in ([value] if isinstance(value, str) else value)]
     before = tokenizer.get_vocab()
     if wanted:
@@ -76,11 +84,11 @@ def add_special_tokens(
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Give the tokenizer a pad token without a new row in the embeddings; returns in words which and why.
+    """Sets a pad token that needs no new row in the embeddings; returns which one and why, for the log.
 
-    The usual trap is to pad with EOS and to mask every pad id in the labels: then the model never learns to stop.
-    Here labels are masked by position, never by id, so that reuse is harmless; still a token of its own is preferred,
-    because other tools read the saved tokenizer too.
+    A common mistake is to pad with EOS and to mask every pad id in the labels: the model then never learns to stop.
+    Here labels are masked by position, never by id, so any token can pad. A separate token is still preferred, for
+    other tools that read the saved tokenizer.
 
     Raises:
         UserError: the tokenizer has no pad, unk or eos token and none of the usual names.
@@ -88,7 +96,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
     if tokenizer.pad_token is not None:
         return f"{tokenizer.pad_token!r}, the tokenizer's own"
     vocabulary = tokenizer.get_vocab()
-    name = next((name for name in PAD_NAMES if name in vocabulary), None)
+    name = next((name for name in _PAD_NAMES if name in vocabulary), None)
     if name is not None:
         reason = "which the vocabulary already holds"
     elif tokenizer.unk_token is not None and tokenizer.unk_token != tokenizer.eos_token:
@@ -109,7 +117,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
-    """The tokenizer as it stands in its files.
+    """Loads the tokenizer from its files, unchanged.
 
     Raises:
         UserError: no name is given, there is none at that name, or it has no Rust backend.
@@ -125,13 +133,13 @@ def read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
             )
         )
     reference = resolve_reference(name, key)
-    revision = keys.model_revision if name == keys.model_name_or_path else None  # another repository has others
+    revision = keys.model_revision if name == keys.model_name_or_path else None  # of that repository alone
     try:
         tokenizer: Any = load_tokenizer_files(
             reference, revision=revision or "main", trust_remote_code=keys.trust_remote_code
         )
     except Exception as error:  # a broken tokenizer file makes the loader raise almost anything
-        raise unavailable(reference, error, key, "tokenizer") from error
+        raise load_failure(reference, error, key, "tokenizer") from error
     if not tokenizer.is_fast:
         raise UserError(
             Problem(
@@ -144,10 +152,10 @@ def read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
-    """The tokenizer with the user's special tokens, a pad token, and a chat template.
+    """Loads the tokenizer, and adds the user's special tokens, a pad token and a chat template.
 
     Raises:
-        UserError: the tokenizer cannot be had, or a setting does not fit it.
+        UserError: the tokenizer cannot be loaded, or a setting does not fit it.
     """
     with located(keys):
         tokenizer = read_tokenizer(keys)
@@ -156,10 +164,10 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
 
 
 def configure_tokenizer(tokenizer: PreTrainedTokenizerFast, keys: ModelKeys) -> None:
-    """Gives a tokenizer what the config asks for; one that a run has saved has it already.
+    """Applies the config to a tokenizer; nothing changes in one that a run of this config saved.
 
     Raises:
-        UserError: a setting does not fit it.
+        UserError: a setting does not fit the tokenizer.
     """
     with located(keys):
         if keys.special_tokens:
@@ -171,17 +179,14 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerFast, keys: ModelKeys) -> 
     tokenizer.padding_side = "right"
 
 
-_KEY = "sft_system_prompt"
-
-
 def remember_system_prompt(tokenizer: Any, system_prompt: str | None) -> None:
-    """Has `save_pretrained` write the prompt; without one, what an earlier training left there is taken out."""
-    tokenizer.init_kwargs.pop(_KEY, None)
+    """Makes `save_pretrained` write the prompt into tokenizer_config.json; None removes that of an earlier training."""
+    tokenizer.init_kwargs.pop(_SYSTEM_PROMPT, None)
     if system_prompt:
-        tokenizer.init_kwargs[_KEY] = system_prompt
+        tokenizer.init_kwargs[_SYSTEM_PROMPT] = system_prompt
 
 
 def remembered_system_prompt(tokenizer: Any) -> str | None:
-    """The system prompt of the last training, None if it had none."""
-    text = tokenizer.init_kwargs.get(_KEY)
+    """Returns the system prompt of the last training, None if it had none."""
+    text = tokenizer.init_kwargs.get(_SYSTEM_PROMPT)
     return text if isinstance(text, str) and text else None

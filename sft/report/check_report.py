@@ -1,27 +1,24 @@
-"""`check`'s report: every mistake of every stage, each stage tried although an earlier one failed."""
+"""`check`'s report: the errors and warnings of every stage, each of which runs although an earlier one failed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sft.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    from sft.data.preparation.serving_check import ServingContract
 
 logger = logging.getLogger("sft")
 Result = TypeVar("Result")
 
 
 class Report(logging.Handler):
-    """Collects errors and warnings while it is entered; `as_json` is SPEC's shape.
+    """Collects errors, and inside its `with` block every warning that is logged.
 
     Attributes:
-        data: the ledger, once the data was prepared.
-        estimate: the run's arithmetic.
-        serving: whether what is trained is what is served.
+        data: the ledger; None until the data is prepared.
+        estimate: batches and steps of the run, and its memory once the model is traced.
+        serving: whether the prompts are those that a server sends, as JSON; `serving_message` is the same in one line.
     """
 
     def __init__(self) -> None:
@@ -30,7 +27,8 @@ class Report(logging.Handler):
         self.warnings: list[str] = []
         self.data: dict[str, Any] | None = None
         self.estimate: dict[str, Any] | None = None
-        self.serving: ServingContract | None = None
+        self.serving: dict[str, Any] | None = None
+        self.serving_message = ""
 
     def __enter__(self) -> Report:
         logger.addHandler(self)
@@ -40,11 +38,11 @@ class Report(logging.Handler):
         logger.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Notes a warning that a stage logs."""
+        """Keeps the text of a logged warning."""
         self.warnings.append(record.getMessage())
 
     def attempt(self, action: Callable[[], Result]) -> Result | None:
-        """What `action` returns; None when it ends in mistakes, which are noted once."""
+        """Returns what `action` returns; None when it raises a `UserError`, whose problems are noted once each."""
         try:
             return action()
         except UserError as error:
@@ -52,12 +50,12 @@ class Report(logging.Handler):
             return None
 
     def as_json(self) -> dict[str, Any]:
-        """The whole report."""
+        """Returns the whole report, in the shape of `check --json`."""
         return {
             "ok": not self.errors,
             "errors": [problem.as_json() for problem in self.errors],
             "warnings": self.warnings,
             "data": self.data,
             "estimate": self.estimate,
-            "serving": self.serving.as_json() if self.serving else None,
+            "serving": self.serving,
         }

@@ -1,4 +1,4 @@
-"""What people see: the log on stderr (stdout is for results), the ledger, a coloured sample, the errors."""
+"""Prints for people, on stderr (stdout is for results): the log, errors, the data ledger, samples, estimates."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,10 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft.errors import UserError
-
-if TYPE_CHECKING:
-    from sft.estimate.run import RunEstimate
-    from sft.report.check_report import Report
+from sft.report.check_report import Report
 
 logger = logging.getLogger("sft")
 console = Console(stderr=True, highlight=False)
@@ -37,20 +35,20 @@ _MARKS = {
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        # A terminal gets lines broken between words, a file whole lines.
+        # Lines are wrapped at words on a terminal, and kept whole in a file.
         text = _MARKS.get(record.levelno, "") + escape(record.getMessage())
         console.print(text, soft_wrap=not console.is_terminal)
 
 
 def setup_logging(is_main_process: bool) -> None:
-    """Sends the pipeline's log to the console; other ranks than the first only log errors."""
+    """Sends the pipeline's log to the console; ranks other than 0 log errors only."""
     logger.handlers = [_ConsoleHandler()]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
 
 
 def write_log_file(file: Path) -> None:
-    """Sends the pipeline's log, with times, to `file` as well; a resumed run goes on in it."""
+    """Appends the pipeline's log, with times, to `file` as well."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -59,7 +57,7 @@ def write_log_file(file: Path) -> None:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int], None]]:
-    """A line on the terminal that counts, e.g. prepared rows; it goes away when it is done."""
+    """Shows a counter on the terminal, e.g. of prepared rows, and removes it at the end."""
     columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
@@ -67,7 +65,7 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
 
 
 def show_error(error: UserError) -> None:
-    """All problems, each with its place, what is wrong and what to do."""
+    """Prints each problem: where it is, what is wrong, and what to do."""
     for problem in error.problems:
         line = Text("error: ", style="bold red")
         if where := problem.where():
@@ -79,7 +77,7 @@ def show_error(error: UserError) -> None:
 
 
 def show_ledger(document: dict[str, Any]) -> None:
-    """The account of the data as a table that fits 80 columns, and the first lost rows with their places."""
+    """Prints the ledger as a table that fits 80 columns, and logs the first lost rows with file and line."""
     table = Table(title="data", title_justify="left")
     for name in ("set", "rows trained", "tokens", "trained", "p50 / max length", "fill"):
         table.add_column(name, justify="left" if name == "set" else "right", overflow="fold")
@@ -106,7 +104,7 @@ def show_ledger(document: dict[str, Any]) -> None:
 
 
 def show_lengths(ledger: dict[str, Any]) -> None:
-    """How long the samples are, as a bar of characters for each range of tokens."""
+    """Prints a histogram of sample lengths: one bar for each range of tokens."""
     bars = ledger["length_histogram"]
     most = max((count for _, _, count in bars), default=0)
     console.print("samples by tokens" if bars else "", style="bold")
@@ -117,17 +115,19 @@ def show_lengths(ledger: dict[str, Any]) -> None:
 
 _NOTES = {
     "answers_cut": "answers lost their end to truncation: they teach the model not to stop",
-    "control_tokens": "rows have control tokens typed in a message, which are encoded as plain text",
-    "thoughts_left_out": "conversations have reasoning that the chat template does not write: it is not trained",
-    "texts_left_out": "conversations have text beside a call that the chat template does not write: it is not trained",
-    "unrolled": "conversations became a sample for each answer, for the template rewrites earlier turns",
-    "duplicates": "rows repeat an earlier one (dedupe: true leaves them out of training)",
-    "in_validation": "training rows stand in validation too, whose metrics flatter (dedupe: true leaves them out)",
+    "control_tokens": "rows have control tokens typed in a message; they are encoded as plain text",
+    "thoughts_left_out": "conversations have reasoning that the chat template does not render: it is not trained",
+    "texts_left_out": "conversations have text next to a tool call that the chat template does not render: "
+    "it is not trained",
+    "unrolled": "conversations became one sample per answer, because the template rewrites earlier turns",
+    "duplicates": "rows repeat an earlier one (dedupe: true removes them)",
+    "in_validation": "training rows are in validation too, which makes its metrics too good (dedupe: true removes "
+    "them from training)",
 }
 
 
 def show_sample(sample: dict[str, Any], tokenizer: Any) -> None:
-    """One sample with its trained parts in green, or between double brackets where there is no colour."""
+    """Prints one sample, its trained parts in green, or in double brackets where there is no colour."""
     labels = sample["labels"]
     trained = sum(label != -100 for label in labels)
     coloured = console.is_terminal and not console.no_color
@@ -144,7 +144,7 @@ def show_sample(sample: dict[str, Any], tokenizer: Any) -> None:
 
 
 def show_packed(samples: list[dict[str, Any]], packing: str, max_seq_length: int) -> None:
-    """How samples share a sequence: the documents of each, with their lengths, as the packing lays these few out."""
+    """Prints how these samples are packed: the length of each document in each sequence."""
     import numpy as np
 
     from sft.data.preparation.packing import pack
@@ -160,11 +160,11 @@ def show_packed(samples: list[dict[str, Any]], packing: str, max_seq_length: int
 
 
 def show_conclusion(output_dir: Path, results: dict[str, Any], seconds: float) -> None:
-    """The run's result and what to do next.
+    """Prints the run's results and the commands to run next.
 
     Args:
-        results: numbers by name; what is no number is left out.
-        seconds: that the whole process took.
+        results: metrics by name; values that are not numbers are skipped.
+        seconds: run time of the whole process.
     """
     table = Table(title=f"done in {seconds:.0f} s: {escape(str(output_dir))}", title_justify="left", show_header=False)
     sets = results.get("datasets", {})
@@ -185,50 +185,58 @@ def show_conclusion(output_dir: Path, results: dict[str, Any], seconds: float) -
         console.print("  " + shlex.join([python, "sft_main.py", *command]), markup=False, soft_wrap=True)
 
 
-def show_estimate(told: RunEstimate) -> None:
-    """The memory of a rank, beside what its device has, and the run's arithmetic."""
-    table = Table(title=f"memory of a rank ({told.device}), GiB", title_justify="left", show_header=False)
-    for name, size in told.memory.as_json().items():
+def show_estimate(estimate: dict[str, Any]) -> None:
+    """Prints `estimate --json`'s numbers: the memory of a rank and of its device, and the run's batches and tokens."""
+    from sft.data.loading.batch_plan import BatchPlan
+
+    device, longest = estimate["device"], estimate["longest_pass"]
+    table = Table(title=f"memory per rank ({device}), GiB", title_justify="left", show_header=False)
+    for name, size in estimate["memory"].items():
         if size:
             table.add_row(name, f"{size / 2**30:.2f}", end_section=name == "process")
-    table.add_row("there is", f"{told.limit / 2**30:.2f}")
+    table.add_row("available", f"{estimate['device_limit'] / 2**30:.2f}")
     console.print(table)
-    freed = ", and blocks that were freed stay with the process" if told.device == "cpu" else ""
-    console.print(f"the peak is not the sum: not all is held at once{freed}", style="dim")
-    console.print(f"longest pass: {told.rows:,} rows, {told.tokens:,} tokens, {told.trained_tokens:,} of them trained")
-    console.print(f"batches: {told.plan}", soft_wrap=True)
-    if told.assumes_batch_size:
+    freed = ", and the process keeps blocks that were freed" if device == "cpu" else ""
+    console.print(f"the peak is not the sum: not everything is held at the same time{freed}", style="dim")
+    console.print(
+        f"longest micro-batch: {longest['rows']:,} rows, {longest['tokens']:,} tokens, "
+        f"{longest['trained_tokens']:,} of them trained"
+    )
+    plan = BatchPlan(**{field.name: estimate[field.name] for field in fields(BatchPlan)})
+    console.print(f"batches: {plan}", soft_wrap=True)
+    if estimate["assumes_batch_size"]:
         console.print("per_device_train_batch_size: auto is chosen when the run starts; these rows are assumed")
-    if told.total_tokens is not None:
-        least = "" if told.seconds_at_least is None else f", in no less than {told.seconds_at_least:,.3g} s"
-        console.print(f"the run trains on {told.total_tokens:,} tokens{least}")
+    if estimate["total_tokens"] is not None:
+        seconds = estimate["seconds_at_least"]
+        least = "" if seconds is None else f", in no less than {seconds:,.3g} s"
+        console.print(f"the run trains on {estimate['total_tokens']:,} tokens{least}")
 
 
 def show_report(report: Report) -> None:
-    """`check`'s report for eyes."""
+    """Prints `check`'s report."""
     if report.data is not None:
         show_ledger(report.data)
         show_lengths(report.data["total"])
     if report.serving is not None:
-        console.print(f"serving: {report.serving.message}", markup=False)
+        console.print(f"serving: {report.serving_message}", markup=False)
     if report.estimate is not None:
-        told = {name: value for name, value in report.estimate.items() if type(value) is int and name != "device_limit"}
-        console.print("  ".join(f"{name} {value:,}" for name, value in told.items()), style="dim", highlight=False)
+        counts = {name: n for name, n in report.estimate.items() if type(n) is int and name != "device_limit"}
+        console.print("  ".join(f"{name} {n:,}" for name, n in counts.items()), style="dim", highlight=False)
         if "memory" in report.estimate:
             peak, limit = report.estimate["memory"]["peak"], report.estimate["device_limit"]
-            console.print(f"memory of a rank: {peak / 2**30:.2f} GiB at the peak, there is {limit / 2**30:.2f}")
+            console.print(f"memory per rank: {peak / 2**30:.2f} GiB at the peak, {limit / 2**30:.2f} GiB available")
     show_error(UserError(*report.errors))
     console.print("[bold red]not ready[/]" if report.errors else "[bold green]ready to train[/]")
 
 
 def quiet_libraries() -> None:
-    """Turns off the libraries' own progress bars, whose place the pipeline's take, and their deprecations."""
+    """Turns off the libraries' progress bars (the pipeline shows its own) and deprecation warnings."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
     from sft.model.quantization import import_bitsandbytes
 
-    with suppress(UserError):  # a machine that it does not load on trains without quantization
+    with suppress(UserError):  # where it cannot be loaded, only quantization is unavailable
         import_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning)  # deprecations inside the libraries
     datasets.disable_progress_bars()

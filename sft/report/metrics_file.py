@@ -1,4 +1,4 @@
-"""Appends each log to `metrics.jsonl`."""
+"""The metrics of a run, in `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ logger = logging.getLogger("sft")
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to `metrics.jsonl`, one JSON object a line.
+    """Appends every log to `metrics.jsonl`, one JSON object per line.
 
-    A fresh run starts the file anew; a resumed one drops the lines behind its checkpoint, which are about to be
-    written again.
+    A new run empties the file; a resumed run drops the lines after its checkpoint, whose steps are trained again.
     """
 
     def __init__(self, logs_dir: Path) -> None:
@@ -29,7 +28,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keeps the lines up to the step that the run starts from."""
+        """Keeps the lines up to the step that the run resumes from, and no others."""
         if not state.is_world_process_zero:
             return
         kept = []
@@ -37,7 +36,7 @@ class MetricsFile(TrainerCallback):
             steps = [(_step_of(line), line) for line in self._file.read_text(errors="replace").splitlines()]
             kept = [line for step, line in steps if step is not None and step <= state.global_step]
             if cut := sum(step is None for step, _ in steps):
-                logger.warning("%s: %d unreadable lines (cut short, most likely) are dropped", self._file, cut)
+                logger.warning("%s: %d unreadable lines are dropped, probably cut off by a kill", self._file, cut)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept))
 
@@ -49,19 +48,19 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """One line; a number that JSON has no word for (NaN, infinity) is written as text."""
+        """Appends one line; NaN and infinity, which JSON does not have, are written as text."""
         if state.is_world_process_zero and logs:
             with self._file.open("a") as stream:
-                stream.write(json.dumps({"step": state.global_step, "time": time.time(), **_finite(logs)}) + "\n")
+                stream.write(json.dumps({"step": state.global_step, "time": time.time(), **_json_values(logs)}) + "\n")
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a line of the file; None for one that a process which was killed did not finish."""
+    """Returns the step of a line; None for a line that cannot be read, e.g. one that a killed process left."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _finite(logs: dict[str, Any]) -> dict[str, Any]:
+def _json_values(logs: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}

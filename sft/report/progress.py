@@ -1,4 +1,4 @@
-"""Prints one line for each log, above progress bars for training and evaluation."""
+"""Progress on the console: one line per log, above bars for training and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("sft")
 
 
 class ConsoleProgress(TrainerCallback):
-    """One readable line for each log, above bars for training and evaluation with the time that is left."""
+    """Logs one line of metrics per log, and shows the progress bars with the time that is left."""
 
     def __init__(self, console: Console, bars: bool = True) -> None:
         self._progress = Progress(
@@ -26,24 +26,24 @@ class ConsoleProgress(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            # A bar that is not on a terminal would leave an empty line behind each time that it is put up.
+            # Without a terminal, each start of a bar would print an empty line.
             disable=not bars or not console.is_terminal,
         )
         self._training: Any = None
         self._evaluation: Any = None
-        self._started = (0.0, 0)
+        self._start_time, self._start_step = 0.0, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Shows the training bar; on a resume it starts where the checkpoint stands."""
+        """Shows the training bar, which begins at the checkpoint's step on a resume."""
         if state.is_world_process_zero:
-            self._started = (time.perf_counter(), state.global_step)
+            self._start_time, self._start_step = time.perf_counter(), state.global_step
             self._training = self._progress.add_task("train", total=state.max_steps, completed=state.global_step)
             self._progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Moves the training bar."""
+        """Advances the training bar."""
         if self._training is not None:
             self._progress.update(self._training, completed=state.global_step)
 
@@ -55,7 +55,7 @@ class ConsoleProgress(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Moves the evaluation bar, which the first batch puts up."""
+        """Advances the evaluation bar, which the first batch adds."""
         if not state.is_world_process_zero:
             return
         if self._evaluation is None:
@@ -65,7 +65,7 @@ class ConsoleProgress(TrainerCallback):
         self._progress.advance(self._evaluation)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Takes the evaluation bar down."""
+        """Removes the evaluation bar."""
         if self._evaluation is not None:
             self._progress.remove_task(self._evaluation)
             self._evaluation = None
@@ -75,11 +75,11 @@ class ConsoleProgress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the training bar down."""
+        """Removes the training bar."""
         self.close()
 
     def close(self) -> None:
-        """Takes everything down, also after an error."""
+        """Removes all bars, also after an error."""
         if self._training is not None:
             self._progress.remove_task(self._training)
             self._training = None
@@ -93,46 +93,43 @@ class ConsoleProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """One line."""
-        if state.is_world_process_zero and logs and (line := describe(logs)):
-            done = state.global_step - self._started[1]
-            left = (
-                (time.perf_counter() - self._started[0]) / done * (state.max_steps - state.global_step) if done else 0
-            )
-            eta = f"  eta {_clock(left)}" if "loss" in logs and left else ""
-            step = (
-                f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  " if state.max_steps else ""
-            )
-            logger.info("%s%s%s", step, line, eta)
+        """Logs the step, its metrics and the time that is left."""
+        if state.is_world_process_zero and logs and (metrics := describe(logs)):
+            total = state.max_steps
+            step = f"step {state.global_step:>{len(str(total))}}/{total}  " if total else ""
+            left = self._seconds_left(state) if "loss" in logs else 0
+            logger.info("%s%s%s", step, metrics, f"  eta {_clock(left)}" if left else "")
+
+    def _seconds_left(self, state: TrainerState) -> float:
+        done = state.global_step - self._start_step
+        seconds = time.perf_counter() - self._start_time
+        return seconds / done * (state.max_steps - state.global_step) if done else 0
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """The metrics of one log in a fixed order; empty for a log that has none of them (the Trainer's run summary)."""
+    """Formats the metrics of one log in a fixed order; empty for a log without any (the Trainer's run summary)."""
     if "loss" in logs:
-        return "  ".join(_shown(name, logs[name]) for name in _FORMATS if name in logs)
-    prefixes = [name.removesuffix("_loss") for name in logs if name.endswith("_loss") and name != "train_loss"]
-    return "  ".join(
-        f"{prefix}: " + "  ".join(_shown(n, logs[f"{prefix}_{n}"]) for n in _FORMATS if f"{prefix}_{n}" in logs)
-        for prefix in prefixes
-    )
+        return _describe(logs, "")
+    prefixes = [name.removesuffix("loss") for name in logs if name.endswith("_loss") and name != "train_loss"]
+    return "  ".join(f"{prefix[:-1]}: {_describe(logs, prefix)}" for prefix in prefixes)
+
+
+def _describe(logs: dict[str, Any], prefix: str) -> str:
+    return "  ".join(text.format(logs[prefix + name]) for name, text in _FORMATS.items() if prefix + name in logs)
 
 
 _FORMATS = {
     "epoch": "epoch {:.2f}",
     "loss": "loss {:.4f}",
     "perplexity": "ppl {:.4g}",
-    "token_accuracy": "tokens right {:.1%}",
-    "sequence_accuracy": "answers right {:.1%}",
+    "token_accuracy": "token acc {:.1%}",
+    "sequence_accuracy": "seq acc {:.1%}",
     "learning_rate": "lr {:.2e}",
     "grad_norm": "grad {:.3g}",
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "mfu {:.1%}",
     "memory_gb": "{:.1f} GiB",
 }
-
-
-def _shown(name: str, value: float) -> str:
-    return _FORMATS[name].format(value)
 
 
 def _clock(seconds: float) -> str:

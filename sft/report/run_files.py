@@ -1,4 +1,4 @@
-"""The files of a run's output folder that are neither weights nor checkpoints: ledger, results, model card."""
+"""The output folder's lock, and its files other than weights and checkpoints: log, ledger, results, model card."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ _locks: list[FileLock] = []  # held until the process ends
 
 
 def require_writable(output_dir: Path) -> None:
-    """Makes sure that files can be written to `output_dir`, and leaves nothing there. Raises `UserError`."""
+    """Raises `UserError` unless files can be written to `output_dir`; creates nothing."""
     existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(Problem(f"{str(existing)!r} is a file", "name a folder", "output_dir"))
-    try:  # asking for the permission says yes to root, whatever the file system says
+    try:  # os.access is true for root even on a read-only file system
         tempfile.TemporaryDirectory(prefix=".sft-", dir=existing).cleanup()
     except OSError as error:
         message = f"cannot write to {str(existing)!r}: {error.strerror}"
@@ -59,13 +59,13 @@ def require_writable(output_dir: Path) -> None:
 
 
 def lock_output_dir(output_dir: Path) -> None:
-    """Makes the folder this run's, until the process ends or has another run, and starts its log.
+    """Locks the folder until the process ends or locks another, and starts the log file.
 
     Raises:
-        UserError: it cannot be written, or another run is in it.
+        UserError: the folder cannot be written, or another run has locked it.
     """
     require_writable(output_dir)
-    while _locks:  # of an earlier run in this process
+    while _locks:  # an earlier run in this process
         _locks.pop().release()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -82,19 +82,19 @@ def lock_output_dir(output_dir: Path) -> None:
 
 
 def write_ledger(output_dir: Path, document: dict[str, Any]) -> None:
-    """Writes SPEC's LEDGER document."""
+    """Writes the ledger of all data sets."""
     _write(output_dir / LEDGER_FILE, document)
 
 
 def write_results(output_dir: Path, results: dict[str, Any]) -> None:
-    """Writes the last evaluation's metrics."""
+    """Writes the metrics of the last evaluation."""
     _write(output_dir / RESULTS_FILE, results)
 
 
 def write_card(
     output_dir: Path, config: Config, ledger: dict[str, Any], results: dict[str, Any], stop_tokens: list[str]
 ) -> None:
-    """Writes README.md: what the model is, what it was trained on and how, and its last metrics."""
+    """Writes the model card: base model, data, settings and last metrics."""
     import peft
     import torch
     import transformers

@@ -1,4 +1,4 @@
-"""What each tracker of `report_to` needs, so that what is missing is told before anything is loaded."""
+"""What each tracker of `report_to` needs: its packages and environment variables."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ MODULES: dict[str, tuple[str, ...]] = {
     "swanlab": ("swanlab",),
     "kubeflow": (),
 }
-"""What upstream's callback of each tracker imports."""
-_PACKAGES = {"azureml.core": "azureml-core", "comet_ml": "comet-ml"}  # others are called as their module is
-_IN_ITS_PLACE = {"tensorboard": "tensorboardX"}
+"""The modules that transformers' callback of each tracker imports."""
+_PACKAGES = {"azureml.core": "azureml-core", "comet_ml": "comet-ml"}  # the others are named like their module
+_ALTERNATIVES = {"tensorboard": "tensorboardX"}
 _VARIABLES = {"kubeflow": "KUBEFLOW_TRAINER_SERVER_URL", "dagshub": "MLFLOW_TRACKING_URI"}
 
 
 def require_trackers(keys: TrainingKeys) -> None:
-    """Checks that every tracker that was asked for by its name can start.
+    """Checks, before anything is loaded, that every tracker named in `report_to` can start.
 
     Raises:
-        UserError: a package is not installed, or an environment variable is not set; all of them at once.
+        UserError: packages are not installed, or environment variables not set; all are listed.
     """
     if problems := list(_problems(keys)):
         raise UserError(*problems)
@@ -44,7 +44,7 @@ def require_trackers(keys: TrainingKeys) -> None:
 
 def _problems(keys: TrainingKeys) -> Iterator[Problem]:
     for name in [keys.report_to] if isinstance(keys.report_to, str) else keys.report_to:
-        missing = [m for m in MODULES.get(name, ()) if not (_is_there(m) or _is_there(_IN_ITS_PLACE.get(m, m)))]
+        missing = [m for m in MODULES.get(name, ()) if not (_is_installed(m) or _is_installed(_ALTERNATIVES.get(m, m)))]
         if missing:
             packages = [_PACKAGES.get(module, module) for module in missing]
             hint = f"Install it: {sys.executable} -m pip install {' '.join(packages)}"
@@ -52,13 +52,13 @@ def _problems(keys: TrainingKeys) -> Iterator[Problem]:
         variable = _VARIABLES.get(name)
         if variable and variable not in os.environ:
             message = f"{name} needs the environment variable {variable}, which is not set"
-            yield keys.problem("report_to", message, "Set it, or leave this tracker out.")
+            yield keys.problem("report_to", message, "Set it, or remove this tracker.")
 
 
-def _is_there(module: str) -> bool:
-    """Whether a module can be imported; a folder without code, such as the `wandb` that runs leave behind, cannot."""
+def _is_installed(module: str) -> bool:
+    """Returns whether a module can be imported; a folder without code, like the `wandb` of earlier runs, cannot."""
     try:
         spec = find_spec(module)
-    except ModuleNotFoundError:  # the package around it is missing
+    except ModuleNotFoundError:  # its parent package is missing
         return False
     return spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""What upstream's `TrainingArguments` are given: the user's keys, completed by what this pipeline knows better."""
+"""Makes the Trainer's `TrainingArguments` from the user's keys and this pipeline's defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from sft.config.best_metric import WATCHING, greater_is_better
+from sft.config.best_metric import METRIC_SCHEDULES, greater_is_better
 from sft.data.loading.batch_plan import BatchPlan
 from sft.model.compile import KEYS as COMPILING
 
@@ -28,55 +28,55 @@ def training_arguments(
     logging_dir: str | None = None,
     wandb_project: str | None = None,
 ) -> TrainingArguments:
-    """The Trainer's arguments.
+    """Makes the Trainer's arguments; sets TENSORBOARD_LOGGING_DIR and, if given, WANDB_PROJECT in the environment.
 
     Args:
         given: `Config.training_arguments()`.
-        bf16, fp16: the autocast that was chosen for the machine.
-        plan: the run's arithmetic; None where nothing is trained.
-        order_seed: of the order of training rows; None leaves it to `data_seed` and `seed`.
-        pads: whether rows are padded to the longest of their pass, so that passes of like lengths compute less.
-        logging_dir: of the TensorBoard files; None is `logs/tensorboard` in the output folder.
-        wandb_project: None leaves it to the environment.
+        bf16, fp16: the autocast chosen for the machine.
+        plan: the run's batch sizes; None if nothing is trained.
+        order_seed: of the order of training rows; None means `data_seed` or else `seed`.
+        pads: whether samples are padded to the longest of their micro-batch, where similar lengths save computation.
+        logging_dir: of the TensorBoard files; None means `logs/tensorboard` in the output folder.
+        wandb_project: None means that of the environment.
     """
     arguments = dict(given)
     arguments |= {"bf16": bf16, "fp16": fp16}
-    for key in COMPILING:  # upstream would compile the whole model; here `sft.model.compile` compiles its layers
+    for key in COMPILING:  # the Trainer would compile the whole model; `sft.model.compile` compiles its layers
         arguments.pop(key, None)
     if plan is not None:
         arguments["per_device_train_batch_size"] = plan.per_device_train_batch_size
         arguments["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
-        if plan.train_rows is None:  # a stream begins behind the rows that were trained
+        if plan.train_rows is None:  # a stream itself resumes after the trained rows
             arguments["ignore_data_skip"] = True
     if order_seed is not None:
         arguments["data_seed"] = order_seed
-    _choose_the_best(arguments)
+    _set_best_metric(arguments)
     if pads:
         arguments.setdefault("train_sampling_strategy", "group_by_length")
-    # The loss reaches every trainable parameter, so DDP need not search the graph for those it missed on each step.
+    # The loss reaches every trainable parameter, so DDP need not search the graph for unused ones at each step.
     arguments.setdefault("ddp_find_unused_parameters", False)
     if arguments.get("activation_checkpointing"):
         arguments.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     if torch.cuda.is_available():
-        arguments["accelerator_config"] = _without_waiting(arguments)
+        arguments["accelerator_config"] = _with_async_copies(arguments)
     else:
-        # Without use_cpu accelerate does not look for a process group: each rank would train alone on the same rows.
+        # Without use_cpu accelerate ignores the process group: each rank would train alone, on the same rows.
         arguments["use_cpu"] = True
         arguments.setdefault("dataloader_pin_memory", False)  # there is no device to copy to
     if not dist.is_initialized():
-        arguments.pop("ddp_backend", None)  # for one process upstream would look for a group that nobody made
-    # Upstream takes these two from the environment alone.
+        arguments.pop("ddp_backend", None)  # with one process the Trainer would look for a group that does not exist
+    # The Trainer reads these two from the environment only.
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project
     os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir or str(Path(arguments["output_dir"]) / "logs" / "tensorboard")
     return TrainingArguments(**arguments)
 
 
-def _choose_the_best(arguments: dict[str, Any]) -> None:
-    """Says which metric is watched and which way of it is better, where the user has not.
+def _set_best_metric(arguments: dict[str, Any]) -> None:
+    """Sets which metric selects the best checkpoint and whether more of it is better, where the user has not.
 
-    Upstream takes the higher value of every metric for the better one whose name does not end in "loss", and a schedule
-    that watches a metric takes the lower one whatever the metric is.
+    The Trainer assumes that higher is better unless the name ends in "loss"; a schedule that watches a metric assumes
+    that lower is better, whatever the metric.
     """
     if arguments.get("save_strategy") == "best" and arguments.get("metric_for_best_model") is None:
         arguments["metric_for_best_model"] = "loss"
@@ -85,21 +85,21 @@ def _choose_the_best(arguments: dict[str, Any]) -> None:
         return
     if arguments.get("greater_is_better") is None:
         arguments["greater_is_better"] = greater_is_better(metric)
-    if arguments.get("lr_scheduler_type") in WATCHING:
+    if arguments.get("lr_scheduler_type") in METRIC_SCHEDULES:
         settings = arguments.get("lr_scheduler_kwargs") or {}
         settings = json.loads(settings) if isinstance(settings, str) else settings
         mode = "max" if arguments["greater_is_better"] else "min"
         arguments["lr_scheduler_kwargs"] = {"mode": mode, **settings}
 
 
-def _without_waiting(arguments: Mapping[str, Any]) -> Any:
-    """`accelerator_config` as given, and batches that are copied to the GPU behind the passes that it still computes.
+def _with_async_copies(arguments: Mapping[str, Any]) -> Any:
+    """Returns `accelerator_config` with asynchronous copies of batches to the GPU, unless it says otherwise.
 
-    Otherwise each tensor of each batch waits until all passes queued before it are done. Torch keeps a page-locked
-    block from being used again until its copies have ended, so nothing is overwritten.
+    Else the copy of each tensor makes the host wait for all work queued on the GPU. Torch reuses a pinned block only
+    after its copies have ended, so nothing is overwritten.
     """
     given = arguments.get("accelerator_config")
     is_file = given is not None and not isinstance(given, Mapping)
     if is_file or not arguments.get("dataloader_pin_memory", True):
-        return given  # memory that is not page-locked is copied in turn, whatever is asked for
+        return given  # copies from memory that is not pinned are synchronous in any case
     return {"non_blocking": True, **(given or {})}

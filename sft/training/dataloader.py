@@ -1,82 +1,75 @@
-"""The order in which training sees its rows: a function of the seed and the epoch, the same on every rank."""
+"""Loads the training rows of one process, in an order that is a function of the seed and the epoch alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
+from sft.checkpoint.compatibility import digest_lengths
 from sft.checkpoint.stream_state import StreamProgress
-from sft.data.loading.boundaries import DocumentOffsets
-from sft.data.loading.collator import EvenRows, even_multiple, row_lengths
+from sft.data.loading.collator import PACKED, EvenRows, even_multiple, row_lengths
 from sft.data.loading.sampler import EpochSampler
 from sft.data.streaming.dataloader import StreamLoader
-from sft.training.callbacks import FollowEpoch
+from sft.data.streaming.stream import TrainingStream
 
 
-class RowOrder(Trainer):
-    """The Trainer's loading of training rows.
+class TrainingRows:
+    """The training rows and their order.
 
-    Attributes:
-        train_rows: the training rows, or a stream of them.
-        progress: of the stream, where it is one.
+    Args:
+        rows: a data set of `input_ids` and `labels`, a `TrainingStream`, or None where nothing is trained.
+        args: of the Trainer.
+        progress: of the stream, where `rows` is one.
     """
 
-    train_rows: Any = None
-    progress: StreamProgress | None = None
+    def __init__(self, rows: Any, args: TrainingArguments, progress: StreamProgress | None = None) -> None:
+        self._rows, self._args = rows, args
+        self.progress = progress
 
     @property
     def order_seed(self) -> int:
-        """The seed of the order: `data_seed`, which is also how `shuffle_seed` comes here, or the run's."""
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        """The seed of the order: `data_seed` (which `shuffle_seed` becomes), else `seed`."""
+        return self._args.data_seed if self._args.data_seed is not None else self._args.seed
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of this rank; each real row is seen once an epoch on one rank, whatever their number."""
-        if self.progress:
-            return self._stream_loader(self.progress)
-        multiple = 1 if self.args.dataloader_drop_last else even_multiple(self._train_batch_size, self.args.world_size)
-        self.train_dataset: Any = EvenRows(self.train_rows, multiple)
-        return super().get_train_dataloader()
+    def padded_with_fillers(self, batch_size: int) -> EvenRows:
+        """The rows, with fillers at the end so that every rank gets equal batches."""
+        drops_last = self._args.dataloader_drop_last
+        return EvenRows(self._rows, 1 if drops_last else even_multiple(batch_size, self._args.world_size))
 
-    def _stream_loader(self, progress: StreamProgress) -> DataLoader:
-        """Not through accelerate, which would share the stream's rows out among the ranks once more."""
-        progress.rewind()
-        args = self.args
+    def stream_loader(self, collator: Any, batch_size: int) -> DataLoader:
+        """The data loader of a stream. accelerate would shard the stream among the ranks a second time."""
+        assert self.progress is not None
+        self.progress.rewind()
+        args = self._args
         return StreamLoader(
-            progress.stream,
-            self.data_collator,
-            self._train_batch_size,
+            self.progress.stream,
+            collator,
+            batch_size,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Those of a stream go to the device as they are taken, as accelerate's do.
-
-        Their trained tokens are then counted there; a count in main memory would travel by a copy that waits for all
-        passes queued before it.
-        """
-        return super().get_batch_samples(map(self._prepare_inputs, epoch_iterator), num_batches, device)
-
-    def _prepare_input(self, data: Any) -> Any:
-        """Moves `data` to the device; upstream has no `DocumentOffsets`, and its copies wait for queued passes."""
-        if isinstance(data, DocumentOffsets) or (isinstance(data, torch.Tensor) and data.is_pinned()):
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        rows: EvenRows = train_dataset if train_dataset is not None else self.train_dataset
-        strategy = self.args.train_sampling_strategy
+    def sampler(self, rows: EvenRows, batch_size: int) -> EpochSampler | None:
+        """The sampler for `train_sampling_strategy`; None for a strategy that only upstream has."""
+        args = self._args
+        strategy = args.train_sampling_strategy
         if strategy not in ("random", "sequential", "group_by_length"):
-            return super()._get_train_sampler(train_dataset)
-        per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return None
+        rows_per_step = batch_size * args.gradient_accumulation_steps * args.world_size
         lengths = row_lengths(rows.rows) if strategy == "group_by_length" else None
-        sampler = EpochSampler(len(rows.rows), rows.fillers, self.order_seed, strategy, lengths, per_step)
-        self.remove_callback(FollowEpoch)
-        self.add_callback(FollowEpoch(sampler))
-        return sampler
+        return EpochSampler(len(rows.rows), rows.fillers, self.order_seed, strategy, lengths, rows_per_step)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged: the fields of `ResumeFingerprint` that are about data."""
+        if self.progress:
+            return {"train_rows": 0, "row_lengths": "", **self.progress.stream.identity()}
+        return {"train_rows": len(self._rows), "row_lengths": digest_lengths(row_lengths(self._rows))}
+
+
+def is_packed(rows: Any) -> bool:
+    """Whether samples share rows, of a data set or a stream."""
+    return rows.is_packed if isinstance(rows, TrainingStream) else PACKED in rows.column_names

@@ -1,140 +1,107 @@
-"""Evaluation whose metrics are sums over tokens: the same on any number of ranks, of each set and of all together."""
+"""Evaluates with sums over tokens: the same metrics on any number of ranks, of each set and of all sets together."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from sft.data.loading.collator import EvenRows, even_multiple
 from sft.distributed.oom import measuring
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.loss.token_loss import TokenLoss
 
+_REPORTED = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "tokens")
 
-class TokenEvaluation(Trainer):
-    """The evaluating half of the Trainer; the other half says what a batch adds up to.
 
-    Attributes:
-        eval_names: of the evaluation sets.
-        seconds_evaluating: spent in evaluation since the last log of training; not counted into its tokens a second.
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Puts the model into evaluation mode and makes no graph; afterwards it is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+class Evaluation:
+    """The evaluations of a run.
+
+    Args:
+        names: of the evaluation sets.
+        args: of the Trainer.
     """
 
-    eval_names: Sequence[str] = ()
-    seconds_evaluating = 0.0
-    _last_evaluation: tuple[int, dict[str, float]] = (-1, {})
+    def __init__(self, names: Sequence[str], args: TrainingArguments) -> None:
+        self._names, self._args = list(names), args
+        self._counts: list[TokenCounts] = []  # of each set, in the evaluation that is running
+        self._latest: tuple[int, dict[str, float]] = (-1, {})  # optimizer steps made, and the metrics
 
-    def measure(
-        self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: torch.Tensor | None = None
-    ) -> TokenLoss:
-        """What a batch on the device adds up to."""
-        raise NotImplementedError
+    def begin(self) -> None:
+        """Begins an evaluation of one or several sets."""
+        self._counts = []
 
-    @torch.no_grad()
-    def _measure_evaluating(self, inputs: dict[str, Any]) -> TokenLoss:
-        """The sums of one batch in evaluation mode, on this rank alone."""
-        model: Any = self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with self.accelerator.autocast():
-                return self.measure(model, inputs)
-        finally:
-            model.train(was_training)
+    def end(self, step: int, metrics: dict[str, float]) -> None:
+        """Remembers the metrics of the evaluation after `step` optimizer steps."""
+        self._latest = (step, metrics)
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Metrics weighted by tokens: of each set under its name and, where there are several, of all together."""
-        started = time.perf_counter()
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated: list[TokenCounts] = []
-        metrics: dict[str, float] = {}
-        if isinstance(eval_dataset, dict):
-            for name, dataset in eval_dataset.items():
-                metrics |= super().evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            together = sum(self._evaluated[1:], start=self._evaluated[0])
-            total = self._named(together, metric_key_prefix)
-            self.log(dict(total))
-            metrics |= total
-        else:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._last_evaluation = (self.state.global_step, metrics)
-        self.seconds_evaluating += time.perf_counter() - started
-        return metrics
+    def even_rows(self, rows: Any) -> EvenRows:
+        """`rows` with fillers, so that every rank gets equal batches and each row is on exactly one rank.
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Batches of this rank, every row on exactly one rank."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        # Upstream keeps the loader with persistent workers for all sets under one name.
-        getattr(self, "_eval_dataloaders", {}).clear()
-        batch_size, ranks = self.args.eval_batch_size, self.args.world_size
-        # dataloader_drop_last is for training, but upstream heeds it here too: fillers leave it no rest to drop.
-        multiple = batch_size * ranks if self.args.dataloader_drop_last else even_multiple(batch_size, ranks)
-        return super().get_eval_dataloader(EvenRows(rows, multiple))
+        `dataloader_drop_last` is for training, but upstream applies it here too: fillers leave nothing to drop.
+        """
+        batch_size, ranks = self._args.eval_batch_size, self._args.world_size
+        drops_last = self._args.dataloader_drop_last
+        return EvenRows(rows, batch_size * ranks if drops_last else even_multiple(batch_size, ranks))
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
-        return SequentialSampler(eval_dataset)
+    def sum_batches(
+        self, model: Any, batches: DataLoader, measure: Callable[[Any], tuple[TokenLoss, torch.Tensor]], when: str
+    ) -> TokenCounts:
+        """Adds up all batches on all ranks; logits never outlive their batch.
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Adds up the sums of all batches and ranks; logits never leave their batch."""
-        model: Any = self.model
-        was_training = model.training
-        self.callback_handler.eval_dataloader = dataloader
-        model.eval()
-        sums = TokenSums(self.args.device)
-        what = f"the evaluation behind step {self.state.global_step}" if self.is_in_train else "the evaluation"
-        try:
-            with torch.no_grad(), measuring(what, self.args.eval_batch_size):
-                for batch in dataloader:
-                    inputs = self._prepare_inputs(batch)
-                    with self.accelerator.autocast():
-                        sums.add(self.measure(model, inputs), inputs["lengths"].sum())
-                    self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        finally:
-            model.train(was_training)
+        Args:
+            measure: the sums of a batch, and the input tokens in it, a scalar on the device.
+            when: names the evaluation in an error.
+
+        Raises:
+            RankStopped: memory ran out.
+        """
+        sums = TokenSums(self._args.device)
+        with evaluation_mode(model), measuring(when, self._args.eval_batch_size):
+            for batch in batches:
+                sums.add(*measure(batch))
         counts = sums.reduce_and_reset()
-        self._evaluated.append(counts)
-        rows = len(dataloader.dataset.rows)  # type: ignore[attr-defined]
-        return EvalLoopOutput(
-            predictions=None,  # type: ignore[arg-type]
-            label_ids=None,
-            metrics=self._named(counts, metric_key_prefix),
-            num_samples=rows,
-        )
+        self._counts.append(counts)
+        return counts
 
-    @staticmethod
-    def _named(counts: TokenCounts, prefix: str) -> dict[str, float]:
-        return {**counts.metrics(f"{prefix}_"), f"{prefix}_tokens": counts.tokens}
+    def together(self, prefix: str) -> dict[str, float]:
+        """Returns the metrics of all sets of this evaluation as if they were one."""
+        return named_metrics(sum(self._counts[1:], start=self._counts[0]), prefix)
 
-    def evaluate_all(self) -> dict[str, Any]:
-        """SPEC's result of `evaluate`: the metrics of all sets together, and of each set under `datasets`."""
-        if self.eval_dataset is None:
+    def is_current(self, step: int) -> bool:
+        """Whether the latest evaluation is of the weights that the run ends with, after `step` steps."""
+        return self._latest[0] == step and not self._args.load_best_model_at_end  # else the best may be loaded since
+
+    def results(self) -> dict[str, Any]:
+        """Returns SPEC's result of `evaluate`: the metrics of all sets together and of each; empty without sets."""
+        if not self._names:
             return {}
-        # The evaluation of the last step stands, unless the best checkpoint has been loaded since.
-        step, metrics = self._last_evaluation
-        if step != self.state.global_step or self.args.load_best_model_at_end:
-            metrics = self.evaluate()
-        kept = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "tokens")
+        metrics = self._latest[1]
+        several = len(self._names) > 1
+        sets = {name: _reported(metrics, f"eval_{name}" if several else "eval") for name in self._names}
+        return {**_reported(metrics, "eval"), "datasets": sets}
 
-        def named(prefix: str) -> dict[str, float]:
-            return {f"eval_{name}": metrics[f"{prefix}_{name}"] for name in kept if f"{prefix}_{name}" in metrics}
 
-        sets = self.eval_names
-        each = {name: named(f"eval_{name}" if len(sets) > 1 else "eval") for name in sets}
-        return {**named("eval"), "datasets": each}
+def named_metrics(counts: TokenCounts, prefix: str) -> dict[str, float]:
+    """Returns the metrics of `counts`, with `prefix_` in front of their names."""
+    return {**counts.metrics(f"{prefix}_"), f"{prefix}_tokens": counts.tokens}
+
+
+def _reported(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {f"eval_{name}": metrics[f"{prefix}_{name}"] for name in _REPORTED if f"{prefix}_{name}" in metrics}

@@ -1,6 +1,6 @@
-"""Whether a run can be trusted, asked at its first optimizer step, while it costs a minute and not a day.
+"""Checks at the first optimizer step whether a run makes sense, when a mistake costs a minute and not a day.
 
-Each rank looks at the same numbers; what is wrong is said with what to look at, and a sound run is one line.
+A sound run logs one line; each problem is a warning with what to look at. All ranks see the same numbers.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from sft.training.gradient_coverage import GradientCoverage, count_gradients
 
 logger = logging.getLogger("sft")
 
-# A model that knows nothing gives every token of its vocabulary the same probability, a loss of ln(vocab). One with the
-# usual random weights stays within 0.1 of that; a trained one is far below, on strange data too (0.5 to 0.7 of it).
+# A uniform distribution over the vocabulary has a loss of ln(vocab). Randomly initialized models stay within 0.1 of it;
+# pretrained ones are far below, at 0.5 to 0.7 of it even on unusual data.
 _LIKE_RANDOM = 0.93
 _WORSE_THAN_RANDOM = 1.1
-# The two modes of one model on one batch, as a share of the loss: rounding alone, or noise that training draws.
+# Difference between training and evaluation mode on one batch, as a share of the loss: with rounding only, with noise.
 _ROUNDING = 0.02
 _NOISE = 0.5
-_PATIENCE = 3  # steps without a trained token before it is no coincidence
+_PATIENCE = 3  # steps without a supervised token before the run is stopped
 _SHOWN = 6  # names in a message
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What was measured.
+    """What was measured at the first step.
 
     Attributes:
-        step: counted from 0, as the steps that were made before it.
-        loss: nats a trained token, over the whole step on all ranks.
-        tokens, input_tokens: trained ones, and all.
-        vocab_size: tokens that the model can predict.
-        from_scratch: whether its weights are random on purpose.
-        in_training, in_evaluation: the loss of the first pass in the two modes; None where it trains no token.
-        noise: what draws random numbers in training, e.g. `attention_dropout 0.1`.
+        step: number of optimizer steps made before it.
+        loss: in nats per supervised token, over the whole step on all ranks.
+        tokens, input_tokens: supervised tokens, and all tokens.
+        vocab_size: number of tokens that the model can predict.
+        from_scratch: whether the weights are randomly initialized on purpose.
+        in_training, in_evaluation: loss of the first micro-batch in the two modes; None without a supervised token.
+        noise: sources of randomness in training mode, e.g. `attention_dropout 0.1`.
         gradients: of the whole step.
     """
 
@@ -60,7 +60,7 @@ class FirstStep:
     def __str__(self) -> str:
         evaluated = "" if self.in_evaluation is None else f"; evaluation mode {self.in_evaluation:.4g}"
         if evaluated and self.in_training is not None and abs(self.in_training - self.loss) > 5e-4 * self.loss:
-            evaluated += f" where training mode gives {self.in_training:.4g} (of the step, this rank's first pass)"
+            evaluated += f", training mode {self.in_training:.4g} (on this rank's first micro-batch)"
         return (
             f"step {self.step}: loss {self.loss:.4g}, ln(vocab) {math.log(self.vocab_size):.4g}{evaluated}; "
             f"{self.tokens:,} of {self.input_tokens:,} tokens are trained; {self.gradients}"
@@ -68,67 +68,67 @@ class FirstStep:
 
 
 def find_warnings(first: FirstStep) -> list[str]:
-    """What is wrong, each with what to look at; empty for a sound run."""
-    return [text for text in (_level(first), _modes(first), *_gradients(first.gradients)) if text]
+    """Returns what is wrong, each with what to look at; empty for a sound run."""
+    return [text for text in (_check_loss(first), _check_modes(first), *_check_gradients(first.gradients)) if text]
 
 
-def _level(first: FirstStep) -> str | None:
-    """The loss beside that of a model that knows nothing."""
+def _check_loss(first: FirstStep) -> str | None:
+    """Compares the loss with that of a uniform distribution."""
     uniform = math.log(first.vocab_size)
     numbers = f"the first loss is {first.loss:.4g}, ln({first.vocab_size:,} tokens) is {uniform:.4g}"
     if first.loss > _WORSE_THAN_RANDOM * uniform:
-        cause = "the scale of the initialisation" if first.from_scratch else "whether the tokenizer is the model's own"
+        cause = "the scale of the initialization" if first.from_scratch else "whether the tokenizer is the model's own"
         return (
-            f"{numbers}: the model is worse than one that knows nothing; look at {cause}, and with `preview` at "
-            "the labels, that they are what follows and not shifted or mixed up"
+            f"{numbers}: the model is worse than a uniform guess; look at {cause}, and with `preview` at whether the "
+            "labels are the next tokens and not shifted or mixed up"
         )
     if first.loss > _LIKE_RANDOM * uniform and not first.from_scratch:
         return (
-            f"{numbers}: the model knows no more than random weights; if it should, look at whether its weights were "
-            "loaded (names that do not match, a lost lm_head or embedding), and whether the tokenizer is its own"
+            f"{numbers}: the model is no better than random weights; if it is pretrained, look at whether its weights "
+            "were loaded (names that do not match, a missing lm_head or embedding) and whether the tokenizer is its own"
         )
     return None
 
 
-def _modes(first: FirstStep) -> str | None:
-    """Training mode beside evaluation mode on the same batch."""
+def _check_modes(first: FirstStep) -> str | None:
+    """Compares training mode with evaluation mode on the same batch."""
     training, evaluation = first.in_training, first.in_evaluation
     if training is None or evaluation is None:
         return None
     share = abs(training - evaluation) / max(evaluation, 1e-3)
     if share <= (_NOISE if first.noise else _ROUNDING):
         return None
-    drawn = f"{', '.join(first.noise)} is much" if first.noise else "no dropout or noise is set that could explain it"
+    noise = f"{', '.join(first.noise)} is much" if first.noise else "no dropout or noise is set that could explain it"
     return (
-        f"one batch has a loss of {training:.4g} in training mode and {evaluation:.4g} in evaluation mode: {drawn}; "
+        f"one batch has a loss of {training:.4g} in training mode and {evaluation:.4g} in evaluation mode: {noise}; "
         "look at what the model does only in training (dropout, noise, batch statistics, custom code)"
     )
 
 
-def _gradients(gradients: GradientCoverage) -> list[str]:
+def _check_gradients(gradients: GradientCoverage) -> list[str]:
+    """Names parameters without a gradient or with a zero one."""
     found = []
     if gradients.missing:
         found.append(
             f"{len(gradients.missing)} trained parameters are not used by the forward pass and will never change: "
-            f"{_some(gradients.missing)}; freeze them, or look at why the model leaves them out (under several "
+            f"{_list(gradients.missing)}; freeze them, or look at why the model does not use them (with several "
             "processes, which wait for their gradients, set ddp_find_unused_parameters: true)"
         )
     if gradients.zero:
         found.append(
-            f"the gradient of {len(gradients.zero)} trained parameters is zero: {_some(gradients.zero)}; look at what "
-            "cuts them off (weights that are zero, a detach, a format too narrow for such small numbers)"
+            f"the gradient of {len(gradients.zero)} trained parameters is zero: {_list(gradients.zero)}; look for "
+            "weights that are zero, a detach, or a dtype in which such small numbers underflow"
         )
     return found
 
 
-class TrustChecks:
-    """Asks at the first step of a run, fresh or resumed, and looks at the learning rate of the second.
+class FirstStepChecks:
+    """Checks the first step of a run, new or resumed, and the learning rate of the second.
 
     Args:
         model: wrapped with an adapter or not.
-        vocab_size: tokens that it can predict.
-        from_scratch: whether its weights are random on purpose.
-        noise_alpha: of NEFTune; 0 for none.
+        vocab_size, from_scratch: see `FirstStep`.
+        noise_alpha: of NEFTune; 0 means none.
     """
 
     def __init__(
@@ -136,47 +136,48 @@ class TrustChecks:
     ) -> None:
         self._model, self._vocab_size, self._from_scratch = model, vocab_size, from_scratch
         self._noise = noise_sources(model) + ((f"neftune_noise_alpha {noise_alpha:g}",) if noise_alpha else ())
-        self._evaluated: tuple[torch.Tensor, torch.Tensor] | None = None  # summed loss and tokens of the first pass
+        self._evaluated: tuple[torch.Tensor, torch.Tensor] | None = None  # summed loss, tokens
         self._trained: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps = 0
         self._is_open = True
         self._rate_is_open = True
 
     def before_pass(self, evaluate: Callable[[], TokenLoss]) -> None:
-        """Runs the first pass's batch in evaluation mode: one forward pass, once in a run."""
+        """Runs the first micro-batch in evaluation mode: one forward pass per run."""
         if self._evaluated is None:
             result = evaluate()
             self._evaluated = (result.nll, result.tokens)
 
     def forget_first_pass(self) -> None:
-        """It is made again, in smaller pieces, of which the first is then looked at."""
+        """Forgets the first micro-batch: it is run again in smaller pieces, the first of which counts then."""
         self._evaluated = self._trained = None
 
     def after_pass(self, trained: TokenLoss) -> None:
-        """Keeps what the first pass gave in training mode; nothing is read from the device yet."""
+        """Keeps the sums of the first micro-batch in training mode; nothing is read from the device yet."""
         if self._trained is None:
             self._trained = (trained.nll, trained.tokens)
 
     @property
     def is_open(self) -> bool:
-        """Whether a step's sums are still asked for; it is the same on all ranks."""
+        """Whether the check is still due; the same on all ranks."""
         return self._is_open
 
     def look(self, step: int, counts: TokenCounts) -> None:
-        """Judges the first step that trains a token, before the optimizer makes it; every rank must call it.
+        """Checks the first step with a supervised token, before the optimizer makes it; every rank must call it.
 
         Args:
             step: optimizer steps made before it.
             counts: of this step, over all ranks.
 
         Raises:
-            TrainingStopped: training would be useless: no parameter has a gradient, or no token is trained.
+            TrainingStopped: no parameter has a gradient, or the first steps have no supervised token.
         """
         self._steps += 1
         if not counts.tokens:
             problem = Problem(
                 f"step {step}: none of its {counts.input_tokens:,} tokens is trained: all labels are masked",
-                "look with `preview` at what is trained: train_on, the format, the template's markers, max_seq_length",
+                "look with `preview` at which tokens are trained: train_on, the format, the template's markers, "
+                "max_seq_length",
             )
             if self._steps >= _PATIENCE:
                 raise TrainingStopped(problem)
@@ -199,8 +200,8 @@ class TrustChecks:
             raise TrainingStopped(
                 Problem(
                     f"step {step}: none of {first.gradients.total} trained parameters has a gradient",
-                    "look at what cuts the loss off from them: frozen or detached layers, gradient checkpointing with "
-                    "use_reentrant on frozen embeddings, an adapter that is not active",
+                    "look for frozen or detached layers, gradient checkpointing with use_reentrant on frozen "
+                    "embeddings, an adapter that is not active",
                 )
             )
         logger.info("%s", first)
@@ -208,12 +209,12 @@ class TrustChecks:
             logger.warning("%s", text)
 
     def look_at_rates(self, made: int, left: int, rates: Sequence[float]) -> None:
-        """Says where the learning rate stays 0. In the first step it is, where it is warmed up.
+        """Warns if the learning rate is 0. At the first step a warmup makes it so, so the second is checked.
 
         Args:
-            made: optimizer steps that this process made.
-            left: steps to make, this one included.
-            rates: the learning rates of the step that is about to be made.
+            made: optimizer steps made before.
+            left: steps to make, including this one.
+            rates: learning rates of the step that is about to be made.
         """
         if not self._rate_is_open or (made == 0 and left > 1):
             return
@@ -228,7 +229,7 @@ class TrustChecks:
 
 
 def noise_sources(model: torch.nn.Module) -> tuple[str, ...]:
-    """What draws random numbers in training mode, e.g. `lora_dropout 0.1`: from the layers and from the config."""
+    """Returns the sources of randomness in training mode, e.g. `lora_dropout 0.1`, from the layers and the config."""
     found: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p:
@@ -248,5 +249,5 @@ def _mean(sums: tuple[torch.Tensor, torch.Tensor] | None) -> float | None:
     return float(sums[0]) / int(sums[1])
 
 
-def _some(names: Sequence[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

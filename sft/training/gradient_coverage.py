@@ -1,4 +1,4 @@
-"""Which trained parameters the gradients of a run's first step reach, and which have none for a good reason."""
+"""Counts which trained parameters have a gradient at the first step, and which have none for a good reason."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-_MATRICES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))  # as peft names an adapter's two
+_MATRICES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))  # peft's names
 _PARTNERS = (*_MATRICES, *((b, a) for a, b in _MATRICES))
 
 
 @dataclass(frozen=True)
 class GradientCoverage:
-    """Which trained parameters the first step reaches.
+    """Which trained parameters have a gradient after the first step.
 
     Attributes:
-        total: trained parameters.
-        reached: those with a gradient that is not zero.
-        missing: names of those that the forward pass does not use.
-        zero: names of those whose gradient is zero throughout, for no reason that is known.
-        waiting: zero at first by design: an adapter's one matrix, as long as its other one is zero, and the embeddings
-            of new tokens that no row of the step has.
-        idle_experts: of a mixture of experts, that no token of the step was sent to.
+        total: number of trained parameters.
+        reached: number of those whose gradient is not zero.
+        missing: names of parameters that the forward pass does not use.
+        zero: names of parameters whose gradient is all zero for no known reason.
+        waiting: number of gradients that are zero at first by design: of one matrix of an adapter while the other is
+            zero, and of new tokens' embeddings that no sample of the step contains.
+        idle_experts: number of parameters of experts that no token of the step was routed to.
     """
 
     total: int
@@ -42,9 +42,9 @@ class GradientCoverage:
 
 
 def count_gradients(model: torch.nn.Module) -> GradientCoverage:
-    """Looks at the gradient of every trained parameter: one transfer from the device.
+    """Inspects the gradient of every trained parameter with one transfer from the device.
 
-    A parameter that is spread over ranks counts as a whole; every rank must call it then.
+    A sharded parameter counts as a whole; every rank must call it then.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sizes = {name: _size(p.grad) for name, p in trained.items() if p.grad is not None}
@@ -52,10 +52,10 @@ def count_gradients(model: torch.nn.Module) -> GradientCoverage:
     if sizes:
         device = next(iter(sizes.values())).device
         values = torch.stack([size.to(device) for size in sizes.values()]).tolist()
-        reached = {name: value != 0 for name, value in zip(sizes, values, strict=True)}  # NaN is a gradient too
+        reached = {name: value != 0 for name, value in zip(sizes, values, strict=True)}  # NaN counts as a gradient
     unreached = [name for name in trained if not reached.get(name)]
     idle = [name for name in unreached if _is_expert(name)]
-    waiting = [name for name in unreached if name in reached and name not in idle and _waits(name, trained)]
+    waiting = [name for name in unreached if name in reached and name not in idle and _is_zero_by_design(name, trained)]
     rest = [name for name in unreached if name not in idle and name not in waiting]
     return GradientCoverage(
         total=len(trained),
@@ -67,13 +67,13 @@ def count_gradients(model: torch.nn.Module) -> GradientCoverage:
     )
 
 
-def _waits(name: str, trained: dict[str, torch.nn.Parameter]) -> bool:
-    """Whether the gradient of a parameter is zero by design at the start.
+def _is_zero_by_design(name: str, trained: dict[str, torch.nn.Parameter]) -> bool:
+    """Returns whether the gradient of a parameter is zero by design at the start.
 
-    peft computes B(A(x)): where one of the two is zero, so is the other one's gradient. Where both are, they stay it.
+    peft computes B(A(x)): if one of the two is zero, so is the gradient of the other. If both are, they stay zero.
     """
     if "trainable_tokens_delta" in name:
-        return True  # of new tokens that did not occur
+        return True  # new tokens that did not occur
     for one, other in _PARTNERS:
         if one in name:
             partner = trained.get(name.replace(one, other))
@@ -86,7 +86,6 @@ def _is_expert(name: str) -> bool:
 
 
 def _size(tensor: Any) -> torch.Tensor:
-    """The sum of all absolute values, a float32 scalar, without a copy of the tensor; of the whole where it is spread
-    over ranks."""
+    """Returns the sum of absolute values, a float32 scalar, over all shards, without a copy of the tensor."""
     size = torch.linalg.vector_norm(tensor.detach(), 1, dtype=torch.float32)
     return size.full_tensor() if hasattr(size, "full_tensor") else size  # type: ignore[no-any-return]

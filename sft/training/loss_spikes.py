@@ -1,8 +1,9 @@
-"""Sudden rises of the loss, noted with the rows behind them.
+"""Detects loss spikes and reports them with the rows of their step.
 
-Each step's loss stays on the device until a log is due, when all of them are read at once. One is a spike where it
-stands out of the losses before it: far from their median (Huber, Robust Statistics, 1981, chapter 5: median and median
-absolute deviation are not moved by what they are to find), both in units of their own scatter and as a share.
+Each step's loss stays on the device until a log is due, when all are read at once. A loss is a spike if it is far above
+the median of the losses before it, both in units of their deviation and as a share of the median. The median and the
+median absolute deviation are hardly moved by the outliers that they are to find (Huber, Robust Statistics, 1981,
+chapter 5).
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import torch
 
 from sft.distributed.collectives import gather_objects, sum_over_ranks
 
-_NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+_NORMAL = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
 
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """A loss that stands out.
+    """A loss far above those before it.
 
     Attributes:
         step: counted from 1.
-        loss: of this step, in nats a token.
-        median, deviation: of the losses before it; the deviation is that of a normal distribution as wide.
-        rows: numbers of the step's training rows on all ranks; empty where they have none.
+        loss: of this step, in nats per token.
+        median, deviation: of the losses before it; the deviation is scaled to a normal distribution's.
+        rows: numbers of the step's training rows on all ranks; empty if the rows have none.
     """
 
     step: int
@@ -46,13 +47,13 @@ class Spike:
 
 
 class LossSpikes:
-    """Watches the loss of each optimizer step. It starts anew with each process: a resumed run watches its first steps.
+    """Watches the loss of each optimizer step. Its history is not saved: a resumed run starts with an empty window.
 
     Args:
         window: steps that a loss is compared with.
-        quiet: steps at the beginning that are never judged: the loss falls fast, and its scatter is not known.
-        deviations: how many of them above the median a spike is.
-        share: how much of the median it must be above it as well.
+        quiet: first steps, which are never spikes: the loss falls fast and its deviation is not known.
+        deviations: a spike is more than this many deviations above the median,
+        share: and more than this share of the median above it.
     """
 
     def __init__(self, window: int = 64, quiet: int = 20, deviations: float = 10.0, share: float = 0.3) -> None:
@@ -62,17 +63,17 @@ class LossSpikes:
         self._unread: list[tuple[int, torch.Tensor, list[torch.Tensor]]] = []
 
     def note(self, step: int, sums: torch.Tensor, rows: list[torch.Tensor]) -> None:
-        """Keeps one step's sums until they are read.
+        """Keeps one step's sums until `read`.
 
         Args:
             step: counted from 1.
-            sums: (2,) the summed loss of this rank's trained tokens and their number; it is copied.
-            rows: numbers of the training rows of each pass, -1 for rows that have none.
+            sums: (2,) summed loss and number of this rank's supervised tokens; it is copied.
+            rows: numbers of the training rows of each micro-batch, -1 for rows without one.
         """
         self._unread.append((step, sums.double().clone(), rows))
 
     def read(self) -> list[Spike]:
-        """The spikes since the last call, in one transfer; every rank must call it, for they add up their sums."""
+        """Returns the spikes since the last call, with one transfer from the device; a collective."""
         unread, self._unread = self._unread, []
         if not unread:
             return []
@@ -82,15 +83,15 @@ class LossSpikes:
             spike = self.observe(step, loss / tokens) if tokens else None
             if spike:
                 numbers = sorted({int(row) for each in rows for row in each.tolist() if row >= 0})
-                everywhere = gather_objects(numbers)  # all ranks see the same losses, and so they meet here
+                everywhere = gather_objects(numbers)  # all ranks see the same spikes
                 found = tuple(sorted(row for numbers in everywhere for row in numbers))
                 spikes.append(Spike(spike.step, spike.loss, spike.median, spike.deviation, found))
         return spikes
 
     def observe(self, step: int, loss: float) -> Spike | None:
-        """One step's loss; a spike where it is the first of those that stand out.
+        """Adds one step's loss; returns a spike if it is high and the loss before it was not.
 
-        A loss that stays high is told once, and becomes the new normal when it fills half the window.
+        A loss that stays high is reported once and no longer counts as high once it fills half the window.
         """
         if not math.isfinite(loss):
             return None

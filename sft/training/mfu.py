@@ -1,11 +1,13 @@
-"""How many floating point operations training takes, by the usual count: the weights, without attention's products."""
+"""Counts the floating point operations of training by the usual rule: those of the weights, without attention's."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# Dense bfloat16 operations a second by a part of the device's name, from NVIDIA's and AMD's data sheets.
+from sft.model.embeddings import is_tied
+
+# Dense bfloat16 operations per second, by a pattern in the device's name, from NVIDIA's and AMD's data sheets.
 _PEAKS = {
     r"H200|GH200": 989.4e12,
     r"H100.*PCIe": 756e12,
@@ -24,27 +26,26 @@ _PEAKS = {
 
 
 def peak_flops_by_name(device_name: str) -> float | None:
-    """Dense bfloat16 operations a second that the data sheet promises; None for a device that is not known here."""
+    """Returns the peak of the data sheet, dense bfloat16 operations per second; None if the device is not listed."""
     return next((peak for pattern, peak in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
 def peak_flops(device: Any) -> float | None:
-    """The same for a torch device; None where nobody promises anything, as of a CPU."""
+    """Looks up `peak_flops_by_name` for a torch device; None for a CPU."""
     import torch
 
     return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def flops_per_token(model: Any) -> int:
-    """Of a forward and a backward pass over one token (Kaplan et al., 2020, arXiv:2001.08361, section 2.1).
+    """Counts the operations of one token's forward and backward pass (Kaplan et al., 2020, arXiv:2001.08361, 2.1).
 
-    2 a weight for the forward, 2 for the gradient of its input, 2 for its own where it is trained: 6 N where all
-    weights are trained, 4 N where they are frozen beneath an adapter. The input embedding is looked up, not multiplied,
-    unless it is the output head as well. Only the experts that a token goes through count; 4-bit weights count as
-    weights.
+    Per weight 2 for the forward pass, 2 for the gradient of its input, and 2 for its own gradient if it is trained:
+    6 N if all weights are trained, 4 N if they are frozen under an adapter. The input embedding is a look-up and counts
+    only if it is tied to the output head. Of a mixture of experts only those that a token is routed to count.
     """
     embedding = model.get_input_embeddings()
-    skipped = {id(p) for p in embedding.parameters()} if not _is_tied(model) else set()
+    skipped = {id(p) for p in embedding.parameters()} if not is_tied(model) else set()
     share = _share_of_experts(model)
     total = 0.0
     for name, parameter in model.named_parameters():
@@ -56,14 +57,9 @@ def flops_per_token(model: Any) -> int:
 
 
 def _weights_in(parameter: Any) -> int:
-    """Weights, not elements: bitsandbytes holds two 4-bit weights in a byte."""
+    """Counts weights, not elements: bitsandbytes stores two 4-bit weights in a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel()) if state is not None else int(parameter.numel())
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
 
 
 def _share_of_experts(model: Any) -> float:

@@ -1,9 +1,9 @@
-"""NEFTune: noise on the embeddings in training (Jain et al., 2023, arXiv:2310.05914, algorithm 1).
+"""NEFTune: adds noise to the embeddings in training (Jain et al., 2023, arXiv:2310.05914, algorithm 1).
 
-    embeddings of a document + u · alpha / sqrt(L · d),    u uniform in (-1, 1), independently for each number
+    embeddings of a document + u · alpha / sqrt(L · d),    u uniform in (-1, 1), independent for each element
 
-L is the document's own length: where documents stand end to end in one row, or padding follows them, the length of the
-tensor is that of something else, and the noise of a short document would be far too small.
+L is the document's own length. The tensor is longer if it is packed or padded; with its length the noise of a short
+document would be far too small.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 
 
 def noise_scale(
@@ -27,15 +27,15 @@ def noise_scale(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The noise's bound for each token, alpha / sqrt(L · d), float32: (B, T, 1), or (B, 1, 1) for padded rows.
+    """Returns the noise's bound for each token, alpha / sqrt(L · d), float32: (B, T, 1), or (B, 1, 1) if padded.
 
     Args:
-        input_ids: (B, T); nothing but their shape and device counts.
-        width: d, numbers of an embedding.
-        alpha: NEFTune's scale; the paper takes 5 to 15.
+        input_ids: (B, T); only the shape and device are used.
+        width: d, the embedding dimension.
+        alpha: NEFTune's scale; the paper uses 5 to 15.
         documents: of a flattened batch, B = 1.
-        attention_mask: (B, T) of padded rows, one document each.
-        position_ids: (B, T) of padded rows with several documents each: they start from 0 with each.
+        attention_mask: (B, T) of a padded batch with one document per sequence.
+        position_ids: (B, T) of a padded batch with several documents per sequence; they restart from 0 at each.
     """
     if documents is not None:
         lengths = documents.cu_seqlens.diff()  # on the device already
@@ -50,23 +50,23 @@ def noise_scale(
 
 
 def _lengths_by_position(position_ids: torch.Tensor) -> torch.Tensor:
-    """For each token the length of its document, whose positions count from 0: (B, T). Padding stands for itself."""
-    number = (position_ids == 0).flatten().cumsum(0) - 1  # (B · T,) of the document, counted from 0
-    lengths = torch.zeros_like(number).index_add_(0, number, torch.ones_like(number))
-    return lengths[number].view_as(position_ids)
+    """Returns for each token the length of its document, (B, T); padding counts as documents of its own."""
+    document = (position_ids == 0).flatten().cumsum(0) - 1  # (B · T,), counted from 0
+    lengths = torch.zeros_like(document).index_add_(0, document, torch.ones_like(document))
+    return lengths[document].view_as(position_ids)
 
 
 class Neftune:
-    """Adds the noise to a model's input embeddings, in the passes that are announced to it and in no others.
+    """Adds noise to a model's input embeddings inside `training_pass`, and nowhere else.
 
-    The noise is a function of the seed, the rank and the step, not of the random numbers that others draw: a resumed
-    run goes on with that of the run that never stopped, and each rank has its own.
+    The noise depends on the seed, rank, step and micro-batch only, not on the global random state: a resumed run has
+    the noise of an uninterrupted one, and each rank has its own.
 
     Args:
-        model: wrapped with an adapter or not; its embeddings are taken as they are when it is called.
+        model: wrapped with an adapter or not; the hook goes on the embeddings that it has now.
         alpha: see `noise_scale`.
         seed: of the run.
-        rank: of the data that this process trains on.
+        rank: of this process among those that train on different data.
     """
 
     def __init__(self, model: Any, alpha: float, seed: int, rank: int = 0) -> None:
@@ -79,14 +79,14 @@ class Neftune:
 
     @contextmanager
     def training_pass(self, inputs: Mapping[str, Any], step: int, number: int) -> Iterator[None]:
-        """The forward pass inside is one of training.
+        """Adds noise to the forward pass inside.
 
-        The noise is made before it, so that a compiled model meets one addition and no generator.
+        The noise is drawn in advance: a compiled model then contains one addition and no generator.
 
         Args:
-            inputs: of the pass, as the collator makes them.
+            inputs: the micro-batch from the collator.
             step: optimizer steps made before it.
-            number: of the pass in its step, counted from 0.
+            number: of the micro-batch in its step, counted from 0.
         """
         width = self._weight.shape[1]
         layout = {name: inputs.get(name) for name in ("documents", "attention_mask", "position_ids")}
@@ -102,7 +102,7 @@ class Neftune:
             self._noise = None
 
     def remove(self) -> None:
-        """Takes the noise off the model for good."""
+        """Removes the hook from the model."""
         self._hook.remove()
 
     def _add(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Losses and gradients that are not finite (NaN, infinity): noticed before the optimizer uses them, on all ranks alike.
+"""Detects losses and gradients that are not finite (NaN, infinity) before the optimizer uses them, alike on all ranks.
 
-A rank whose loss is not finite makes its gradients NaN, so that the reduction over the ranks tells all of them by the
-norm of the gradients, which clipping needs anyway. An optimizer that can leave a step out on the device is told there,
-and the host learns of it one step later, while the device is busy with that one's passes.
+A rank whose loss is not finite makes its gradients NaN. The reduction over the ranks spreads them, so every rank finds
+them in the gradient norm, which clipping needs anyway. An optimizer that can skip a step on the device gets the flag
+there, and the host reads it one step later, while the device is busy with the next step's micro-batches.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import torch
 from sft.distributed.collectives import gather_objects, sum_over_ranks
 from sft.distributed.dtensor import to_local
 from sft.errors import Problem, TrainingStopped
-from sft.training.nonfinite_report import Pass, describe, look, some
+from sft.training.nonfinite_report import MicroBatch, describe, diagnose, join_names
 
 logger = logging.getLogger("sft")
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
 
-_OVERFLOWS = 32  # steps in a row that a loss scale may halve: from 65,536 to 2e-5, below which it is not the scale
+_OVERFLOWS = 32  # halvings of the loss scale in a row: 65,536 becomes 2e-5, below which the scale is not the cause
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A step that was asked for: what its diagnosis takes, and the answer on its way to the host."""
+class _Pending:
+    """A step whose flag has not been read yet, with what a diagnosis needs."""
 
     step: int
-    passes: list[Pass]
+    micro_batches: list[MicroBatch]
     norms: Mapping[str, torch.Tensor]
     is_bad: Callable[[], bool]
 
 
 class NonfiniteGuard:
-    """Judges each optimizer step: `ask` on the device, `answer` on the host, at once or after the next step's passes.
+    """Checks each optimizer step: `ask` on the device, `answer` on the host, at once or one step later.
 
     Args:
-        action: `stop` ends the run; `skip` leaves the step out.
-        limit: steps that may be left out before the run ends all the same.
-        decode: token ids as text.
-        measure: the loss of a batch, in evaluation mode; None where one rank cannot run the model alone.
+        action: `stop` ends the run; `skip` skips the step.
+        limit: steps that may be skipped; the run ends at the next one.
+        decode: token ids to text.
+        measure: the loss of a batch in evaluation mode; None where one rank cannot run the model alone.
 
     Attributes:
-        skipped: steps left out so far.
+        skipped: steps skipped so far.
     """
 
     def __init__(
@@ -58,85 +58,85 @@ class NonfiniteGuard:
     ) -> None:
         self._action, self._limit = action, limit
         self._decode, self._measure = decode, measure
-        self._passes: list[Pass] = []
-        self._asked: _Asked | None = None
+        self._micro_batches: list[MicroBatch] = []
+        self._pending: _Pending | None = None
         self._overflows = 0
         self.skipped = 0
 
     @property
     def passes(self) -> int:
-        """Passes of the step so far."""
-        return len(self._passes)
+        """Micro-batches of the current step so far."""
+        return len(self._micro_batches)
 
     def forget(self, kept: int) -> None:
-        """The step begins anew behind its first `kept` passes, after an attempt that ran out of memory."""
-        del self._passes[kept:]
+        """Drops all micro-batches of the current step but the first `kept`: they are run again after an OOM."""
+        del self._micro_batches[kept:]
 
     def watch(self, loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of one pass, with NaN gradients where it is not finite, and the same to the last bit where it is.
+        """Returns the loss of one micro-batch: unchanged to the last bit if finite, else with NaN gradients.
 
         0 · loss is 0 for every finite number and NaN for all others. Nothing is read from the device.
         """
         with torch.no_grad():
-            self._passes.append((loss.isfinite(), inputs))
+            self._micro_batches.append((loss.isfinite(), inputs))
             factor = 1 + 0 * loss
         return loss * factor
 
     def ask(self, norm: torch.Tensor, norms: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
-        """Whether the optimizer step must be left out whose passes were watched, as 1 or 0: a float32 scalar.
+        """Returns whether the watched step must be skipped: 1 or 0, a float32 scalar on the device.
 
         Nothing is read from the device. `answer` must be called before the next step is asked for.
 
         Args:
-            norm: of all gradients, before they are clipped, the same on all ranks.
-            norms: of each gradient, or of this rank's part of it, by its parameter's name.
+            norm: of all gradients, before clipping, the same on all ranks.
+            norms: of each gradient, or of this rank's shard of it, by parameter name.
             step: the step that is about to be made, counted from 1.
         """
-        passes, self._passes = self._passes, []
+        micro_batches, self._micro_batches = self._micro_batches, []
         is_bad = norm.isfinite().logical_not().float()
-        self._asked = _Asked(step, passes, norms, _arriving(is_bad))
+        self._pending = _Pending(step, micro_batches, norms, copy_to_host(is_bad))
         return is_bad
 
     def answer(self, *, scaled: bool = False) -> bool:
-        """The same on the host, once for each step asked for; says what is wrong with one that is left out.
+        """Returns the same on the host, once for each step asked for, and logs what is wrong with a skipped step.
 
-        The weights must still be those before the step, which a step that is left out has not moved.
+        The weights must still be those before the step; a step that was skipped has not changed them.
 
         Args:
-            scaled: whether a loss scale (fp16) is in use, which leaves steps out itself when gradients overflow.
+            scaled: whether a loss scale (fp16) is in use: its scaler skips steps whose gradients overflow.
 
         Raises:
-            TrainingStopped: the step is not finite and `action` is to stop, or `limit` steps were left out before it.
+            TrainingStopped: the step is not finite and `action` is `stop`, or `limit` steps were skipped already.
         """
-        asked, self._asked = self._asked, None
-        if asked is None or not asked.is_bad():
+        pending, self._pending = self._pending, None
+        if pending is None or not pending.is_bad():
             self._overflows = 0
             return False
-        findings = gather_objects(look(asked.passes, asked.norms, self._decode, self._measure))
-        if scaled and not any(finding.passes for finding in findings) and self._overflows < _OVERFLOWS:
+        findings = gather_objects(diagnose(pending.micro_batches, pending.norms, self._decode, self._measure))
+        if scaled and not any(finding.micro_batches for finding in findings) and self._overflows < _OVERFLOWS:
             self._overflows += 1
             return False
-        problems = describe(findings, asked.step)
+        problems = describe(findings, pending.step)
         if self._action == "stop" or self.skipped >= self._limit:
             raise TrainingStopped(*problems, self._advice())
         self.skipped += 1
         logger.warning("%s", "\n".join(str(p) for p in problems))
-        logger.warning("step %d is left out (%d of at most %d)", asked.step, self.skipped, self._limit)
+        logger.warning("step %d is skipped (%d of at most %d)", pending.step, self.skipped, self._limit)
         return True
 
     def _advice(self) -> Problem:
-        done = "training was stopped before the step: the weights and the last checkpoint are as they were"
+        done = "training stopped before this step: the weights and the last checkpoint are unchanged"
         if self._action == "skip":
-            done = f"{self._limit} steps were left out before this one (nonfinite_limit), and {done}"
+            done = f"{self._limit} steps were skipped before this one (nonfinite_limit); {done}"
         hint = (
-            "look at the rows above; if they are sound, at the model's weights, then lower learning_rate or set "
-            "max_grad_norm; on_nonfinite: skip leaves such steps out"
+            "look at the rows above; if they are sound, look at the model's weights, then lower learning_rate or set "
+            "max_grad_norm; on_nonfinite: skip skips such steps"
         )
         return Problem(done, hint)
 
 
-def _arriving(flag: torch.Tensor) -> Callable[[], bool]:
-    """`flag` on its way to the host: a call waits for what was queued before it, and for nothing behind it."""
+def copy_to_host(flag: torch.Tensor) -> Callable[[], bool]:
+    """Starts to copy `flag` to the host and returns a function that waits for it, but not for work queued later."""
     if flag.device.type != "cuda":
         return lambda: bool(flag)
     on_host = flag.to("cpu", non_blocking=True)  # in pinned memory
@@ -151,9 +151,9 @@ def _arriving(flag: torch.Tensor) -> Callable[[], bool]:
 
 
 def nonfinite_parameters(parameters: Named) -> list[str]:
-    """Names of the trained parameters that hold a number that is not finite, on this rank.
+    """Returns the names of the trained parameters that hold a number that is not finite, on this rank.
 
-    One number is read from the device where all is well.
+    If there is none, one number is read from the device.
     """
     trained = [
         (name, to_local(p.detach())) for name, p in parameters if p.requires_grad and to_local(p.detach()).numel()
@@ -170,25 +170,25 @@ def nonfinite_parameters(parameters: Named) -> list[str]:
 
 
 def require_finite(parameters: Named, what: str) -> None:
-    """Stops before parameters that are not finite are saved; all ranks must call it.
+    """Refuses to save parameters that are not finite; a collective, so every rank must call it.
 
     Args:
-        what: is about to be saved, e.g. `checkpoint-100`.
+        what: the thing to save, e.g. `checkpoint-100`.
 
     Raises:
-        TrainingStopped: on all ranks, where those of any rank are not finite.
+        TrainingStopped: on all ranks, if a parameter is not finite on any.
     """
     names = tuple(dict.fromkeys(name for names in _gather_if_any(nonfinite_parameters(parameters)) for name in names))
     if names:
         hint = (
-            "go on from an earlier checkpoint with a lower learning_rate, if the last steps moved them too far; before "
-            "the first step the model came with them"
+            "if training made them so, resume from an earlier checkpoint with a lower learning_rate; at the first step "
+            "the model already had them"
         )
         raise TrainingStopped(
-            Problem(f"{what} is not saved: {some(names)} would hold numbers that are not finite", hint)
+            Problem(f"{what} is not saved: {join_names(names)} would hold numbers that are not finite", hint)
         )
 
 
 def _gather_if_any(names: list[str]) -> list[list[str]]:
-    """Gathers the names of all ranks; where all are finite they exchange a single number."""
+    """Gathers the names of all ranks; if none has any, they exchange a single number."""
     return gather_objects(names) if int(sum_over_ranks(torch.tensor(len(names)))) else [names]

@@ -1,4 +1,4 @@
-"""What is known of a step that is not finite: its passes, the rows that do it alone, the gradients; how it is told."""
+"""Diagnoses a step that is not finite: which micro-batches, rows and gradients, and the messages about them."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Any
 import torch
 
 from sft.data.documents import IGNORE_INDEX
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.distributed.collectives import current_rank
 from sft.distributed.dtensor import to_local
 from sft.errors import Problem
 
-Pass = tuple[torch.Tensor, Mapping[str, Any]]  # whether its loss is finite, and its batch
+MicroBatch = tuple[torch.Tensor, Mapping[str, Any]]  # whether its loss is finite, and its inputs
 
-_SHOWN = 4  # rows and names that a message lists
+_SHOWN = 4  # rows or names listed in a message
 _TEXT = 160  # characters of a row's text in a message
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank knows of a step that is not finite.
+    """What one rank found out about a step that is not finite.
 
     Attributes:
         rank: counted from 0.
-        passes: those whose loss is not finite, counted from 1.
-        passes_made: all of the step.
-        rows: numbers of the training rows to look at; where a loss is not finite, those that alone give such a loss.
-        texts: how these begin.
-        alone: whether each of them was found to do it alone.
-        gradients: names of the parameters whose gradient has such a norm.
-        parameters: with a gradient.
+        micro_batches: those whose loss is not finite, counted from 1.
+        micro_batch_count: of the step.
+        rows: numbers of the training rows to look at; those whose own loss is not finite, if there are any.
+        texts: how these rows begin.
+        alone: whether the loss of each of these rows is not finite by itself.
+        gradients: names of the parameters whose gradient norm is not finite.
+        parameters: number of parameters with a gradient.
     """
 
     rank: int
-    passes: tuple[int, ...]
-    passes_made: int
+    micro_batches: tuple[int, ...]
+    micro_batch_count: int
     rows: tuple[int, ...]
     texts: tuple[str, ...]
     alone: bool
@@ -45,22 +45,22 @@ class Finding:
     parameters: int
 
 
-def look(
-    passes: Sequence[Pass],
+def diagnose(
+    micro_batches: Sequence[MicroBatch],
     norms: Mapping[str, torch.Tensor],
     decode: Callable[[list[int]], str | list[str]],
     measure: Callable[[dict[str, Any]], torch.Tensor] | None,
 ) -> Finding:
-    """Reads as much from the device as it takes: the run is about to end, or to lose a step.
+    """Finds the micro-batches, rows and gradients that are not finite; reads from the device as often as it needs to.
 
     Args:
-        passes: of the step.
-        norms: of each gradient, by its parameter's name.
+        micro_batches: of the step.
+        norms: of each gradient, by parameter name.
         decode, measure: see `sft.training.nonfinite.NonfiniteGuard`.
     """
-    bad = [number for number, (is_finite, _) in enumerate(passes, 1) if not bool(is_finite)]
-    suspects = [passes[number - 1][1] for number in bad] or [inputs for _, inputs in passes]
-    documents = [found for inputs in suspects for found in documents_alone(inputs)]
+    bad = [number for number, (is_finite, _) in enumerate(micro_batches, 1) if not bool(is_finite)]
+    suspects = [micro_batches[number - 1][1] for number in bad] or [inputs for _, inputs in micro_batches]
+    documents = [found for inputs in suspects for found in split_into_documents(inputs)]
     guilty = []
     if bad and measure is not None:
         guilty = [found for found in documents if not bool(measure(found[1]).isfinite())]
@@ -68,8 +68,8 @@ def look(
     texts = [decode(inputs["input_ids"].flatten().tolist()[:_TEXT]) for _, inputs in listed[:_SHOWN]]
     return Finding(
         rank=current_rank(),
-        passes=tuple(bad),
-        passes_made=len(passes),
+        micro_batches=tuple(bad),
+        micro_batch_count=len(micro_batches),
         rows=tuple(dict.fromkeys(row for row, _ in listed if row >= 0)),
         texts=tuple(str(text)[:_TEXT] for text in texts),
         alone=bool(guilty),
@@ -79,37 +79,38 @@ def look(
 
 
 def describe(findings: Sequence[Finding], step: int) -> list[Problem]:
-    """What happened, and where to look: one problem for the step and one for each rank that knows more."""
-    guilty = [finding for finding in findings if finding.passes]
+    """Describes what happened and where to look: one problem for the step, then one for each rank concerned."""
+    guilty = [finding for finding in findings if finding.micro_batches]
     if guilty:
         ranks = ", ".join(str(finding.rank) for finding in guilty)
         problems = [Problem(f"step {step}: the loss is not finite on rank {ranks}")]
     elif names := tuple(dict.fromkeys(name for finding in findings for name in finding.gradients)):
-        which = f"{len(names)} of {findings[0].parameters} parameters: {some(names)}"
-        problems = [Problem(f"step {step}: the loss is finite, the gradients are not (or exceed 1e19), of {which}")]
+        which = f"{len(names)} of {findings[0].parameters} parameters: {join_names(names)}"
+        message = f"step {step}: the loss is finite, but not the gradients (or they exceed 1e19) of {which}"
+        problems = [Problem(message)]
     else:
-        problems = [
-            Problem(f"step {step}: every gradient is finite, and their norm is too large for its number format")
-        ]
+        problems = [Problem(f"step {step}: every gradient is finite, but their norm overflows float32")]
     for finding in guilty or findings:
-        where = f"rank {finding.rank}"
-        if finding.passes:
-            where += f", pass {some(finding.passes)} of {finding.passes_made}"
-        rows = f"row {some(finding.rows)} of the prepared training data (from 0)" if finding.rows else "rows"
-        what = "has such a loss alone" if finding.alone else "is in it"
+        where, unit = f"rank {finding.rank}", "step"
+        if finding.micro_batches:
+            where += f", micro-batch {join_names(finding.micro_batches)} of {finding.micro_batch_count}"
+            unit = "micro-batch"
+        number = f"row {join_names(finding.rows)} of the prepared training data (from 0)"
+        rows = number if finding.rows else "row without a number"
+        what = "has such a loss by itself" if finding.alone else f"is in this {unit}"
         begins = "\n    ".join(f"begins {text!r}" for text in finding.texts)
         problems.append(Problem(f"{where}: {rows} {what}", begins))
     return problems
 
 
-def documents_alone(inputs: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each document of a batch as a batch of its own, with the number of its training row (-1 where unknown).
+def split_into_documents(inputs: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields each document of a batch as a batch of its own, with the number of its training row (-1 if unknown).
 
     Args:
-        inputs: as the collator makes them: flattened with `documents`, or padded, where a row counts as one document;
-            `rows` (rows,) are their numbers in the training data, -1 for those that have none.
+        inputs: from the collator: flattened with `documents`, or padded, where a row counts as one document;
+            `rows` (rows,) are the row numbers in the training data, -1 for rows without one.
     """
-    lengths = inputs["lengths"].tolist()  # tokens of each row; 0 for fillers, which stand at the end
+    lengths = inputs["lengths"].tolist()  # tokens of each row; 0 for fillers, which come last
     rows = inputs["rows"].tolist() if "rows" in inputs else [-1] * len(lengths)
     if "documents" not in inputs:
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -137,7 +138,7 @@ def _part(inputs: Mapping[str, Any], row: int, start: int, end: int) -> dict[str
     return part
 
 
-def some(items: Sequence[object]) -> str:
-    """The first of them, and how many there are besides."""
+def join_names(items: Sequence[object]) -> str:
+    """Lists the first few items and the number of the others."""
     shown = ", ".join(str(item) for item in items[:_SHOWN])
     return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"

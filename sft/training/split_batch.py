@@ -1,4 +1,4 @@
-"""A collated pass as two of half its rows, or of half its documents."""
+"""Splits a collated micro-batch in two: between samples, or between documents where it is flattened."""
 
 from __future__ import annotations
 
@@ -7,61 +7,60 @@ from typing import Any
 
 import torch
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.loss.token_loss import trained_positions
 
+Batch = dict[str, Any]
 
-def split_batch(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The two halves; None when there is one row or document, which must stay whole.
 
-    A flattened pass is cut between two documents, where both sides come nearest to the same length; a padded one
-    between two rows.
+def split_batch(batch: Batch) -> tuple[Batch, Batch] | None:
+    """Splits a micro-batch in two; returns None for a single sample or document, which cannot be split.
+
+    A padded micro-batch is split between two samples. A flattened one is split between the two documents where the
+    halves come closest to the same length:
 
         documents  a a a | b b | c c c c | d        (1, 10)
         halves     a a a | b b      c c c c | d     (1, 5) and (1, 5)
 
     Args:
-        batch: from `collation.Collator`. Together the halves have its tokens, its `lengths` in their sum, and its
-            trained tokens.
+        batch: from `collator.Collator`. The halves together have the same tokens, supervised tokens and sum of
+            `lengths`.
     """
     documents = batch.get("documents")
     if isinstance(documents, DocumentOffsets):
-        return _between_documents(batch, documents)
-    rows = len(batch["input_ids"])
-    if rows < 2:
+        return _split_flattened(batch, documents)
+    samples = len(batch["input_ids"])
+    if samples < 2:
         return None
-    return _rows(batch, slice(None, rows // 2)), _rows(batch, slice(rows // 2, None))
+    return _take_samples(batch, slice(None, samples // 2)), _take_samples(batch, slice(samples // 2, None))
 
 
-def _rows(batch: dict[str, Any], side: slice) -> dict[str, Any]:
-    part = {name: value[side] for name, value in batch.items() if name != "trained_positions"}
+def _take_samples(batch: Batch, samples: slice) -> Batch:
+    part = {name: value[samples] for name, value in batch.items() if name != "trained_positions"}
     return {**part, "trained_positions": trained_positions(part["labels"])}
 
 
-def _between_documents(
-    batch: dict[str, Any], documents: DocumentOffsets
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def _split_flattened(batch: Batch, documents: DocumentOffsets) -> tuple[Batch, Batch] | None:
     if len(documents.lengths) < 2:
         return None
-    ends_of_documents = list(accumulate(documents.lengths))
-    cut = min(range(1, len(ends_of_documents)), key=lambda n: abs(2 * ends_of_documents[n - 1] - ends_of_documents[-1]))
-    middle = ends_of_documents[cut - 1]
-    ends = batch["lengths"].cumsum(0)  # (rows,) of real tokens; fillers, which count nothing, come last
-    starts = ends - batch["lengths"]
-    first, second = starts < middle, (ends > middle) | (starts >= middle)  # a row that is cut stands in both
+    ends = list(accumulate(documents.lengths))
+    cut = min(range(1, len(ends)), key=lambda n: abs(2 * ends[n - 1] - ends[-1]))
+    middle = ends[cut - 1]
+    row_ends = batch["lengths"].cumsum(0)  # (rows,) in real tokens; fillers have none and come last
+    row_starts = row_ends - batch["lengths"]
+    # A row that is split belongs to both halves.
+    first, second = row_starts < middle, (row_ends > middle) | (row_starts >= middle)
+    first_lengths = (row_ends.clamp(max=middle) - row_starts)[first]
+    second_lengths = (row_ends - row_starts.clamp(min=middle))[second]
     return (
-        _documents(
-            batch, slice(None, middle), documents.lengths[:cut], (ends.clamp(max=middle) - starts)[first], first
-        ),
-        _documents(
-            batch, slice(middle, None), documents.lengths[cut:], (ends - starts.clamp(min=middle))[second], second
-        ),
+        _take_documents(batch, slice(None, middle), documents.lengths[:cut], first_lengths, first),
+        _take_documents(batch, slice(middle, None), documents.lengths[cut:], second_lengths, second),
     )
 
 
-def _documents(
-    batch: dict[str, Any], tokens: slice, documents: tuple[int, ...], lengths: torch.Tensor, rows: torch.Tensor
-) -> dict[str, Any]:
+def _take_documents(
+    batch: Batch, tokens: slice, documents: tuple[int, ...], lengths: torch.Tensor, rows: torch.Tensor
+) -> Batch:
     part = {name: batch[name][:, tokens] for name in ("input_ids", "labels", "position_ids")}
     return {
         **part,

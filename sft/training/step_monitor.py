@@ -1,4 +1,4 @@
-"""Everything that watches an optimizer step while it is made: what it adds up to, and whether it may be made at all."""
+"""Watches one optimizer step while it is made: its sums, its rows, and whether the optimizer may step at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import TokenLoss
-from sft.training.first_step_checks import TrustChecks
+from sft.training.first_step_checks import FirstStepChecks
 from sft.training.loss_spikes import LossSpikes
 from sft.training.neftune import Neftune
 from sft.training.nonfinite import NonfiniteGuard
@@ -19,15 +19,15 @@ Inputs = dict[str, Any]
 
 
 class StepMonitor:
-    """The sums of one optimizer step, its rows, the guard against numbers that are not finite, and the first checks.
+    """Keeps the sums and rows of one optimizer step and runs its checks: non-finite values, first step, loss spikes.
 
     Args:
-        model: as it is trained, with its adapter.
-        device: of the sums.
+        model: the trained model, with its adapter.
+        device: holds the sums.
         decode: token ids to text, for messages.
         evaluate: the sums of one batch in evaluation mode, on this rank alone.
         on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
-        from_scratch: whether the model's weights are random on purpose.
+        from_scratch: whether the weights are randomly initialized on purpose.
         noise_alpha: of NEFTune; 0 for none.
         seed, rank: of NEFTune's noise.
     """
@@ -54,25 +54,25 @@ class StepMonitor:
             on_nonfinite, nonfinite_limit, decode, lambda inputs: evaluate(dict(inputs)).objective
         )
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._checks = TrustChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=noise_alpha)
+        self._checks = FirstStepChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=noise_alpha)
         self._spikes = LossSpikes()
 
     @property
     def skipped(self) -> int:
-        """Steps that were left out so far."""
+        """Optimizer steps skipped so far."""
         return self._guard.skipped
 
-    @skipped.setter
-    def skipped(self, count: int) -> None:
-        self._guard.skipped = count
+    def resume(self, skipped: int) -> None:
+        """Continues the count of skipped steps."""
+        self._guard.skipped = skipped
 
-    def counts(self) -> Any:
-        """What the passes of the step so far have come to, for `put_back`."""
+    def snapshot(self) -> Any:
+        """Returns the state of the step so far, for `restore`."""
         return self.sums.copy(), list(self._rows), self._guard.passes
 
-    def put_back(self, counts: Any) -> None:
-        """Forgets the passes since `counts` were read: they are made again, in smaller pieces."""
-        sums, rows, passes = counts
+    def restore(self, snapshot: Any) -> None:
+        """Forgets the micro-batches since `snapshot`: they are run again, in smaller pieces."""
+        sums, rows, passes = snapshot
         self.sums.clear()
         self.sums.absorb(sums.copy())
         self._rows = list(rows)
@@ -80,8 +80,12 @@ class StepMonitor:
         if self._checks.is_open and not passes:
             self._checks.forget_first_pass()
 
-    def measure_pass(self, inputs: Inputs, step: int, measure: Callable[[], TokenLoss]) -> TokenLoss:
-        """One pass of the step that comes after `step` others; its sums count once the step is made."""
+    def measure_micro_batch(self, inputs: Inputs, step: int, measure: Callable[[], TokenLoss]) -> TokenLoss:
+        """Runs the forward pass of a micro-batch; its sums count once the step is made.
+
+        Args:
+            step: optimizer steps made before this one.
+        """
         if self._checks.is_open:
             self._checks.before_pass(lambda: self._evaluate(inputs))
         noise = self._neftune.training_pass(inputs, step, self._guard.passes) if self._neftune else nullcontext()
@@ -93,14 +97,14 @@ class StepMonitor:
         return result
 
     def guard_loss(self, loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """`loss`, whose backward makes every gradient NaN on all ranks where it is not finite."""
+        """Returns `loss`; if it is not finite its backward pass makes every gradient NaN, on all ranks."""
         return self._guard.watch(loss, inputs)
 
-    def settle(self) -> None:
-        """Says what is wrong with the step made last, if it was left out on the device.
+    def check_previous_step(self) -> None:
+        """Reports the previous step if the optimizer skipped it on the device.
 
         Raises:
-            TrainingStopped: its loss or gradients are not finite, and the run is to end for it.
+            TrainingStopped: its loss or gradients were not finite and the run has to stop.
         """
         self._guard.answer()
 
@@ -115,20 +119,19 @@ class StepMonitor:
         skipping: torch.optim.Optimizer | None,
         scaled: bool,
     ) -> bool:
-        """Whether the step may be made whose passes have been measured. The step before it must be settled.
+        """Decides whether the optimizer steps on the gradients at hand. Call `check_previous_step` before.
 
         Args:
-            norm: of its gradients, not clipped yet.
-            norms: of each of them.
-            made, left: optimizer steps of the run, before this one and from this one on.
+            norm: of all gradients, before clipping.
+            norms: of each gradient.
+            made, left: optimizer steps before this one, and from this one to the end of the run.
             rates: learning rates of the step.
-            skipping: an optimizer that leaves the step out itself, on the device
-            (`sft.training.optim.factory.skipping`): it is
-                told whether it must, and `settle` what that was.
-            scaled: whether an fp16 scaler judges the gradients as well.
+            skipping: an optimizer that skips the step itself, on the device, where its `found_inf` is set
+                (`sft.training.optim.factory.find_fused_adam`); the outcome is read by the next `check_previous_step`.
+            scaled: whether an fp16 scaler checks the gradients as well.
 
         Raises:
-            TrainingStopped: a loss or gradient is not finite, and the run is to end for it.
+            TrainingStopped: a loss or gradient is not finite and the run has to stop.
         """
         rows, self._rows = self._rows, []
         must_skip = self._guard.ask(norm, norms, made + 1)
@@ -145,5 +148,5 @@ class StepMonitor:
         return True
 
     def spikes(self) -> list[str]:
-        """Losses far above those before them since the last call, in words; reads the device."""
+        """Returns the loss spikes since the last call, as text; reads the device."""
         return [str(spike) for spike in self._spikes.read()]

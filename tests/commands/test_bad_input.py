@@ -1,6 +1,6 @@
-"""Every kind of bad input that users have: each is a row in the ledger with reason, file and line, or a clear error.
+"""Every kind of bad input: each becomes a lost row in the ledger with reason, file and line, or a clear error.
 
-Never a traceback, never a row that vanishes: rows_read = rows_trained + rows_lost, in each case.
+Never a traceback, and no row disappears: rows_read = rows_trained + rows_lost in each case.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from sft.config.schema import DataKeys
 from sft.errors import UserError
 from tests.builders import byte_level_tokenizer
 
+TOKENIZER = byte_level_tokenizer()
 GOOD = '{"question": "Hi?", "answer": "Yes"}\n'
 
 
 @dataclass(frozen=True)
 class Bad:
-    """One kind of bad input, and what is to become of it.
+    """One kind of bad input, and its expected result.
 
     Attributes:
-        content: the file's bytes (text is written as UTF-8), or what makes the path.
-        lost: `(reason, line, part of the message)` of each row that is lost, in their order.
-        trained: rows that are trained all the same.
-        error: part of the `UserError`'s first message, where no row can be read or none may be trained.
-        line: the line that the error names.
+        content: the file's bytes (text is written as UTF-8), or a function that makes the path.
+        lost: `(reason, line, part of the message)` of each lost row, in order.
+        trained: number of rows that are trained.
+        error: part of the `UserError`'s first message, if the file cannot be read.
+        line: the line in that error.
         keys: further data keys.
     """
 
@@ -46,6 +47,16 @@ class Bad:
     error: str | None = None
     line: int | None = None
     keys: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, folder: Path) -> DataKeys:
+        """Makes the input in `folder` and returns the data keys that read it."""
+        path = folder / "data" / self.name
+        path.parent.mkdir()
+        if callable(self.content):
+            self.content(path)
+        else:
+            path.write_bytes(self.content.encode() if isinstance(self.content, str) else self.content)
+        return DataKeys(train_file=str(path), cache_dir=str(folder / "cache"), max_seq_length=512, **self.keys)
 
 
 def chat(*messages: Any, **row: Any) -> str:
@@ -151,8 +162,10 @@ CASES: dict[str, Bad] = {
     "content with an image": one_lost(
         chat({"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT), "bad_schema", "part that is not text"
     ),
-    "an assistant who says nothing": one_lost(
-        chat(USER, {"role": "assistant", "content": "  "}), "empty_answer", "message 1: the assistant says nothing"
+    "an empty assistant message": one_lost(
+        chat(USER, {"role": "assistant", "content": "  "}),
+        "empty_answer",
+        "message 1: the assistant's message is empty",
     ),
     "no assistant": one_lost(chat(USER), "no_trained_token", "the conversation has no assistant turn"),
     "nothing to train": one_lost(chat(USER, ASSISTANT | {"weight": 0}), "no_trained_token", ""),
@@ -171,12 +184,12 @@ CASES: dict[str, Bad] = {
     ),
     "a call without a name": one_lost(call(arguments={}), "bad_schema", "message 1: tool_calls: a call without a name"),
     "a call with broken arguments": one_lost(LONG_CALL, "bad_schema", "message 1: tool_calls: arguments: not JSON"),
-    "a ShareGPT call that is no JSON": one_lost(
+    "a ShareGPT call that is not JSON": one_lost(
         '{"conversations": [{"from": "function_call", "value": "look()"}]}', "bad_schema", "function_call: not JSON"
     ),
-    "tools that are no JSON": one_lost(chat(USER, ASSISTANT, tools="[{"), "bad_schema", "tools: not JSON"),
+    "tools that are not JSON": one_lost(chat(USER, ASSISTANT, tools="[{"), "bad_schema", "tools: not JSON"),
     "tools with a key twice": one_lost(
-        chat(USER, ASSISTANT, tools='[{"name": "a", "name": "b"}]'), "bad_schema", "the key 'name' stands twice"
+        chat(USER, ASSISTANT, tools='[{"name": "a", "name": "b"}]'), "bad_schema", "the key 'name' appears twice"
     ),
     "tools of numbers": one_lost(chat(USER, ASSISTANT, tools=[1]), "bad_schema", "tools: expected a list of objects"),
     "history that is a text": one_lost(
@@ -190,7 +203,7 @@ CASES: dict[str, Bad] = {
     ),
     "keys of no format": one_lost('{"q": "a", "a": "b"}', "bad_schema", "fits no known format: its keys are q, a"),
     "an empty object": one_lost("{}", "bad_schema", "its keys are none"),
-    "a column that is not there": one_lost(
+    "a missing column": one_lost(
         '{"text": "a"}',
         "bad_schema",
         "columns maps answer to 'answer', which the row lacks",
@@ -207,7 +220,7 @@ CASES: dict[str, Bad] = {
     "a row with single quotes": one_lost("{'question': 'Hi?'}", "bad_json", "double quotes at column 2"),
     "a row with a trailing comma": one_lost('{"question": "Hi?",}', "bad_json", "at column"),
     "two rows on one line": one_lost(GOOD.strip() + GOOD, "bad_json", "Extra data"),
-    "a line that is no JSON": one_lost("question: Hi?", "bad_json", "Expecting value at column 1"),
+    "a line that is not JSON": one_lost("question: Hi?", "bad_json", "Expecting value at column 1"),
     "a line feed inside a string": Bad(
         "a.jsonl",
         '{"question": "a\nb", "answer": "c"}\n' + GOOD,
@@ -219,10 +232,10 @@ CASES: dict[str, Bad] = {
     "a row that is a list": one_lost('["Hi?", "Yes"]', "bad_schema", "expected an object with keys, found list"),
     "a row that is null": one_lost("null", "bad_schema", "expected an object with keys, found null"),
     "a key twice": one_lost(
-        '{"question": "a", "answer": "b", "answer": "c"}', "bad_json", "the key 'answer' stands twice"
+        '{"question": "a", "answer": "b", "answer": "c"}', "bad_json", "the key 'answer' appears twice"
     ),
     "a key twice in a message": one_lost(
-        '{"messages": [{"role": "user", "role": "system", "content": "a"}]}', "bad_json", "the key 'role' stands twice"
+        '{"messages": [{"role": "user", "role": "system", "content": "a"}]}', "bad_json", "the key 'role' appears twice"
     ),
     "100,000 brackets": one_lost("[" * 100_000, "bad_json", "recursion"),
     "900 nested lists as an answer": one_lost(
@@ -236,11 +249,11 @@ CASES: dict[str, Bad] = {
     "an array cut short": Bad("a.json", f"[{GOOD},\n{GOOD}", error="not JSON: Expecting ',' delimiter", line=4),
     "an array with a bad row": Bad("a.json", f"[{GOOD}, 3, {GOOD}]", [("bad_schema", 2, "found int")], 2),
     "an array with a key twice": Bad(
-        "a.json", f'[{GOOD}, {{"a": 1, "a": 2}}, {GOOD}]', [("bad_json", 2, "the key 'a' stands twice")], 2
+        "a.json", f'[{GOOD}, {{"a": 1, "a": 2}}, {GOOD}]', [("bad_json", 2, "the key 'a' appears twice")], 2
     ),
-    "an array with text behind it": Bad("a.json", f"[{GOOD}]\nend", error="not JSON: Extra data", line=3),
+    "an array with text after it": Bad("a.json", f"[{GOOD}]\nend", error="not JSON: Extra data", line=3),
     "a .json file that is a number": Bad("a.json", "3", error="expected a JSON array of rows, found int"),
-    "a .json file that is no JSON": Bad("a.json", "Hi?", error="not JSON: Expecting value", line=1),
+    "a .json file that is not JSON": Bad("a.json", "Hi?", error="not JSON: Expecting value", line=1),
     # bytes
     "a byte order mark": Bad("a.jsonl", "\ufeff" + GOOD, trained=1),
     "a byte order mark inside the file": one_lost("\ufeff" + GOOD, "bad_json", "at column 1: '\\ufeff{"),
@@ -248,14 +261,14 @@ CASES: dict[str, Bad] = {
     "latin-1": one_lost('{"question": "?", "answer": "caf\xe9"}'.encode("latin-1"), "bad_encoding", "at byte 32"),
     "latin-1 in an array": Bad("a.json", f"[\n{GOOD},\n".encode() + b'{"a": "\xe9"}]', error="not UTF-8: ", line=4),
     "latin-1 in CSV": Bad("a.csv", b"question,answer\na,b\nc,\xe9\n", error="not UTF-8: ", line=3),
-    "UTF-16": Bad("a.jsonl", GOOD.encode("utf-16"), error="begins with the mark of UTF-16", line=1),
+    "UTF-16": Bad("a.jsonl", GOOD.encode("utf-16"), error="begins with a UTF-16 byte order mark", line=1),
     "UTF-16 without a mark": Bad("a.jsonl", GOOD.encode("utf-16-be"), [("bad_json", 1, "Expecting")]),
     "NUL bytes as a row": one_lost(b"\0\0\0\0", "bad_json", "Expecting value at column 1"),
     # compression
     "gz cut short": Bad("a.jsonl.gz", gzip.compress(GOOD.encode() * 9)[:-9], error="cannot be read: "),
     "zst cut short": Bad("a.jsonl.zst", zstandard.compress(GOOD.encode() * 9)[:-9], error="cannot be read: "),
-    "gz that is none": Bad("a.jsonl.gz", GOOD, error="cannot be read: Not a gzipped file"),
-    "zst that is none": Bad("a.jsonl.zst", GOOD, error="cannot be read: "),
+    "gz that is not gzip": Bad("a.jsonl.gz", GOOD, error="cannot be read: Not a gzipped file"),
+    "zst that is not zstd": Bad("a.jsonl.zst", GOOD, error="cannot be read: "),
     "gz with a damaged byte": Bad(
         "a.csv.gz",
         gzip.compress(b"question,answer\na,b\n" * 9)[:-8] + b"\0" * 8,
@@ -287,8 +300,8 @@ CASES: dict[str, Bad] = {
     "semicolons": Bad("a.csv", "question;answer\na;b\n", trained=1),
     # tables
     "broken Parquet": Bad("a.parquet", parquet(ONE)[:-20], error="not Parquet: "),
-    "Parquet that is none": Bad("a.parquet", GOOD * 9, error="not Parquet: "),
-    "Arrow that is none": Bad("a.arrow", GOOD * 9, error="not an Arrow file: "),
+    "Parquet that is not Parquet": Bad("a.parquet", GOOD * 9, error="not Parquet: "),
+    "Arrow that is not Arrow": Bad("a.arrow", GOOD * 9, error="not an Arrow file: "),
     "Arrow of other columns": Bad(
         "a.arrow", arrow(table(x=[1, 2])), [("bad_schema", n, "its keys are x") for n in (1, 2)]
     ),
@@ -321,7 +334,7 @@ CASES: dict[str, Bad] = {
     "a folder that is called a file": Bad("a.jsonl", folder(), error="holds no data file"),
     "a folder with one empty file": Bad("a", folder(a__jsonl=GOOD, b__jsonl=""), error="b.jsonl' is empty"),
     "a folder with a hidden copy": Bad("a", folder(a__jsonl=GOOD, ____a__jsonl=b"\0\5"), trained=1),
-    "a link to itself": Bad("a.jsonl", lambda path: path.symlink_to(path), error="is a link that leads to no file"),
+    "a link to itself": Bad("a.jsonl", lambda path: path.symlink_to(path), error="is a broken link"),
     "a named pipe": Bad("a.jsonl", lambda path: os.mkfifo(path), error="is a pipe or a device"),
 }
 
@@ -333,20 +346,14 @@ def test_the_corpus_is_large():
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_accounted_for_or_an_error_that_says_where(tmp_path, case):
     bad = CASES[case]
-    path = tmp_path / "data" / bad.name
-    path.parent.mkdir()
-    if callable(bad.content):
-        bad.content(path)
-    else:
-        path.write_bytes(bad.content.encode() if isinstance(bad.content, str) else bad.content)
-    keys = DataKeys(train_file=str(path), cache_dir=str(tmp_path / "cache"), max_seq_length=512, **bad.keys)
+    keys = bad.make(tmp_path)
     if bad.error is not None:
         with pytest.raises(UserError) as caught:
             data_handler.prepare_data(keys, TOKENIZER, seed=0)
         problem = caught.value.problems[0]
         assert bad.error in problem.message
         assert problem.line == bad.line
-        assert str(path) in f"{problem.file} {problem.message}"
+        assert str(keys.train_file) in f"{problem.file} {problem.message}"
         assert len(problem.message) < 1000
         return
     ledger = data_handler.prepare_data(keys, TOKENIZER, seed=0).ledger["total"]
@@ -364,17 +371,11 @@ def test_bad_input_is_accounted_for_or_an_error_that_says_where(tmp_path, case):
 @pytest.mark.parametrize("case", [name for name, bad in CASES.items() if bad.lost])
 def test_too_much_bad_input_is_an_error_that_names_the_rows(tmp_path, case):
     bad = CASES[case]
-    path = tmp_path / bad.name
-    assert not callable(bad.content)
-    path.write_bytes(bad.content.encode() if isinstance(bad.content, str) else bad.content)
-    keys = DataKeys(train_file=str(path), cache_dir=str(tmp_path / "cache"), max_seq_length=512, **bad.keys)
+    keys = bad.make(tmp_path)
     with pytest.raises(UserError) as caught:
         data_handler.require_enough_rows(keys, data_handler.prepare_data(keys, TOKENIZER, seed=0).ledger)
     summary, *examples = caught.value.problems
     rows = bad.trained + len(bad.lost)
     assert f"{len(bad.lost)} of {rows} rows of 'train' are lost" in summary.message
-    assert [(str(e.file), e.line) for e in examples] == [(str(path), line) for _, line, _ in bad.lost]
+    assert [(str(e.file), e.line) for e in examples] == [(keys.train_file, line) for _, line, _ in bad.lost]
     str(caught.value).encode()  # can be printed
-
-
-TOKENIZER = byte_level_tokenizer()

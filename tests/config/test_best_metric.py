@@ -1,4 +1,4 @@
-"""The metrics that an evaluation has, which way of each is better, and what follows from it in a run."""
+"""The metrics of an evaluation, whether a higher value of each is better, and which checkpoint a run ends with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sft_main
-from sft.config.best_metric import greater_is_better, metric_names
+from sft.config.best_metric import greater_is_better, list_metrics
 from sft.config.loading import load_config
 from sft.errors import UserError
 from sft.training.arguments import training_arguments
@@ -34,7 +34,7 @@ TWO_SETS = "eval_strategy: steps\neval_datasets: [{path: a/easy.jsonl}, {path: b
 @pytest.mark.parametrize(
     "keys", [{"load_best_model_at_end": True}, {"save_strategy": "best"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}]
 )
-def test_the_better_way_follows_from_the_metric(
+def test_the_metric_decides_whether_greater_is_better(
     tmp_path: Path, keys: dict[str, Any], metric: str, greater: bool
 ) -> None:
     common = {"output_dir": str(tmp_path), "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
@@ -43,10 +43,10 @@ def test_the_better_way_follows_from_the_metric(
     arguments = training_arguments(given, bf16=False, fp16=False, plan=None)
     assert (arguments.metric_for_best_model, arguments.greater_is_better) == (metric, greater)
     asked = training_arguments({**given, "greater_is_better": not greater}, bf16=False, fp16=False, plan=None)
-    assert asked.greater_is_better is not greater, "what the user says stands"
+    assert asked.greater_is_better is not greater, "the user decides"
 
 
-def test_the_best_checkpoint_without_a_metric_is_that_of_the_lowest_loss(tmp_path: Path) -> None:
+def test_without_a_metric_the_lowest_loss_is_best(tmp_path: Path) -> None:
     given = {"output_dir": str(tmp_path), "eval_strategy": "steps", "save_strategy": "best"}
     arguments = training_arguments(given, bf16=False, fp16=False, plan=None)
     assert (arguments.metric_for_best_model, arguments.greater_is_better) == ("loss", False)
@@ -55,7 +55,7 @@ def test_the_best_checkpoint_without_a_metric_is_that_of_the_lowest_loss(tmp_pat
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 @pytest.mark.parametrize(("metric", "mode"), [("perplexity", "min"), ("token_accuracy", "max")])
 @pytest.mark.parametrize("settings", [{"patience": 2}, '{"patience": 2}'])
-def test_a_schedule_that_watches_a_metric_knows_which_way_is_better(
+def test_a_schedule_that_follows_a_metric_gets_its_mode(
     tmp_path: Path, schedule: str, metric: str, mode: str, settings: Any
 ) -> None:
     given = {"output_dir": str(tmp_path), "eval_strategy": "steps", "lr_scheduler_type": schedule}
@@ -87,7 +87,7 @@ def refusals(tmp_path: Path, text: str) -> list[tuple[str | None, str, str]]:
         TWO_SETS + "metric_for_best_model: loss",
     ],
 )
-def test_a_metric_that_evaluations_have_is_taken(tmp_path: Path, text: str) -> None:
+def test_a_metric_that_evaluations_have_is_accepted(tmp_path: Path, text: str) -> None:
     assert refusals(tmp_path, text) == []
 
 
@@ -102,7 +102,7 @@ def test_a_metric_that_evaluations_have_is_taken(tmp_path: Path, text: str) -> N
         (TWO_SETS.replace(", {path: b.jsonl, name: sums}", "") + "metric_for_best_model: easy_loss", "easy_loss"),
     ],
 )
-def test_a_metric_that_no_evaluation_has_is_refused_with_those_that_there_are(
+def test_a_metric_that_no_evaluation_has_is_refused_and_the_others_are_listed(
     tmp_path: Path, text: str, metric: str
 ) -> None:
     ((key, message, hint),) = refusals(tmp_path, text)
@@ -113,8 +113,8 @@ def test_a_metric_that_no_evaluation_has_is_refused_with_those_that_there_are(
 
 
 def test_saving_the_best_needs_evaluation(tmp_path: Path) -> None:
-    told = refusals(tmp_path, "save_strategy: best\nvalidation_split: 0.1")
-    assert told == [("save_strategy", "best needs evaluation", "Write eval_strategy: steps or epoch.")]
+    refused = refusals(tmp_path, "save_strategy: best\nvalidation_split: 0.1")
+    assert refused == [("save_strategy", "best needs evaluation", "Write eval_strategy: steps or epoch.")]
 
 
 # A run
@@ -150,8 +150,8 @@ def test_a_run_ends_with_the_lowest_perplexity_and_has_logged_every_metric(tmp_p
         for name, value in entry.items():
             logged.setdefault(name, []).append(value)
     perplexities = logged["eval_sums_perplexity"][:3]
-    assert perplexities[2] < perplexities[0], "the run must learn, or its worst checkpoint is its last"
+    assert perplexities[2] < perplexities[0], "the run must learn, or its last checkpoint is its worst"
     best = perplexities.index(min(perplexities)) + 1
     assert state["best_metric"] == min(perplexities)
     assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{best}"
-    assert {f"eval_{name}" for name in metric_names(load_config(config_file))} <= logged.keys()
+    assert {f"eval_{name}" for name in list_metrics(load_config(config_file))} <= logged.keys()

@@ -1,7 +1,7 @@
-"""Every key of ours is read by the code that it is meant for.
+"""Every key of ours is read somewhere outside the config stage.
 
-Keys that are handed on to transformers, peft and bitsandbytes are followed to them in test_schema.py. A key of ours
-reaches its consumer as an attribute of a `*Keys` object; this test reads the source for such attributes.
+test_schema.py follows the keys of transformers, peft and bitsandbytes to their classes. Code reads a key of ours as an
+attribute of a `*Keys` object; this test searches the source for such attributes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from sft.config.schema import (
     TrainingKeys,
     WatchKeys,
 )
-from sft.config.upstream_schema import defaults
+from sft.config.upstream_schema import upstream_defaults
 from tests.runs import ROOT
 
-CONFIG_STAGE = {
-    *("config_manager.py", "schema.py", "keys.py", "config_rules.py", "config_errors.py", "overrides.py"),
-    *("best_model.py", "training_rules.py"),
-}
-SOURCES = [path for path in [*ROOT.glob("*.py"), *(ROOT / "sft").rglob("*.py")] if path.name not in CONFIG_STAGE]
-# An expression of this kind gives a group of keys: an annotation, `config.section(DataKeys)`, `load_config(...)`,
-# an item of `keys.datasets`.
+CONFIG_STAGE = [ROOT / "config_manager.py", *(ROOT / "sft" / "config").glob("*.py")]
+SOURCES = [path for path in [*ROOT.glob("*.py"), *(ROOT / "sft").rglob("*.py")] if path not in CONFIG_STAGE]
+# An expression of this kind is a group of keys: an annotation, `config.section(DataKeys)`, `load_config(...)`, an item
+# of `keys.datasets`.
 GIVES_KEYS = re.compile(r"\b(\w+Keys|Config|load_config|eval_datasets|datasets)\b")
-# Turned into an upstream key by `TrainingKeys.training_arguments`, as test_schema.py asserts.
+# Replaced by an upstream key in `TrainingKeys.training_arguments`, as test_schema.py asserts.
 MAPPED = {"warmup_ratio"}
+UPSTREAM = upstream_defaults("TrainingArguments").keys()
 
 OURS = [
     *(
@@ -42,13 +40,13 @@ OURS = [
         for group in (ModelKeys, DataKeys, LossKeys, AdapterKeys, DistributionKeys, WatchKeys)
         for key in group.model_fields
     ),
-    *(key for key in TrainingKeys.model_fields if key not in defaults("TrainingArguments") and key not in MAPPED),
+    *(key for key in TrainingKeys.model_fields if key not in UPSTREAM | MAPPED),
     "resume_from_checkpoint",
 ]
 
 
 def holders_in(tree: ast.AST) -> set[str]:
-    """The names (`keys`, `self._keys`, `entry`) that hold a group of keys somewhere in a module."""
+    """Returns the names (`keys`, `self._keys`, `entry`) that hold a group of keys somewhere in a module."""
     holders = {
         node.arg
         for node in ast.walk(tree)
@@ -68,7 +66,7 @@ def holders_in(tree: ast.AST) -> set[str]:
 
 
 def keys_read(source: str) -> set[str]:
-    """The attributes read from names that hold a group of keys, in one module."""
+    """Returns the attributes read from names that hold a group of keys, in one module."""
     tree = ast.parse(source)
     holders = holders_in(tree)
     read: set[str] = set()
@@ -89,7 +87,7 @@ def read_anywhere() -> set[str]:
     return set().union(*(keys_read(path.read_text(encoding="utf-8")) for path in SOURCES))
 
 
-def test_the_scan_sees_reads_and_nothing_else():
+def test_the_scan_finds_reads_alone():
     source = (
         "def f(keys: DataKeys, text: str):\n"
         "    text.truncation.split()\n"

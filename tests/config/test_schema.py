@@ -1,4 +1,4 @@
-"""Every key of the schema: its facts are those of the installed libraries, and its value reaches their classes."""
+"""Every key of the schema: its facts match the installed libraries, and its value reaches their classes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sft.config.error_messages import all_keys
-from sft.config.field_types import section_of
+from sft.config.error_messages import list_keys
+from sft.config.field_types import section_class
 from sft.config.loading import load_config
 from sft.config.schema import GROUPS, SECRET_KEYS, Config, DataKeys, LoraKeys, ModelKeys, QuantizationKeys, TrainingKeys
 from sft.config.upstream_docs import LIMITS, MEANINGS
@@ -48,8 +48,8 @@ TRAINING_VALUES: dict[str, Any] = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
 }
-EXCLUDED = {"fp16": "bf16", "fp16_full_eval": "bf16_full_eval"}  # each is tested without its rival
-NOT_BUILT_HERE = {"deepspeed", "ddp_backend"}  # want the DeepSpeed package, a process group
+EXCLUDED = {"fp16": "bf16", "fp16_full_eval": "bf16_full_eval"}  # each is tested without the other
+NOT_BUILT_HERE = {"deepspeed", "ddp_backend"}  # need the DeepSpeed package, a process group
 
 LORA_VALUES: dict[str, Any] = {
     "lora_dropout": 0.5,
@@ -64,7 +64,7 @@ LORA_VALUES: dict[str, Any] = {
     "peft_type": "LORA",
     "inference_mode": False,
 }
-LORA_ALONE: dict[str, dict[str, Any]] = {  # what must be set with a key so that peft takes it
+LORA_ALONE: dict[str, dict[str, Any]] = {  # what peft needs beside the key
     "eva_config": {"init_lora_weights": "eva"},
     "corda_config": {"init_lora_weights": "corda"},
     "loftq_config": {"init_lora_weights": "loftq"},
@@ -75,7 +75,7 @@ LORA_ALONE: dict[str, dict[str, Any]] = {  # what must be set with a key so that
 
 
 def other_value(fact: dict[str, Any]) -> Any:
-    """A value of the right type that is not the default."""
+    """Returns a value of the right type other than the default."""
     kind = next(kind for kind in fact["kinds"] if kind != "none")
     if kind == "bool":
         return not fact["default"]
@@ -99,14 +99,14 @@ def load(tmp_path: Path, values: dict[str, Any]) -> Config:
 
 
 def plain(value: Any) -> Any:
-    """Enum members as their values, sets as sorted lists."""
+    """Replaces enum members by their values, and sets and tuples by lists."""
     if isinstance(value, (list, set, tuple)):
         return [plain(item) for item in value]
     return getattr(value, "value", value)
 
 
 def is_part_of(given: Any, carried: Any) -> bool:
-    """Whether an upstream object carries what was given: equal, or a section with the given values in it."""
+    """Tells whether an upstream object holds the given value: equal, or a section with the given values in it."""
     if isinstance(given, dict) and not isinstance(carried, dict):
         return all(is_part_of(value, getattr(carried, name)) for name, value in given.items())
     if isinstance(given, dict):
@@ -114,8 +114,8 @@ def is_part_of(given: Any, carried: Any) -> bool:
     return bool(given == plain(carried))
 
 
-def test_the_facts_are_those_of_the_installed_libraries():
-    """But for the order of `list[str] | str`, which is that of the first such type that any library has made."""
+def test_the_facts_match_the_installed_libraries():
+    """The order in `list[str] | str` is ignored: Python caches the first such type that any library creates."""
     written, installed = json.loads(FACTS_FILE.read_text()), json.loads(json.dumps(installed_facts()))
     for found in (written, installed):
         for described in found["classes"].values():
@@ -205,7 +205,7 @@ def test_defaults_of_ours():
     }
 
 
-def test_a_default_that_the_user_asked_for_is_delivered(tmp_path):
+def test_a_default_that_the_user_gave_is_passed_on(tmp_path):
     config = load(tmp_path, {"dataloader_pin_memory": True, "gradient_checkpointing": False})
     arguments = config.training_arguments()
     assert arguments["dataloader_pin_memory"] is True
@@ -226,14 +226,14 @@ def test_our_keys_become_upstreams():
     assert "resume_from_checkpoint" not in TrainingKeys(resume_from_checkpoint=True).training_arguments()
 
 
-def test_loftq_settings_come_as_pefts_class():
+def test_loftq_settings_become_pefts_class():
     from peft.tuners.lora.config import LoftQConfig
 
     keys = LoraKeys.model_validate({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}})
     assert keys.kwargs()["loftq_config"] == LoftQConfig(loftq_bits=8)
 
 
-def test_nested_sections_come_as_upstreams_classes():
+def test_nested_sections_become_upstreams_classes():
     from accelerate import ParallelismConfig
     from peft.tuners.lora.config import EvaConfig
 
@@ -259,19 +259,19 @@ def test_a_section_is_one_group_and_knows_where_its_keys_are(tmp_path):
     assert config.section(ModelKeys) == ModelKeys()
 
 
-def test_groups_share_no_key_and_make_up_the_config():
+def test_the_groups_are_disjoint_and_cover_the_config():
     names = [name for group in GROUPS for name in group.model_fields]
     assert len(names) == len(set(names))
     assert set(names) == set(Config.model_fields)
 
 
-def test_every_key_says_what_it_means():
+def test_every_key_has_a_description():
     def undescribed(schema: Any, prefix: str = "") -> list[str]:
         found = []
         for name, field in schema.model_fields.items():
             if not (field.description or "").strip():
                 found.append(prefix + name)
-            if inner := section_of(field.annotation):
+            if inner := section_class(field.annotation):
                 found += undescribed(inner, f"{prefix}{name}.")
         return found
 
@@ -288,12 +288,12 @@ OURS = {"TrainingArguments": TrainingKeys, "LoraConfig": LoraKeys, "BitsAndBytes
 
 
 @pytest.mark.parametrize(("class_name", "ours"), OURS.items())
-def test_tables_about_upstream_have_every_key_that_ours_do_not_replace(class_name, ours):
+def test_tables_about_upstream_have_every_key_that_we_do_not_redefine(class_name, ours):
     replaced = ours.__annotations__.keys()
     assert MEANINGS[class_name].keys() == facts()[class_name].keys() - replaced
     assert not LIMITS.get(class_name, {}).keys() & replaced
 
 
 def test_all_keys_lists_nested_ones():
-    keys = all_keys(Config)
+    keys = list_keys(Config)
     assert {"learning_rate", "lora_config.r", "lora_config.eva_config.rho", "datasets.path"} <= set(keys)

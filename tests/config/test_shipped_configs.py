@@ -1,4 +1,4 @@
-"""Every YAML that ships is a valid config."""
+"""Every shipped YAML file is a valid config."""
 
 from __future__ import annotations
 

@@ -28,7 +28,6 @@ def test_an_empty_ledger_has_every_field():
         "formats": {},
         "tokens": {"total": 0, "trained": 0, "masked": 0, "truncated": 0},
         "answers_cut": 0,
-        "seam_merges": 0,
         "control_tokens": 0,
         "unrolled": 0,
         "thoughts_left_out": 0,
@@ -103,7 +102,7 @@ def test_percentiles_are_lengths_that_occur(lengths, expected):
 
 
 def test_the_total_is_the_sum_of_the_data_sets():
-    first, second = Ledger(rows_read=2, duplicates=1), Ledger(rows_read=1, seam_merges=2)
+    first, second = Ledger(rows_read=2, duplicates=1), Ledger(rows_read=1, answers_cut=2)
     first.keep(1, documents((10, 4)))
     first.lose("bad_json", "broken", "a.jsonl", 2)
     first.pack(1, 32, 16)
@@ -117,7 +116,7 @@ def test_the_total_is_the_sum_of_the_data_sets():
         "rows_lost": {"bad_json": 1},
         "lost_examples": first.lost_examples,
         "tokens": {"total": 16, "trained": 6, "masked": 10, "truncated": 0},
-        "seam_merges": 2,
+        "answers_cut": 2,
         "duplicates": 1,
         "length_percentiles": {f"p{p}": 6 if p <= 50 else 10 for p in (0, 5, 25, 50, 75, 95, 99, 100)},
         "length_histogram": [[n, n, int(n in (6, 10))] for n in range(1, 11)],

@@ -59,8 +59,9 @@ def test_a_run_is_that_of_the_number_it_chose(
     said = capsys.readouterr().err
     rows = chosen(said)
     assert 8 % rows == 0
-    assert "1 samples per micro-batch: " in said
-    assert f"{rows} rows a pass × {8 // rows} passes × 1 processes = 8 rows a step" in said
+    assert "1 sequences per micro-batch: " in said
+    sizes = f"{rows} sequences per micro-batch × {8 // rows} accumulation steps × 1 processes"
+    assert f"{sizes} = 8 sequences per step" in said
     curve = losses(tmp_path / "out")
     again = ["--output_dir", str(tmp_path / "given"), "--per_device_train_batch_size", str(rows)]
     assert sft_main.main(["--config_file", str(config_file), *again]) == 0
@@ -187,8 +188,8 @@ def trained(config: Path, output_dir: Path, share: float, processes: int = 0) ->
 def test_a_run_out_of_memory_continues_in_halves_with_the_same_losses(padded_config: Path, tmp_path: Path) -> None:
     free, limited = (trained(padded_config, tmp_path / name, share) for name, share in (("free", 1), ("limited", 0.6)))
     assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
-    assert "is done again in passes of 1/2 of the rows" in limited.stderr
-    assert "is done again" not in free.stderr
+    assert "is run again in micro-batches of 1/2 of the samples" in limited.stderr
+    assert "is run again" not in free.stderr
     curve = losses(tmp_path / "free")
     assert len(curve) == 6
     assert losses(tmp_path / "limited") == pytest.approx(curve, abs=1e-5)
@@ -208,8 +209,8 @@ def test_one_rank_out_of_memory_changes_nothing_for_the_others(padded_config: Pa
     shares = (("free", 1), ("limited", 0.8))
     free, limited = (trained(padded_config, tmp_path / name, share, 2) for name, share in shares)
     assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
-    assert limited.stderr.count("is done again in passes of 1/2 of the rows") == 1
-    assert "is done again" not in free.stderr
+    assert limited.stderr.count("is run again in micro-batches of 1/2 of the samples") == 1
+    assert "is run again" not in free.stderr
     curve = losses(tmp_path / "free")
     assert len(curve) == 6
     assert losses(tmp_path / "limited") == pytest.approx(curve, abs=1e-5)
@@ -219,7 +220,7 @@ def test_one_rank_out_of_memory_changes_nothing_for_the_others(padded_config: Pa
 def test_a_single_row_that_does_not_fit_stops_the_run(padded_config: Path, tmp_path: Path) -> None:
     done = trained(padded_config, tmp_path / "out", 0.08)
     assert done.returncode == 3, done.stderr[-3000:]
-    assert "memory runs out on a pass of a single row" in done.stderr
+    assert "memory runs out on a micro-batch of a single sample" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -228,7 +229,7 @@ def test_a_rank_whose_single_row_does_not_fit_asks_nothing_of_the_others(padded_
     """They wait for its gradients, so it cannot gather their counts since the last log."""
     keys: dict[str, Any] = yaml.safe_load(padded_config.read_text())
     done = trained(write_config(padded_config, **(keys | {"logging_steps": 10})), tmp_path / "out", 0.08, 2)
-    assert "memory runs out on a pass of a single row" in done.stderr
+    assert "memory runs out on a micro-batch of a single sample" in done.stderr
     assert "exitcode  : 3" in done.stderr, done.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert (state["global_step"], state["log_history"]) == (3, [])

@@ -98,7 +98,7 @@ def test_a_batch_size_that_is_not_chosen_yet_is_assumed(
     config = write_config(tmp_path / "run.yaml", **keys)
     assert sft_main.main(["estimate", "--config_file", str(config)]) == 0
     shown = " ".join(capsys.readouterr().err.split())
-    assert "auto is chosen when the run starts; assumed here: 1 samples per micro-batch, 8 per step" in shown
+    assert "auto is chosen when the run starts; assumed here: 1 sequences per micro-batch, 8 per step" in shown
     assert "auto is chosen when the run starts; these rows are assumed" in shown
 
 
@@ -106,7 +106,7 @@ def test_the_minimum_time_follows_from_the_operations(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """6 operations for each weight but the input embedding's and each token, 4 for frozen ones (`sft.training.mfu`)."""
-    monkeypatch.setattr(run_estimate, "operations_a_second", lambda *_: 1e9)
+    monkeypatch.setattr(run_estimate, "measure_flops_per_second", lambda *_: 1e9)
     told = estimated(tmp_path, keys, capsys)
     model: Any = LlamaForCausalLM.from_pretrained(keys["model_name_or_path"])
     weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()

@@ -1,4 +1,4 @@
-"""Prompt files: the shapes that are read, and each mistake with its line."""
+"""Prompt files: the row formats that are read, and the errors with their lines."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_text_files_have_one_prompt_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_rows_in_the_shapes_of_training(tmp_path: Path, suffix: str) -> None:
+def test_rows_in_the_formats_of_training(tmp_path: Path, suffix: str) -> None:
     rows = [row for row, _ in ANSWERED + UNANSWERED]
     path = tmp_path / f"p{suffix}"
     path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
@@ -67,13 +67,13 @@ def test_rows_in_the_shapes_of_training(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(("row", "messages"), ANSWERED)
-def test_a_row_is_asked_what_it_is_trained_behind(row: dict[str, object], messages: list[dict[str, str]]) -> None:
+def test_a_row_has_the_prompt_that_it_has_in_training(row: dict[str, object], messages: list[dict[str, str]]) -> None:
     conversation = normalize(row)
     assert isinstance(conversation, Conversation)
     assert conversation.messages[:-1] == messages
 
 
-def test_tools_come_along(tmp_path: Path) -> None:
+def test_tools_are_kept(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {}}]}
     found = {"role": "tool", "content": "a cat"}
     row = {"messages": [*user("g"), call, found, *assistant("h")], "tools": [TOOL]}

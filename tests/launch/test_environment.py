@@ -1,10 +1,11 @@
-"""Building the environment: real virtual environments with one tiny package that is made here, no package index."""
+"""Building the environment: real virtual environments with one tiny package, which is made here; no package index."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         raise RuntimeError("this package does not build")
     with open("{folder}/builds", "a") as log:
         log.write("built\\n")
-    time.sleep(float(os.environ.get("BUILD_SECONDS", "0")))
+    end = time.monotonic() + 60
+    while os.path.exists("{folder}/hold") and time.monotonic() < end:
+        time.sleep(0.02)
     name, info = "tiny_thing-{version}-py3-none-any.whl", "tiny_thing-{version}.dist-info"
     with zipfile.ZipFile(os.path.join(wheel_directory, name), "w") as wheel:
         wheel.writestr("tiny_thing.py", "VERSION = '{version}'\\n")
@@ -40,15 +43,16 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A folder with `requirements.txt` that asks for the package, version 1."""
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a `requirements.txt` that names the package, version 1."""
+    monkeypatch.delenv("SFT_VENV", raising=False)
     package(tmp_path / "thing", "1")
     (tmp_path / "requirements.txt").write_text(f"{tmp_path}/thing\n")
     return tmp_path
 
 
 def build(tree: Path) -> Path:
-    return env.ensure(tree / ".venv", [tree / "requirements.txt"])
+    return env.ensure_environment(tree / ".venv", [tree / "requirements.txt"])
 
 
 def builds(tree: Path) -> int:
@@ -81,7 +85,7 @@ def test_an_installation_that_failed_is_repeated(tree: Path, capfd: pytest.Captu
     captured = capfd.readouterr()
     assert captured.out == ""
     assert f"[setup] could not build {tree}/.venv" in captured.err
-    assert env.outdated(tree / ".venv", [tree / "requirements.txt"]) == [tree / "requirements.txt"]
+    assert env.find_outdated(tree / ".venv", [tree / "requirements.txt"]) == [tree / "requirements.txt"]
     (tree / "thing" / "broken").unlink()
     assert env.main(arguments) == 0
     assert capfd.readouterr().out == f"{tree}/.venv/bin/python\n"
@@ -109,21 +113,21 @@ def test_a_python_that_is_gone_is_replaced(tree: Path) -> None:
 
 @pytest.mark.slow
 def test_two_at_once_build_once(tree: Path) -> None:
-    command = [sys.executable, "-P", str(ROOT / "sft" / "environment.py"), "--default", str(tree / ".venv")]
+    command = [sys.executable, "-P", str(ROOT / "sft" / "launch" / "environment.py"), "--default", str(tree / ".venv")]
     command.append(str(tree / "requirements.txt"))
-    both = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "BUILD_SECONDS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    ends = [process.communicate(timeout=120) for process in both]
+    hold = tree / "thing" / "hold"
+    hold.touch()
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while builds(tree) == 0:  # the package is being built
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert second.stderr is not None
+    assert "another process is installing" in second.stderr.readline()
+    hold.unlink()
+    ends = [process.communicate(timeout=120) for process in (first, second)]
     assert [out for out, _ in ends] == [f"{tree}/.venv/bin/python\n"] * 2
-    assert sum("another process is installing" in err for _, err in ends) == 1
+    assert "another process is installing" not in ends[0][1]
     assert builds(tree) == 1
 
 

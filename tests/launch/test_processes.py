@@ -1,6 +1,6 @@
 """Running a plan: exit codes and signals of one process and of several, on one node and on two.
 
-Tiny scripts stand in for the training.
+Tiny scripts take the place of the training.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from torch.distributed.elastic.agent.server.api import WorkerState
 
-from sft.launch import elastic_agent
-from sft.launch.processes import describe, exit_code
+from sft.launch.elastic_agent import INTERRUPT_SECONDS, GracePeriod
+from sft.launch.exit_codes import combine_exit_codes, describe_exit
+from tests.ranks import free_port
 from tests.runs import ROOT
 
 LAUNCH = """
@@ -47,21 +44,14 @@ sys.exit(main(sys.argv[2:], entry=Path(sys.argv[1])))
         ({0: 130, 1: 3}, 3),
     ],
 )
-def test_the_code_of_the_run_from_those_of_its_processes(codes: dict[int, int], code: int) -> None:
-    assert exit_code(codes) == code
+def test_the_exit_code_of_the_run_follows_from_those_of_its_processes(codes: dict[int, int], code: int) -> None:
+    assert combine_exit_codes(codes) == code
 
 
-def test_endings_in_words() -> None:
-    assert describe(3) == "ended with exit code 3"
-    assert describe(-11) == "was killed by SIGSEGV"
-    assert describe(-9) == "was killed by SIGKILL; the machine ran out of memory, most often"
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "c.yaml"
-    path.write_text("model_name_or_path: some/model\ntrain_file: train.jsonl\n")
-    return path
+def test_how_a_process_ended_is_described() -> None:
+    assert describe_exit(3) == "ended with exit code 3"
+    assert describe_exit(-11) == "was killed by SIGSEGV"
+    assert describe_exit(-9) == "was killed by SIGKILL; most likely the machine ran out of memory"
 
 
 def start(entry: str, config: Path, *words: str, processes: int = 1, **env: str) -> subprocess.Popen[str]:
@@ -99,7 +89,7 @@ sys.stdout.write(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name 
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 
-def test_one_process_takes_the_launchers_place(config: Path) -> None:
+def test_one_process_replaces_the_launcher(config: Path) -> None:
     process = start("import os; print(os.getpid()); raise SystemExit(3)\n", config)
     code, out, err = end(process)
     assert (code, int(out)) == (3, process.pid)
@@ -130,17 +120,17 @@ def test_two_processes_are_one_group(config: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("entry", "code", "said"),
+    ("entry", "code", "logged"),
     [
         ("raise SystemExit(2 * (os.environ['RANK'] == '1'))", 2, "[launch] process of rank 1 ended with exit code 2"),
         ("raise SystemExit(3)", 3, "ended with exit code 3"),
-        ("os.kill(os.getpid(), 9)", 1, "was killed by SIGKILL; the machine ran out of memory, most often"),
+        ("os.kill(os.getpid(), 9)", 1, "was killed by SIGKILL; most likely the machine ran out of memory"),
     ],
 )
-def test_the_exit_code_of_a_failing_process_comes_through(config: Path, entry: str, code: int, said: str) -> None:
+def test_the_exit_code_of_a_failing_process_comes_through(config: Path, entry: str, code: int, logged: str) -> None:
     result, _, err = end(start(f"import os\n{entry}\n", config, processes=2))
     assert result == code
-    assert said in err
+    assert logged in err
     assert "Traceback" not in err
     assert "elastic" not in err
 
@@ -179,8 +169,8 @@ def test_sigterm_reaches_every_process_and_none_of_their_workers(config: Path, p
 LEAVES = """\
 import os, sys, time
 rank = int(os.environ["RANK"])
-os.write(1, b"ready\\n")
 try:
+    os.write(1, b"ready\\n")
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(1 + rank)
@@ -199,27 +189,32 @@ def test_ctrl_c_lets_every_process_leave_and_comes_through(config: Path) -> None
     assert (code, sorted(out.splitlines())) == (130, ["rank 0 left", "rank 1 left"]), err
 
 
-def test_after_ctrl_c_a_process_that_hangs_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 has left, rank 1 runs on: the agent's base, which ends it, is asked only once the time is over."""
-    now = [100.0]
-    endings: dict[int, int | None] = {0: None, 1: None}
-    monkeypatch.setattr(elastic_agent, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(elastic_agent, "ending", endings.get)
-    monkeypatch.setattr(elastic_agent.LocalElasticAgent, "_monitor_workers", lambda *_: "ends the others")
-    patient: Any = elastic_agent.PatientAgent.__new__(elastic_agent.PatientAgent)
-    group = SimpleNamespace(workers=[SimpleNamespace(id=0), SimpleNamespace(id=1)])
+def test_after_ctrl_c_a_process_that_hangs_is_waited_for_a_while() -> None:
+    """Rank 0 has left, rank 1 runs on: the agent waits for it, but only for so long."""
+    now = 100.0
+    grace = GracePeriod(lambda: now)
+    assert grace.should_wait({None})
+    now = 200.0
+    assert grace.should_wait({130, None})
+    now += INTERRUPT_SECONDS
+    assert grace.should_wait({130, None})
+    now += 0.1
+    assert not grace.should_wait({130, None})
 
-    def found() -> Any:
-        result = patient._monitor_workers(group)
-        return getattr(result, "state", result)
 
-    assert found() == WorkerState.HEALTHY
-    now[0], endings[0] = 200.0, 130
-    assert found() == WorkerState.HEALTHY
-    now[0] += elastic_agent.LEAVING_SECONDS
-    assert found() == WorkerState.HEALTHY
-    now[0] += 0.1
-    assert found() == "ends the others"
+@pytest.mark.parametrize(
+    ("exits", "waits"),
+    [
+        ({143, None}, True),
+        ({-2, 143, None}, True),
+        ({0, None}, False),
+        ({1, None}, False),
+        ({143, 1, None}, False),
+        ({143}, False),
+    ],
+)
+def test_the_agent_waits_for_a_save_and_after_no_failure(exits: set[int | None], waits: bool) -> None:
+    assert GracePeriod().should_wait(exits) == waits
 
 
 @pytest.mark.slow
@@ -236,20 +231,15 @@ def test_a_crash_while_saving_is_not_called_preempted(config: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_while_waiting_for_the_other_node(config: Path) -> None:
-    words = ["--nodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    process = start("", config, *words)
-    assert process.stderr is not None
-    while "starting" not in process.stderr.readline():
-        pass
-    time.sleep(4)  # it imports torch first; the handlers stand after that
-    process.send_signal(signal.SIGTERM)
-    assert end(process, 30)[0] == 143
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """Node 0 is a socket that accepts and never answers, so node 1 is waiting in C++ once it has connected."""
+    with socket.create_server(("127.0.0.1", 0)) as node_0:
+        node_0.settimeout(60)
+        words = ["--nodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1"]
+        process = start("", config, *words, "--master_port", str(node_0.getsockname()[1]))
+        connection, _ = node_0.accept()
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            assert end(process, 30)[0] == 143
 
 
 @pytest.mark.slow
@@ -263,4 +253,4 @@ def test_two_nodes_meet_and_their_ranks_follow_the_nodes(config: Path) -> None:
     assert [code for code, _, _ in ends] == [0, 0], [err for _, _, err in ends]
     ranks = [sorted(json.loads(line)[1]["RANK"] for line in out.splitlines() if line[0] == "[") for _, out, _ in ends]
     assert ranks == [["2", "3"], ["0", "1"]]
-    assert "TCPStore" not in ends[0][2], "that the other node is late is no news"
+    assert "TCPStore" not in ends[0][2], "a late node 0 is not reported"

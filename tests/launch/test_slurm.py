@@ -1,201 +1,81 @@
-"""The job scripts under a real SLURM of one node, as a user submits them."""
+"""What a plan takes from the variables of a SLURM job step."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
-import yaml
 
-import config_manager
-from tests.builders import save_model_dir
-from tests.runs import ROOT
-from tests.slurm_cluster import Cluster, logs, one_node_cluster, why_not
+from sft.errors import UserError
+from sft.launch import slurm
+from sft.launch.plan import Plan
+from tests.launch.conftest import Planner
+from tests.ranks import pretend_gpus
 
-SCRIPT = str(ROOT / "slurm" / "sft_training.slurm")
-PEFT_SCRIPT = str(ROOT / "slurm" / "sft_peft.slurm")
-# What a user exports before sbatch. The tests' own environment serves, and no thread pool is wider than it need be.
-EXPORTED = {"SFT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    try:
-        with one_node_cluster(folder) as running:
-            yield running
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+STEP = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_NODEID": "2",
+    "SLURM_PROCID": "2",
+    "SLURM_JOB_NODELIST": "gpu[03-05,9]",
+    "SLURM_GPUS_ON_NODE": "2",
+}
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's directory: a model, twelve rows, a config with relative paths."""
-    folder = tmp_path_factory.mktemp("work")
-    save_model_dir(folder / "model")
-    rows = [{"question": f"What is {n} plus {n}?", "answer": str(n + n)} for n in range(12)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "model_name_or_path": "model",
-        "train_file": "train.jsonl",
-        "output_dir": "out",
-        "max_seq_length": 128,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "num_gpus": 0,
-    }
-    (folder / "my.yaml").write_text(yaml.safe_dump(config))
-    return folder
+@pytest.fixture
+def _no_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
 
 
-def run_job(
-    cluster: Cluster, work: Path, *words: str, seconds: float = 180, **exported: str
-) -> tuple[dict[str, str], str]:
-    """Submits, waits, and returns what SLURM says of the job, with its output."""
-    number = cluster.submit(*words, cwd=work, extra={**EXPORTED, **exported})
-    job = cluster.wait(number, seconds)
-    return job, Path(job["StdOut"]).read_text()
+@pytest.mark.usefixtures("_no_scontrol")
+def test_nodes_come_from_slurm(plan: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 8)
+    result = plan(env=STEP)
+    assert (result.nodes, result.node_rank, result.master_addr, result.master_port) == (4, 2, "gpu03", 22345)
+    assert result.processes == 2, "the job holds 2 of the node's 8 GPUs"
+    explicit = plan("--nodes", "2", "--node_rank", "0", "--master_addr", "h", env=STEP)
+    assert (explicit.nodes, explicit.master_addr) == (2, "h")
 
 
-def trained(work: Path, output: str) -> dict[str, object]:
-    """The config that a run of two steps left, once its files are as they should be."""
-    folder = work / output
-    state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["global_step"] == 2
-    assert (folder / "tokenizer.json").exists()
-    return yaml.safe_load((folder / "config.yaml").read_text())
+@pytest.mark.usefixtures("_no_scontrol")
+def test_gpus_of_the_job_that_are_not_visible(plan: Planner) -> None:
+    with pytest.raises(UserError, match="SLURM gave this job 2 GPUs on this node, and none is visible"):
+        plan(env=STEP)
+    assert plan("num_gpus=0", env=STEP).processes == 1
 
 
-@pytest.mark.slow
-def test_two_processes_train_under_sbatch(cluster: Cluster, work: Path) -> None:
-    job, output = run_job(cluster, work, SCRIPT, "my.yaml", "output_dir=full", NPROC_PER_NODE="2", LEARNING_RATE="3e-4")
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output + logs(cluster.folder)
-    assert job["StdOut"] == f"{work}/slurm-sft-{job['JobId']}.out"
-    assert "[launch] LEARNING_RATE=3e-4 from the environment sets learning_rate" in output
-    assert "[launch] starting 2 processes\n" in output
-    config = trained(work, "full")
-    assert (config["learning_rate"], config["max_steps"]) == (3e-4, 2)
-    assert (work / "full" / "model.safetensors").exists()
-    assert "Traceback" not in output
-
-
-@pytest.mark.slow
-def test_an_adapter_is_trained_under_sbatch(cluster: Cluster, work: Path) -> None:
-    job, output = run_job(cluster, work, PEFT_SCRIPT, "my.yaml", OUTPUT_DIR="adapter", LORA_RANK="4")
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output + logs(cluster.folder)
-    assert "[launch] starting 1 process\n" in output
-    trained(work, "adapter")
-    adapter = json.loads((work / "adapter" / "adapter_config.json").read_text())
-    assert (adapter["r"], adapter["lora_alpha"]) == (4, 32)
-    assert not (work / "adapter" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_mistakes_end_the_job_with_2(cluster: Cluster, work: Path) -> None:
-    job, output = run_job(cluster, work, SCRIPT, "no.yaml")
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
-    assert "error: no.yaml: there is no such config file" in output
-    job, output = run_job(cluster, work, SCRIPT)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
-    assert "error: which config?" in output
-
-
-@pytest.mark.slow
-def test_the_repository_is_found_or_asked_for(cluster: Cluster, work: Path) -> None:
-    lonely = work / "lonely.slurm"
-    shutil.copy(SCRIPT, lonely)
-    job, output = run_job(cluster, work, str(lonely), "my.yaml", "--dry-run")
-    assert job["ExitCode"] == "2:0"
-    assert "error: launch_training.sh was not found; set SFT_HOME to the repository" in output
-    job, output = run_job(cluster, work, str(lonely), "my.yaml", "--dry-run", SFT_HOME=str(ROOT))
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output
-    assert f"{sys.prefix}/bin/python {ROOT}/sft_main.py train --config_file my.yaml\n" in output
-
-
-@pytest.mark.slow
-def test_a_section_of_the_configs_own_is_left_alone(cluster: Cluster, work: Path) -> None:
-    own = yaml.safe_load((work / "my.yaml").read_text()) | {"lora_config": {"r": 64}}
-    (work / "own.yaml").write_text(yaml.safe_dump(own))
-    _, output = run_job(cluster, work, PEFT_SCRIPT, "own.yaml", "--dry-run")
-    assert "train --config_file own.yaml\n" in output
-    _, output = run_job(cluster, work, PEFT_SCRIPT, "my.yaml", "--dry-run")
-    assert "train --config_file my.yaml lora_config.r=16 lora_config.lora_alpha=32\n" in output
-
-
-@pytest.mark.slow
-def test_a_job_that_is_started_again_goes_on(cluster: Cluster, work: Path) -> None:
-    resuming = yaml.safe_load((work / "my.yaml").read_text()) | {"resume_from_checkpoint": False}
-    (work / "resuming.yaml").write_text(yaml.safe_dump(resuming))
-    config_manager.write_config(config_manager.load_config(work / "my.yaml"), work / "config.yaml")
-    assert "\nresume_from_checkpoint: null\n" in (work / "config.yaml").read_text()
-    commands: dict[str, list[str]] = {}
-    for words in ("my.yaml", "config.yaml", "my.yaml --resume_from_checkpoint auto", "resuming.yaml"):
-        number = cluster.submit(SCRIPT, *words.split(), "--dry-run", cwd=work, extra=EXPORTED)
-        cluster.wait(number, 60)
-        cluster.command("scontrol", "requeue", number)
-        cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
-        job = cluster.wait(number, 180)
-        assert (job["Restarts"], job["ExitCode"]) == ("1", "0:0")
-        lines = Path(job["StdOut"]).read_text().splitlines()
-        commands[words] = [line.partition("--config_file ")[2] for line in lines if "--config_file" in line]
-    assert commands == {
-        "my.yaml": ["my.yaml", "my.yaml resume_from_checkpoint=auto"],
-        "config.yaml": ["config.yaml", "config.yaml resume_from_checkpoint=auto"],
-        "my.yaml --resume_from_checkpoint auto": ["my.yaml --resume_from_checkpoint auto"] * 2,
-        "resuming.yaml": ["resuming.yaml"] * 2,
-    }
+def test_a_job_of_one_node_needs_no_network(plan: Planner) -> None:
+    assert plan(env={"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}) == Plan(plan.command())
 
 
 @pytest.mark.parametrize(
-    ("line", "goes_on"),
+    ("changes", "message"),
     [
-        ("", True),
-        ("resume_from_checkpoint: null", True),
-        ("resume_from_checkpoint: null\r", True),
-        ("resume_from_checkpoint: ~   # from the start", True),
-        ("resume_from_checkpoint:", True),
-        ("resume_from_checkpoint: # none", True),
-        ("# resume_from_checkpoint: out/checkpoint-2", True),
-        ("resume_from_checkpoint: auto", False),
-        ("resume_from_checkpoint: false  # null", False),
-        ("resume_from_checkpoint: null/checkpoint-2", False),
-        ("resume-from-checkpoint: out/checkpoint-2", False),
+        ({"SLURM_STEP_ID": None}, "the SLURM job has 4 nodes and only the first runs this command"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 tasks on 4 nodes"),
+        ({"SLURM_JOB_NODELIST": ""}, "SLURM's list of nodes is ''"),
     ],
 )
-def test_what_counts_as_a_setting_of_the_configs_own(tmp_path: Path, line: str, goes_on: bool) -> None:
-    """The script alone, in a job that was started again; `srun` only shows what it is to start."""
-    for name, does in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "exit 1")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "my.yaml").write_text(f"max_steps: 2\n{line}\noutput_dir: out\n", newline="")
-    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SFT_HOME": str(ROOT)}
-    env = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", SCRIPT, "my.yaml", "seed=1"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
-    started = done.stdout.splitlines()
-    assert started[-1 - goes_on :] == ["seed=1", "resume_from_checkpoint=auto"][: 1 + goes_on]
+@pytest.mark.usefixtures("_no_scontrol")
+def test_a_job_that_would_hang_is_an_error(plan: Planner, changes: Mapping[str, str | None], message: str) -> None:
+    env = {name: value for name, value in {**STEP, **changes}.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        plan(env=env)
 
 
-@pytest.mark.parametrize("script", [SCRIPT, PEFT_SCRIPT])
-def test_outside_slurm_a_job_script_says_what_to_do(script: str) -> None:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    env["SFT_HOME"] = str(ROOT)
-    done = subprocess.run(["bash", script, "my.yaml"], env=env, capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "error: this is a job script: sbatch slurm/sft_training.slurm my.yaml",
-        "    Without SLURM: ./launch_training.sh --config my.yaml",
-    ]
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("gpu[7,3]", "gpu7"),
+        ("rack[1-2]-n[04-08].site", "rack1-n04.site"),
+        ("a-b-[0-3]", "a-b-0"),
+    ],
+)
+def test_the_first_host_without_scontrol(nodelist: str, host: str) -> None:
+    assert slurm.expand_first_host(nodelist) == host

@@ -1,9 +1,9 @@
-"""Checkpointing keeps less and changes nothing."""
+"""Activation checkpointing keeps less memory and changes no number."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ TOKENS = 96
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made inside and still live; `peak` is the most at any time."""
+    """Counts the bytes of all live tensors that were made inside; `peak` is the most at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,27 +52,16 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class Operators(TorchDispatchMode):
-    """Counts the calls of costly operators."""
+class Calls(TorchDispatchMode):
+    """Counts the calls of some operators, by default of the costly ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, operators: Collection[Any] | None = None) -> None:
         super().__init__()
-        self.calls = 0
+        self._operators = costly_operators() if operators is None else operators
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func in costly_operators()
-        return func(*args, **(kwargs or {}))
-
-
-class Named(TorchDispatchMode):
-    """Counts the calls of one operator."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name, self.calls = name, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += str(func) == self.name
+        self.count += func in self._operators
         return func(*args, **(kwargs or {}))
 
 
@@ -88,7 +77,7 @@ def adapted() -> Any:
 
 
 def forward(model: Any) -> torch.Tensor:
-    """The loss of two documents in one row, which are told apart by `position_ids`, a keyword."""
+    """The loss of two documents in one row, separated by `position_ids`, a keyword."""
     torch.manual_seed(0)
     ids = torch.randint(0, 100, (1, TOKENS))
     positions = torch.cat([torch.arange(TOKENS // 3), torch.arange(TOKENS - TOKENS // 3)])[None]
@@ -128,24 +117,24 @@ def test_selective_keeps_less_and_full_the_least() -> None:
 
 
 @pytest.mark.parametrize(("mode", "repeated"), [("none", 0), ("selective", 0), ("full", 14)])
-def test_selective_computes_no_costly_operator_again(mode: Any, repeated: int) -> None:
-    """Two layers of seven linear maps and an attention. Nothing in a layer needs its last map's result, so that even
-    `full` stops before that one.
+def test_selective_recomputes_no_costly_operator(mode: Any, repeated: int) -> None:
+    """Two layers of seven linear maps and an attention. No gradient in a layer needs the result of its last map: even
+    `full` does not recompute that one.
     """
     counts = []
     for each in ("none", mode):
         model = tiny_llama(100).train()
         checkpoint_activations(model, each)
         loss = forward(model)
-        with Operators() as backward:
+        with Calls() as backward:
             loss.backward()
-        counts.append(backward.calls)
+        counts.append(backward.count)
     assert counts[1] - counts[0] == repeated
 
 
 @pytest.mark.parametrize(("mode", "repeated"), [("selective", 0), ("full", 14)])
-def test_products_with_4_bit_weights_are_kept_too(model_dir: Path, mode: Any, repeated: int) -> None:
-    """Two layers of seven linear maps, each a product that unpacks its weights first."""
+def test_results_of_4_bit_layers_are_kept_too(model_dir: Path, mode: Any, repeated: int) -> None:
+    """Two layers of seven linear maps, each of which dequantizes its weights first."""
     calls = []
     for each in ("none", mode):
         keys, lora = ModelKeys(model_name_or_path=str(model_dir)), LoraKeys(r=2)
@@ -154,14 +143,14 @@ def test_products_with_4_bit_weights_are_kept_too(model_dir: Path, mode: Any, re
         model = load_model(keys, tokenizer, precision=precision, lora=lora, quantization=quantization).train()
         checkpoint_activations(model, each)
         loss = forward(model)
-        with Named("bitsandbytes.gemm_4bit.default") as backward:
+        with Calls([torch.ops.bitsandbytes.gemm_4bit.default]) as backward:
             loss.backward()
-        calls.append(backward.calls)
+        calls.append(backward.count)
     assert calls[1] - calls[0] == repeated
 
 
-def test_what_attention_over_documents_calls_on_a_gpu_is_kept() -> None:
-    """There before the first layer runs, when the operators are listed for the whole run."""
+def test_results_of_document_attention_are_kept_on_cpu_and_gpu() -> None:
+    """The operators exist before the first layer runs, when they are listed for the whole run."""
     document_attention.register()
     costly_operators.cache_clear()
     names = {str(operator) for operator in costly_operators()}
@@ -189,15 +178,15 @@ def test_graph_saves_only_the_inputs_of_layers_under_full() -> None:
     assert small < large / 3
 
 
-def test_evaluation_and_none_leave_the_layers_alone() -> None:
+def test_none_turns_checkpointing_off() -> None:
     model = llama()
     checkpoint_activations(model, "full")
     checkpoint_activations(model, "none")
     assert not model.is_gradient_checkpointing
 
 
-def test_what_cannot_be_done_is_said() -> None:
-    with pytest.raises(UserError, match="cannot be computed again"):
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(UserError, match="cannot be recomputed"):
         checkpoint_activations(torch.nn.Linear(2, 2), "full")
     with pytest.raises(UserError, match="in main memory already") as caught:
         checkpoint_activations(llama(), "full", offload=True)
@@ -206,40 +195,42 @@ def test_what_cannot_be_done_is_said() -> None:
         checkpoint_activations(llama(), "none", offload=True)
 
 
-def test_offload_asks_where_the_model_will_train_and_not_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's model is in main memory or without numbers at that time; without numbers nothing can be copied."""
+def test_offload_depends_on_where_the_model_will_be_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model for a GPU is in main memory or on the meta device at that time; a meta model has nothing to copy."""
     gpu = torch.device("cuda", 0)
-    parks: list[torch.device] = []
-    monkeypatch.setattr(activation_checkpointing, "HostMemory", parks.append)
+    hosts: list[torch.device] = []
+    monkeypatch.setattr(activation_checkpointing, "HostMemory", hosts.append)
     checkpoint_activations(llama(), "full", offload=True, device=gpu)
-    assert parks == [gpu]
+    assert hosts == [gpu]
     with torch.device("meta"):
-        outline = tiny_llama(100).train()
-    checkpoint_activations(outline, "full", offload=True, device=gpu)
-    assert outline.is_gradient_checkpointing
-    assert parks == [gpu]
-    for stands in (outline, llama()):
-        with pytest.raises(UserError, match="trained on the CPU"):  # what a run would be told, an estimate is told
-            checkpoint_activations(stands, "full", offload=True, device=torch.device("cpu"))
+        meta = tiny_llama(100).train()
+    checkpoint_activations(meta, "full", offload=True, device=gpu)
+    assert meta.is_gradient_checkpointing
+    assert hosts == [gpu]
+    for model in (meta, llama()):
+        with pytest.raises(UserError, match="trained on the CPU"):  # by an estimate as by a run
+            checkpoint_activations(model, "full", offload=True, device=torch.device("cpu"))
 
 
-def test_parked_tensors_come_back_as_they_were_and_are_fetched_one_ahead() -> None:
-    """The CPU's streams do nothing, so that only the bookkeeping is tested here; copies overlap on a GPU alone."""
+def test_offloaded_tensors_come_back_unchanged_and_are_fetched_one_ahead() -> None:
+    """The CPU's streams do nothing: this tests the bookkeeping; copies overlap on a GPU alone."""
     host = HostMemory(torch.device("cpu"))
     tensors = [torch.randn(600, 600) for _ in range(3)]
-    parked: Any = [host.pack(tensor) for tensor in tensors]
-    assert all(entry.host is not tensor for entry, tensor in zip(parked, tensors, strict=True))
-    assert host.unpack(parked[2]).equal(tensors[2])
-    assert parked[1].fetched is not None
-    assert parked[0].fetched is None
-    assert host.unpack(parked[1]).equal(tensors[1])
-    assert host.unpack(parked[0]).equal(tensors[0])
+    offloaded: Any = [host.pack(tensor) for tensor in tensors]
+    assert all(entry.host is not tensor for entry, tensor in zip(offloaded, tensors, strict=True))
+    assert host.unpack(offloaded[2]).equal(tensors[2])
+    assert offloaded[1].fetched is not None
+    assert offloaded[0].fetched is None
+    assert host.unpack(offloaded[1]).equal(tensors[1])
+    assert host.unpack(offloaded[0]).equal(tensors[0])
     small, weight = torch.ones(3), torch.nn.Parameter(torch.zeros(600, 600))
     assert host.pack(small) is small
     assert host.pack(weight) is weight
 
 
-def test_a_pass_over_parked_inputs_gives_the_same_gradients() -> None:
+def test_offloaded_inputs_give_the_same_gradients() -> None:
     wide = {"hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 1024}
     plain, model = (tiny_llama(50, **wide).train() for _ in range(2))
     host = HostMemory(torch.device("cpu"))

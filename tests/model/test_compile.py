@@ -1,4 +1,4 @@
-"""`torch_compile`: three graphs at the most over rows of many lengths, and the numbers of a run without it."""
+"""`torch_compile` makes at most three graphs for all lengths, and gives the numbers of a run without it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
 import sft_main
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.errors import UserError
 from sft.model import compile as compilation
 from sft.model.activation_checkpointing import checkpoint_activations
@@ -25,7 +25,7 @@ from sft.training.arguments import training_arguments
 from tests.builders import tiny_llama
 from tests.runs import arithmetic, log_history, losses, run, write_config, write_rows
 
-TRACED = CompileSettings("aot_eager", {})  # the graphs of dynamo and autograd without the code of inductor: seconds
+TRACED = CompileSettings("aot_eager", {})  # graphs of dynamo and autograd without inductor's code: seconds
 VOCABULARY = 100
 TINY: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -126,7 +126,7 @@ MODELS: dict[str, tuple[Callable[[], Any], int]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_lengths_make_no_graphs(name: str) -> None:
+def test_many_lengths_share_the_graphs(name: str) -> None:
     make, expected = MODELS[name]
     assert_same(make, TRACED, expected)
 
@@ -151,12 +151,12 @@ FAMILIES: dict[str, tuple[Any, int]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str) -> None:
+def test_model_families_compile(name: str) -> None:
     config, expected = FAMILIES[name]
     assert_same(lambda: model_of(config), TRACED, expected)
 
 
-def test_without_evaluation_its_passes_cost_no_graph() -> None:
+def test_a_run_without_evaluation_compiles_no_graph_for_it() -> None:
     model = llama()
     compile_layers(model, CompileSettings("eager", {}), evaluates=False)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_call_without_documents_is_not_compiled() -> None:
 
 
 def test_what_needs_a_fourth_graph_runs_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
-    """Hooks that differ between the layers make a graph of each; nothing stops, and nothing changes."""
+    """Hooks that differ between the layers need a graph each; the run goes on with the same numbers."""
     model, plain = llama(num_hidden_layers=5), llama(num_hidden_layers=5)
     for each in (model, plain):
         for number, layer in enumerate(each.model.layers):
@@ -188,7 +188,7 @@ def test_what_needs_a_fourth_graph_runs_uncompiled(caplog: pytest.LogCaptureFixt
     assert sum("runs uncompiled" in record.message for record in caplog.records) == 1
 
 
-def test_compiling_is_asked_for_by_each_of_three_keys() -> None:
+def test_each_of_three_keys_turns_compiling_on() -> None:
     assert compile_settings(False, None, None) is None
     for asked in ((True, None, None), (False, "inductor", None), (False, None, "default")):
         settings = compile_settings(*asked)
@@ -198,7 +198,7 @@ def test_compiling_is_asked_for_by_each_of_three_keys() -> None:
     assert compile_settings(True, "aot_eager", None) == TRACED
 
 
-def test_a_mode_keeps_its_settings_but_for_graphs_of_one_length() -> None:
+def test_a_mode_keeps_its_settings_except_cuda_graphs() -> None:
     settings = compile_settings(True, None, "max-autotune")
     assert settings is not None
     assert settings.options["max_autotune"] is True
@@ -210,16 +210,16 @@ def test_a_mode_keeps_its_settings_but_for_graphs_of_one_length() -> None:
     [
         ("inducter", None, "no backend 'inducter'"),
         (None, "fast", "no mode 'fast'"),
-        (None, "reduce-overhead", "record each anew"),
+        (None, "reduce-overhead", "record a graph for each"),
         ("aot_eager", "default", "a mode of inductor"),
     ],
 )
-def test_what_is_no_way_to_compile(backend: str | None, mode: str | None, words: str) -> None:
+def test_wrong_backends_and_modes_are_refused(backend: str | None, mode: str | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
         compile_settings(True, backend, mode)
 
 
-def test_without_a_compiler_nothing_begins() -> None:
+def test_a_missing_compiler_is_reported_before_training() -> None:
     compiler_search = torch._inductor.cpp_builder.cpp_compiler_search
     compiler_search.cache_clear()
     with (
@@ -230,7 +230,7 @@ def test_without_a_compiler_nothing_begins() -> None:
 
 
 def test_a_gpus_capability_is_a_constant_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo cannot trace the question, nor what a cache wraps; without a GPU the answer is made up."""
+    """Dynamo cannot trace the call, nor what a cache wraps; without a GPU the answer is made up."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8 + len(os.urandom(1)), 0))
     compile_layers(llama(), CompileSettings("eager", {}), evaluates=False)
     ask = document_attention.capability
@@ -242,11 +242,11 @@ def test_a_gpus_capability_is_a_constant_of_the_graph(monkeypatch: pytest.Monkey
 
 
 def test_padded_rows_are_refused() -> None:
-    with pytest.raises(UserError, match="attention over documents only, and this run has sdpa"):
+    with pytest.raises(UserError, match=r"only sft_documents attention is compiled .*, and this run has sdpa"):
         compile_layers(tiny_llama(VOCABULARY, attn_implementation="sdpa"), TRACED, evaluates=True)
 
 
-def test_a_layer_that_cannot_be_compiled_is_the_users_to_know() -> None:
+def test_a_layer_that_cannot_be_compiled_is_named() -> None:
     model = llama()
     compile_layers(model, CompileSettings("eager", {}), evaluates=True)
     model.model.layers[1].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
@@ -254,7 +254,7 @@ def test_a_layer_that_cannot_be_compiled_is_the_users_to_know() -> None:
         hidden(model, [5, 4])
 
 
-def test_upstream_is_not_told(tmp_path: Path) -> None:
+def test_upstreams_trainer_does_not_compile(tmp_path: Path) -> None:
     """It would compile the whole model, through accelerate."""
     given = {"output_dir": str(tmp_path), "torch_compile": True, "torch_compile_mode": "default"}
     arguments = training_arguments(given, bf16=False, fp16=False, plan=None)
@@ -342,5 +342,5 @@ def test_two_processes(config_file: Path) -> None:
     compiling = ["torch_compile=true", "per_device_train_batch_size=4"]
     done = run(*arguments, *compiling, processes=2, env={**os.environ, "TORCH_LOGS": "recompiles"})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("Recompiling function _run") <= 2 * (compilation.GRAPHS - 1)
+    assert done.stderr.count("Recompiling function call_layer") <= 2 * (compilation.GRAPHS - 1)
     assert losses(out) == pytest.approx(losses(plain), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Tokenizers that are loaded without AutoTokenizer are the ones that it would have loaded."""
+"""Tokenizers that are loaded without AutoTokenizer are the same as those that it loads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sft.model.fast_tokenizer import _SETTLED, load_tokenizer_files
+from sft.model.fast_tokenizer import KNOWN_CLASSES, load_tokenizer_files
 from tests.builders import byte_level_tokenizer
 from tests.runs import ROOT
 
-CASES = [(name, kind) for name, (_, kinds) in _SETTLED.items() for kind in (*sorted(kinds), None)]
+CASES = [(name, kind) for name, (_, kinds) in KNOWN_CLASSES.items() for kind in (*sorted(kinds), None)]
 
 
 def save(folder: Path, tokenizer_class: str, model_type: str | None) -> str:
@@ -37,8 +37,8 @@ def test_the_same_class_with_the_same_content(tmp_path: Path, tokenizer_class: s
     assert found.init_kwargs == expected.init_kwargs
 
 
-def test_what_is_not_settled_is_left_to_auto_tokenizer(tmp_path: Path) -> None:
-    folder = save(tmp_path, "PreTrainedTokenizerFast", "qwen2")  # AutoTokenizer knows better than these files
+def test_a_class_that_is_not_known_is_loaded_by_auto_tokenizer(tmp_path: Path) -> None:
+    folder = save(tmp_path, "PreTrainedTokenizerFast", "qwen2")  # AutoTokenizer ignores the class in the file
     assert type(load_tokenizer_files(folder)).__name__ == "Qwen2Tokenizer"
 
 

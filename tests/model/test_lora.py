@@ -1,4 +1,4 @@
-"""An adapter under autocast: the same bits as peft's, with no activation cast to float32 and back."""
+"""An adapter under autocast gives the same bits as peft's, without casting activations to float32 and back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ours(**overrides: Any) -> Any:
 
 
 def peft_s(like: Any, **overrides: Any) -> Any:
-    """The same weights in an adapter that only peft has touched."""
+    """The same weights in an adapter as peft makes it."""
     keys = LoraKeys(**{**SETTINGS, **overrides})
     model = get_peft_model(base(), LoraConfig(**keys.kwargs())).train()
     model.load_state_dict(like.state_dict())
@@ -49,7 +49,7 @@ def peft_s(like: Any, **overrides: Any) -> Any:
 
 
 def trained(model: Any) -> tuple[list[torch.Tensor], int]:
-    """Logits and gradients of a pass under autocast, and the casts that its forward made."""
+    """Logits and gradients under autocast, and the number of casts in the forward pass."""
     ids = torch.randint(0, 100, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)  # of dropout
     with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
@@ -61,8 +61,8 @@ def trained(model: Any) -> tuple[list[torch.Tensor], int]:
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_autocast_gets_the_input_as_it_is_and_every_bit_stays(is_checkpointed: bool) -> None:
-    """Two layers of seven adapted maps: fourteen casts less."""
+def test_autocast_gets_the_input_uncast_and_every_bit_is_the_same(is_checkpointed: bool) -> None:
+    """Two layers of seven adapted linear maps: fourteen casts fewer."""
     model = ours()
     expected, casts = trained(peft_s(model))
     mine = copy.deepcopy(model)
@@ -74,7 +74,7 @@ def test_autocast_gets_the_input_as_it_is_and_every_bit_stays(is_checkpointed: b
     assert casts - fewer == 14
 
 
-def test_without_autocast_the_adapter_computes_in_float32_as_ever() -> None:
+def test_without_autocast_the_adapter_computes_in_float32() -> None:
     model = ours()
     ids = torch.arange(TOKENS)[None]
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_without_autocast_the_adapter_computes_in_float32_as_ever() -> None:
 
 
 @pytest.mark.parametrize("overrides", [{"lora_dropout": 0.3}, {"use_dora": True}])
-def test_what_computes_with_the_input_keeps_it_in_float32(overrides: dict[str, Any]) -> None:
+def test_dropout_and_dora_keep_the_input_in_float32(overrides: dict[str, Any]) -> None:
     model = ours(**overrides)
     expected, casts = trained(peft_s(model, **overrides))
     found, same = trained(model)
@@ -90,8 +90,8 @@ def test_what_computes_with_the_input_keeps_it_in_float32(overrides: dict[str, A
     assert same == casts
 
 
-def start(seed: int, drawn_before: int = 0, **overrides: Any) -> dict[str, torch.Tensor]:
-    """The adapter's A matrices as it begins in a run of that seed."""
+def initial(seed: int, drawn_before: int = 0, **overrides: Any) -> dict[str, torch.Tensor]:
+    """The initial A matrices of the adapter in a run of that seed."""
     model = base().float()
     torch.manual_seed(seed)
     torch.rand(drawn_before)
@@ -103,17 +103,17 @@ def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_adapter_starts_from_the_seed_of_its_run() -> None:
-    assert are_equal(start(1), start(1, drawn_before=7))
-    assert not are_equal(start(1), start(2))
+def test_an_adapter_is_initialized_from_the_seed_of_its_run() -> None:
+    assert are_equal(initial(1), initial(1, drawn_before=7))
+    assert not are_equal(initial(1), initial(2))
 
 
-def test_a_start_that_changes_the_base_is_the_same_in_each_run() -> None:
-    """It is made again, without the run's seed, when the adapter is loaded."""
-    assert are_equal(start(1, init_lora_weights="pissa_niter_2"), start(2, init_lora_weights="pissa_niter_2"))
+def test_an_initialization_that_changes_the_base_is_the_same_in_each_run() -> None:
+    """It is repeated, without the run's seed, when the adapter is loaded."""
+    assert are_equal(initial(1, init_lora_weights="pissa_niter_2"), initial(2, init_lora_weights="pissa_niter_2"))
 
 
-def test_no_random_number_is_used_up() -> None:
+def test_the_random_state_is_restored() -> None:
     model = base()
     torch.manual_seed(3)
     expected = torch.rand(2)

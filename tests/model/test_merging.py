@@ -1,4 +1,4 @@
-"""A merged model is the adapter's function, on disk, for each kind of adapter and base."""
+"""A merged model computes what base and adapter compute, for each kind of adapter and base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
 from sft.model import merging
 from tests.builders import byte_level_tokenizer, tiny_llama
-from tests.model.test_saving import IM_END, logits, trained
+from tests.model.trained_models import IM_END, logits, trained
 
 LORA: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -44,7 +44,7 @@ def saved_adapter(
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", LORA)
-def test_each_kind_of_adapter(tmp_path: Path, kind: str, tied: bool) -> None:
+def test_each_kind_of_adapter_computes_the_same_after_merging(tmp_path: Path, kind: str, tied: bool) -> None:
     adapter, probe, expected = saved_adapter(tmp_path, LORA[kind], None, tied)
     report = model_manager.merge(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -67,13 +67,13 @@ def test_a_4bit_base_is_merged_as_it_was_trained(tmp_path: Path, lora: dict[str,
     assert (logits(merged, probe) - expected).abs().max() < 1e-4
     assert report.quantized_error is not None
     assert report.quantized_error < 1e-5
-    # The usual mistake, folding into the weights before their rounding, gives another function.
+    # The common mistake, merging into the unrounded weights, gives another function.
     unrounded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     difference = merged.model.layers[0].mlp.up_proj.weight - unrounded.model.layers[0].mlp.up_proj.weight
     assert torch.linalg.matrix_rank(difference) > 2
 
 
-def test_an_8bit_base(tmp_path: Path) -> None:
+def test_an_8bit_base_is_merged_up_to_the_rounding_of_its_inputs(tmp_path: Path) -> None:
     adapter, probe, expected = saved_adapter(tmp_path, {}, {"load_in_8bit": True}, tied=False)
     report = model_manager.merge(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -108,7 +108,7 @@ def test_the_merged_folder_is_a_whole_model(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_an_adapter_that_does_nothing_is_said_aloud(
+def test_an_adapter_that_changes_nothing_is_logged(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys, lora = ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), LoraKeys(r=2)
@@ -122,22 +122,22 @@ def test_an_adapter_that_does_nothing_is_said_aloud(
     assert "changes nothing" in caplog.text
 
 
-def test_a_wrong_merge_is_noticed_and_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_fails_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, _, _ = saved_adapter(tmp_path, {}, None, tied=False)
-    written = merging._write
+    written = merging.write_model
 
     def damage(model: Any, *rest: Any) -> None:
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
         written(model, *rest)
 
-    monkeypatch.setattr(merging, "_write", damage)
+    monkeypatch.setattr(merging, "write_model", damage)
     with pytest.raises(RuntimeError, match="nothing was kept"):
         model_manager.merge(adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_requests_that_cannot_be_met(model_dir: Path, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(model_dir: Path, tmp_path: Path) -> None:
     adapter, _, _ = saved_adapter(tmp_path, {"lora_bias": True}, None, tied=False)
     with pytest.raises(UserError, match="nothing to merge"):
         model_manager.merge(model_dir, tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""The number formats, for machines that are not at hand."""
+"""The choice of dtypes and attention, for machines that need not be there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sft.model.precision import choose_precision, keep_precision
 CPU, OLD_GPU, GPU = DeviceFacts("cpu", True, 3.0), DeviceFacts("cuda", False), DeviceFacts("cuda", True)
 SLOW_CPU = DeviceFacts("cpu", True, 0.3)
 MASTERS = ("bfloat16", False, False, True)
-"""Weights in bfloat16 without autocast, and float32 values in the optimizer."""
+"""Weights in bfloat16 without autocast, and float32 master weights."""
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ MASTERS = ("bfloat16", False, False, True)
         ("auto", False, None, None, OLD_GPU, ("float16", False, True, False)),
     ],
 )
-def test_the_choice(
+def test_the_chosen_precision(
     dtype: str,
     everything: bool,
     bf16: bool | None,
@@ -67,33 +67,33 @@ def test_the_choice(
         (False, "bfloat16", SLOW_CPU, ("bfloat16", False, False, False)),
         (False, "float32", CPU, ("float32", False, False, False)),
         (True, "float32", GPU, ("float32", False, False, False)),
-        (True, "float32", OLD_GPU, ("float32", False, True, False)),  # as the run was that it left
+        (True, "float32", OLD_GPU, ("float32", False, True, False)),  # as in the run that saved it
         (False, "bfloat16", OLD_GPU, ("float16", False, True, False)),
         (False, "float16", CPU, ("bfloat16", False, False, False)),
     ],
 )
-def test_a_run_that_goes_on_keeps_its_checkpoints_format(
+def test_a_resumed_run_keeps_the_dtype_of_its_checkpoint(
     everything: bool, kept: str, device: DeviceFacts, expected: tuple[str, bool, bool, bool]
 ) -> None:
-    """Where the machine can: a GPU without bfloat16, and a CPU in float16, go on with what they would choose."""
+    """If the machine supports it: a GPU without bfloat16, and a CPU in float16, use what they would choose."""
     chosen = keep_precision(choose_precision("auto", everything, None, None, device), kept, everything, device)
     assert (chosen.dtype, chosen.bf16, chosen.fp16, chosen.master_weights) == expected
     assert chosen.reason.startswith(expected[0])
 
 
-def test_the_reason_names_what_was_measured() -> None:
+def test_the_reason_names_the_measured_speedup() -> None:
     assert "3.0 times as fast" in choose_precision("auto", True, None, None, CPU).reason
     assert "0.3 times as fast" in choose_precision("auto", True, None, None, SLOW_CPU).reason
     assert "float32 values" in choose_precision("auto", True, None, None, CPU).reason
     assert "frozen" in choose_precision("auto", False, None, None, CPU).reason
 
 
-def test_sharded_weights_are_kept_in_float32_by_their_sharding() -> None:
+def test_sharded_weights_need_no_master_weights() -> None:
     chosen = choose_precision("auto", True, None, None, GPU, sharded=True)
     assert (chosen.dtype, chosen.bf16, chosen.master_weights) == ("float32", True, False)
 
 
-def test_the_machine_is_measured_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_measured_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("sft.distributed.cpu.bf16_speedup", lambda: 2.5)
     assert device_facts() == DeviceFacts("cpu", True, 1.0)
@@ -103,7 +103,6 @@ def test_the_machine_is_measured_only_where_that_is_asked_for(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("dtype", "bf16", "fp16", "device", "key"),
     [
-        ("auto", True, True, GPU, "fp16"),
         ("auto", True, None, OLD_GPU, "bf16"),
         ("auto", None, True, CPU, "fp16"),
         ("float16", None, None, CPU, "dtype"),
@@ -111,7 +110,7 @@ def test_the_machine_is_measured_only_where_that_is_asked_for(monkeypatch: pytes
         ("int8", None, None, GPU, "dtype"),
     ],
 )
-def test_what_excludes_itself(dtype: str, bf16: bool | None, fp16: bool | None, device: DeviceFacts, key: str) -> None:
+def test_exclusive_settings(dtype: str, bf16: bool | None, fp16: bool | None, device: DeviceFacts, key: str) -> None:
     with pytest.raises(UserError) as caught:
         choose_precision(dtype, True, bf16, fp16, device)
     assert caught.value.problems[0].key == key
@@ -131,7 +130,7 @@ def test_float16_weights_are_not_trained(device: DeviceFacts, fp16: bool | None,
     assert choose_precision("float16", False, None, fp16, device).dtype == "float16", "a frozen base may be"
 
 
-def test_attention_is_ours_then_flash_attn_where_torch_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_sft_documents_or_flash_attn_where_torch_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, capped = LlamaConfig(), Gemma2Config()
     for installed, of_capped in ((False, "sft_documents"), (True, "flash_attention_2")):
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda installed=installed: installed)

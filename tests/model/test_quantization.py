@@ -1,4 +1,4 @@
-"""What importing bitsandbytes costs, and that what it compiles still works."""
+"""Importing bitsandbytes does not import torch's compiler, and what it compiles still works."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.runs import ROOT
 
 
 @pytest.mark.slow
-def test_the_import_leaves_the_compiler_alone_and_its_functions_run_all_the_same() -> None:
+def test_the_import_does_not_import_the_compiler_and_compiled_functions_run() -> None:
     code = """
 import sys
 from sft.model.quantization import import_bitsandbytes

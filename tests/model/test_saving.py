@@ -1,4 +1,4 @@
-"""What is saved loads as what was trained, from wherever the process starts."""
+"""A saved model or adapter loads as it was trained, in whatever folder the process starts."""
 
 from __future__ import annotations
 
@@ -17,30 +17,7 @@ from sft.errors import UserError
 from sft.model.saving import generation_config, stop_tokens
 from sft.model.trained import find_base
 from tests.builders import byte_level_tokenizer, tiny_llama
-
-PROBE = torch.arange(5, 45).reshape(2, 20)
-IM_END = 2
-
-
-def trained(keys: ModelKeys, lora: LoraKeys | None = None, quantization: QuantizationKeys | None = None) -> Any:
-    """A model after some steps, so that each of its trained weights has moved."""
-    tokenizer = model_manager.load_tokenizer(keys)
-    precision = model_manager.plan_precision(keys, lora, quantization)
-    torch.manual_seed(0)
-    model: Any = model_manager.load_model(keys, tokenizer, precision=precision, lora=lora, quantization=quantization)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids = torch.randint(0, len(tokenizer), (4, 16), generator=torch.Generator().manual_seed(0))
-    ids[:, -2:] = torch.tensor([len(tokenizer) - 1, IM_END])
-    for _ in range(4):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval(), tokenizer
-
-
-def logits(model: Any, probe: torch.Tensor = PROBE) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=probe, use_cache=False).logits
+from tests.model.trained_models import IM_END, logits, trained
 
 
 def test_stop_tokens_are_the_trained_ones_first_and_unique() -> None:
@@ -50,7 +27,7 @@ def test_stop_tokens_are_the_trained_ones_first_and_unique() -> None:
     assert stop_tokens(tokenizer, []) == [tokenizer.eos_token_id]
 
 
-def test_a_base_with_sampling_settings_beside_greedy_can_be_saved(tmp_path: Path) -> None:
+def test_a_base_with_sampling_settings_and_do_sample_false_can_be_saved(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     model = tiny_llama(len(tokenizer))
     model.generation_config.temperature = 0.6
@@ -61,7 +38,7 @@ def test_a_base_with_sampling_settings_beside_greedy_can_be_saved(tmp_path: Path
 
 
 @pytest.mark.parametrize("lora", [None, LoraKeys(r=2)], ids=["full", "adapter"])
-def test_a_saved_model_is_whole_and_stops_on_the_trained_token(
+def test_a_saved_model_is_complete_and_stops_on_the_trained_token(
     model_dir: Path, tmp_path: Path, lora: LoraKeys | None
 ) -> None:
     model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), lora)
@@ -102,7 +79,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adapters_of_each_kind_load_as_they_were(model_dir: Path, tmp_path: Path, case: str) -> None:
+def test_adapters_of_each_kind_load_as_they_were_saved(model_dir: Path, tmp_path: Path, case: str) -> None:
     settings, quantization = CASES[case]
     keys = ModelKeys(model_name_or_path=str(model_dir), special_tokens=["<|a|>", "<|b|>"], dtype="float32")
     model, tokenizer = trained(
@@ -143,7 +120,7 @@ def test_an_adapter_finds_its_base_from_another_folder_and_after_a_move(
 
 
 def test_an_adapter_remembers_the_commit_of_its_base(model_dir: Path, tmp_path: Path) -> None:
-    """Of a base from a hub; `model_revision: main` would be another base tomorrow."""
+    """Of a base from a hub: the branch `main` may change."""
     model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), LoraKeys(r=2))
     model_manager.save_final_model(model, tokenizer, tmp_path, [IM_END])
     assert find_base(tmp_path)[1]["revision"] is None, "a folder has no commits"
@@ -152,7 +129,7 @@ def test_an_adapter_remembers_the_commit_of_its_base(model_dir: Path, tmp_path: 
     assert find_base(tmp_path)[1]["revision"] == "0123abcd"
 
 
-def test_a_checkpoint_of_peft_alone_loads(model_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_peft_saved_loads(model_dir: Path, tmp_path: Path) -> None:
     keys = ModelKeys(model_name_or_path=str(model_dir), dtype="float32")
     model, tokenizer = trained(keys, LoraKeys(r=2))
     model.save_pretrained(tmp_path)
@@ -160,7 +137,7 @@ def test_a_checkpoint_of_peft_alone_loads(model_dir: Path, tmp_path: Path) -> No
     assert torch.equal(logits(model_manager.load_trained(tmp_path)[0]), logits(model))
 
 
-def test_an_adapter_that_is_not_whole_is_refused(model_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_missing_weights_is_refused(model_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model, tokenizer = trained(ModelKeys(model_name_or_path=str(model_dir), dtype="float32"), LoraKeys(r=2))
@@ -168,11 +145,11 @@ def test_an_adapter_that_is_not_whole_is_refused(model_dir: Path, tmp_path: Path
     weights = load_file(tmp_path / "adapter_model.safetensors")
     weights.pop(sorted(weights)[0])
     save_file(weights, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="is not whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         model_manager.load_trained(tmp_path)
 
 
-def test_what_is_no_model(model_dir: Path, tmp_path: Path) -> None:
+def test_folders_without_a_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         model_manager.load_trained(tmp_path / "nowhere")
     with pytest.raises(UserError, match="neither a model nor an adapter"):

@@ -9,7 +9,7 @@ from sft.model.tokenizer import add_special_tokens, set_pad_token
 from tests.builders import byte_level_tokenizer
 
 
-def test_a_pad_token_of_the_tokenizers_own_stays() -> None:
+def test_the_tokenizers_own_pad_token_stays() -> None:
     tokenizer = byte_level_tokenizer(pad=True)
     assert "own" in set_pad_token(tokenizer)
     assert tokenizer.pad_token == "<|pad|>"
@@ -35,7 +35,7 @@ def test_the_unknown_token_comes_before_eos_but_not_when_it_is_eos() -> None:
     assert tokenizer.pad_token == tokenizer.eos_token
 
 
-def test_nothing_is_ever_added_for_padding() -> None:
+def test_no_token_is_added_for_padding() -> None:
     tokenizer = byte_level_tokenizer(pad=False)
     size = len(tokenizer)
     set_pad_token(tokenizer)
@@ -58,7 +58,7 @@ def test_added_tokens_are_single_and_only_new_ones_are_reported() -> None:
     assert tokenizer.encode("a<|tool|>b", add_special_tokens=False)[1] == size
 
 
-def test_a_mapping_names_slots() -> None:
+def test_a_mapping_names_the_slots_of_tokens() -> None:
     tokenizer = byte_level_tokenizer()
     assert add_special_tokens(tokenizer, {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|x|>"]}) == (
         "<|x|>",

@@ -1,4 +1,4 @@
-"""The card's front matter parses and its tables hold what was given."""
+"""The model card: its front matter parses, and its tables hold the given values."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_card(tmp_path: Path) -> None:
     assert "\n\n\n" not in text
 
 
-def test_a_local_base_is_no_model_id(tmp_path: Path) -> None:
+def test_a_local_base_is_not_in_the_front_matter(tmp_path: Path) -> None:
     text = write_model_card(tmp_path, facts(base_model=str(tmp_path), is_adapter=False, chat=False)).read_text()
     assert "base_model" not in front_matter(text)
     assert front_matter(text)["library_name"] == "transformers"

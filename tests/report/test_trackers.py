@@ -1,6 +1,6 @@
-"""What the trackers received, read back from what they wrote: TensorBoard's events, W&B's offline run.
+"""What trackers receive, read from the files they write (TensorBoard's events, W&B's offline run).
 
-And trackers that cannot start: they are told before anything is loaded.
+And trackers that cannot start, which are reported before anything is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from sft.config.loading import load_config
 from sft.config.schema import TrainingKeys
-from sft.config.upstream_schema import trackers as known_trackers
+from sft.config.upstream_schema import known_trackers
 from sft.errors import UserError
 from sft.report import trackers
 from tests.runs import arithmetic, log_history, refused_before_data, run, write_config, write_rows
@@ -25,7 +25,7 @@ METRICS = ("loss", "perplexity", "token_accuracy", "sequence_accuracy", "learnin
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    """One run that reports to both; the folder it ran in."""
+    """Trains with both trackers; returns the folder."""
     folder = tmp_path_factory.mktemp("tracked")
     config_file = write_config(
         folder / "run.yaml",
@@ -50,7 +50,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
 
 
 def wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of an offline run: LevelDB's log format behind a header of 7 bytes.
+    """Yields the records of an offline run: LevelDB's log format after a header of 7 bytes.
 
     Blocks of 32 KiB hold chunks: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last), data.
     """
@@ -124,12 +124,12 @@ def refusals(report_to: str | list[str]) -> list[tuple[str, str]]:
     return []
 
 
-def test_what_each_tracker_needs_is_known() -> None:
+def test_the_needs_of_every_tracker_are_listed() -> None:
     assert list(trackers.MODULES) == known_trackers()
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_what_is_missing_is_told_with_the_command_that_installs_it() -> None:
+def test_a_missing_package_is_reported_with_the_command_that_installs_it() -> None:
     pip = f"Install it: {sys.executable} -m pip install"
     assert refusals("wandb") == [("wandb needs wandb, not installed here", f"{pip} wandb")]
     assert refusals(["azure_ml", "comet_ml"]) == [
@@ -140,7 +140,7 @@ def test_what_is_missing_is_told_with_the_command_that_installs_it() -> None:
         ("dagshub needs dagshub and mlflow, not installed here", f"{pip} dagshub mlflow"),
         (
             "dagshub needs the environment variable MLFLOW_TRACKING_URI, which is not set",
-            "Set it, or leave this tracker out.",
+            "Set it, or remove this tracker.",
         ),
     ]
     ((message, _),) = refusals("kubeflow")
@@ -150,7 +150,7 @@ def test_what_is_missing_is_told_with_the_command_that_installs_it() -> None:
     assert refusals("none") == refusals("all") == refusals([]) == []
 
 
-def test_what_is_installed_is_found_and_a_folder_of_runs_is_no_package(
+def test_an_installed_package_is_found_and_a_folder_of_runs_is_no_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("swanlab", "trackio"):
@@ -165,7 +165,7 @@ def test_what_is_installed_is_found_and_a_folder_of_runs_is_no_package(
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_check_and_train_tell_it_before_the_data_is_read(
+def test_check_and_train_report_it_before_the_data_is_read(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config_file = write_config(
@@ -176,14 +176,15 @@ def test_check_and_train_tell_it_before_the_data_is_read(
         output_dir=str(tmp_path / "out"),
         report_to="mlflow",
     )
-    told, said = refused_before_data(config_file, monkeypatch, capsys, verbs=("train", "evaluate"))
-    assert (told["key"], told["line"], told["message"]) == ("report_to", 5, "mlflow needs mlflow, not installed here")
-    assert all("mlflow needs mlflow" in each for each in said)
+    problem, messages = refused_before_data(config_file, monkeypatch, capsys, verbs=("train", "evaluate"))
+    assert problem["message"] == "mlflow needs mlflow, not installed here"
+    assert (problem["key"], problem["line"]) == ("report_to", 5)
+    assert all("mlflow needs mlflow" in message for message in messages)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("word", ["none", "all"])
 def test_none_and_all_stand_alone(tmp_path: Path, word: str) -> None:
-    with pytest.raises(UserError, match=f"report_to: {word} stands alone"):
+    with pytest.raises(UserError, match=f"report_to: {word} excludes other trackers"):
         load_config(write_config(tmp_path / "run.yaml", report_to=["wandb", word]))
     assert load_config(write_config(tmp_path / "run.yaml", report_to=[word])).report_to == [word]

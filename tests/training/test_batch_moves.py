@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import Collator
-from sft.training.dataloader import RowOrder
+from sft.data.loading.document_offsets import DocumentOffsets
+from trainer_utils import SFTTrainer
 
 
 class Pinned(torch.Tensor):
@@ -30,7 +30,7 @@ class Pinned(torch.Tensor):
 @pytest.fixture
 def trainer() -> Any:
     """No more than moving takes; its device is `meta`, which is another than the host's, as a GPU is."""
-    made: Any = RowOrder.__new__(RowOrder)
+    made: Any = SFTTrainer.__new__(SFTTrainer)
     made.args = SimpleNamespace(device=torch.device("meta"), average_tokens_across_devices=False, n_gpu=1, world_size=1)
     made.is_deepspeed_enabled = False
     made.model_accepts_loss_kwargs = made._loss_shifts_labels = True

@@ -27,7 +27,7 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.trainer: Any = None
         self.found: list[tuple[int, str]] = []
-        self.flags: list[tuple[int, int]] = []  # steps made when a flag set out, and when it was looked at
+        self.flags: list[tuple[int, int]] = []  # steps made when a copy started, and when it was read
         self.is_host = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,8 +48,8 @@ class Reads(TorchDispatchMode):
 
         return run
 
-    def arriving(self, flag: torch.Tensor) -> Callable[[], bool]:
-        """Stands in for the copy of a flag to main memory, which a CPU does not make."""
+    def copy_to_host(self, flag: torch.Tensor) -> Callable[[], bool]:
+        """Replaces the copy of a flag to main memory, which a CPU does not make."""
         left = self.trainer.state.global_step
 
         def read() -> bool:
@@ -71,7 +71,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
     monkeypatch.setattr(SFTTrainer, "_run_epoch", run_epoch)
     monkeypatch.setattr(Collator, "__call__", mode.on_the_host(Collator.__call__))
-    monkeypatch.setattr(nonfinite, "_arriving", mode.arriving)
+    monkeypatch.setattr(nonfinite, "copy_to_host", mode.copy_to_host)
     return mode
 
 
@@ -98,7 +98,7 @@ def config_file(tmp_path: Path, model_dir: Path) -> Path:
     ids=["defaults", "lora", "masters", "skip"],
 )
 def test_no_step_but_the_first_reads_the_device(config_file: Path, reads: Reads, options: list[str]) -> None:
-    """Whether a step was made is looked at behind the next one's passes, or at the end; of the first it is at once."""
+    """Whether a step was made is read after the next step's micro-batches, or at the end; of the first step at once."""
     assert sft_main.main(["--config_file", str(config_file), *options]) == 0
     assert {step for step, _ in reads.found} == {0}, [found for found in reads.found if found[0]]
     assert reads.flags == [(0, 0), *((made, made + 1) for made in range(1, STEPS))]
@@ -109,6 +109,6 @@ def test_a_log_reads_once_for_all_steps_before_it(config_file: Path, reads: Read
     assert {step for step, _ in reads.found} == {0, 4, 6}
 
 
-def test_an_optimizer_that_cannot_leave_a_step_out_waits_for_the_answer(config_file: Path, reads: Reads) -> None:
+def test_an_optimizer_that_cannot_skip_on_the_device_waits_for_the_answer(config_file: Path, reads: Reads) -> None:
     assert sft_main.main(["--config_file", str(config_file), "optim=adafactor"]) == 0
     assert reads.flags == [(made, made) for made in range(STEPS)]

@@ -19,7 +19,7 @@ from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
 from sft.loss.metrics import TokenCounts
 from sft.loss.token_loss import TokenLoss, token_loss
-from sft.training.first_step_checks import FirstStep, TrustChecks, find_warnings, noise_sources
+from sft.training.first_step_checks import FirstStep, FirstStepChecks, find_warnings, noise_sources
 from sft.training.gradient_coverage import GradientCoverage, count_gradients
 from tests.builders import tiny_llama
 from tests.by_hand import model_in, rows_of, summed_nll
@@ -66,11 +66,11 @@ def test_a_sound_run_is_one_line() -> None:
     ("share", "from_scratch", "said"),
     [
         (0.9, False, None),
-        (0.98, False, "no more than random weights"),
-        (1.02, False, "no more than random weights"),
+        (0.98, False, "no better than random weights"),
+        (1.02, False, "no better than random weights"),
         (1.02, True, None),
-        (1.3, False, "worse than one that knows nothing; look at whether the tokenizer"),
-        (1.3, True, "worse than one that knows nothing; look at the scale of the initialisation"),
+        (1.3, False, "worse than a uniform guess; look at whether the tokenizer"),
+        (1.3, True, "worse than a uniform guess; look at the scale of the initialization"),
     ],
 )
 def test_the_first_loss_beside_that_of_a_model_that_knows_nothing(
@@ -239,7 +239,7 @@ NOTHING = TokenCounts(0.0, 0.0, 0, 0, 0, 0, 20)
 
 def test_the_first_step_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(100)
-    checks = TrustChecks(model, 100, from_scratch=True)
+    checks = FirstStepChecks(model, 100, from_scratch=True)
     evaluations = []
 
     def evaluate() -> TokenLoss:
@@ -269,7 +269,7 @@ def test_a_run_whose_modes_differ_is_warned_of(
     caplog: pytest.LogCaptureFixture, scale: float, is_doubted: bool
 ) -> None:
     model, ids = tiny_llama(100), torch.arange(1, 21).view(2, 10)
-    checks = TrustChecks(model, 100, from_scratch=True)
+    checks = FirstStepChecks(model, 100, from_scratch=True)
     with torch.no_grad():
         evaluated = token_loss(scale * model(input_ids=ids).logits, ids)
     checks.before_pass(lambda: evaluated)
@@ -281,7 +281,7 @@ def test_a_run_whose_modes_differ_is_warned_of(
 
 def test_labels_that_are_all_masked_are_warned_of_and_then_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(100)
-    checks = TrustChecks(model, 100, from_scratch=True)
+    checks = FirstStepChecks(model, 100, from_scratch=True)
     for step in range(2):
         checks.look(step, NOTHING)
         assert f"step {step}: none of its 20 tokens is trained: all labels are masked" in caplog.text
@@ -292,7 +292,7 @@ def test_labels_that_are_all_masked_are_warned_of_and_then_stop_the_run(caplog: 
 
 def test_a_run_in_which_nothing_has_a_gradient_is_stopped() -> None:
     model = tiny_llama(100)
-    checks = TrustChecks(model, 100, from_scratch=True)
+    checks = FirstStepChecks(model, 100, from_scratch=True)
     loss = step_of(model)
     model.zero_grad()
     with pytest.raises(TrainingStopped, match="step 5: none of 21 trained parameters has a gradient") as caught:
@@ -313,7 +313,7 @@ def test_a_run_in_which_nothing_has_a_gradient_is_stopped() -> None:
 def test_a_learning_rate_that_stays_zero(
     caplog: pytest.LogCaptureFixture, rates: list[list[float]], left: int, said: str
 ) -> None:
-    checks = TrustChecks(tiny_llama(100), 100, from_scratch=True)
+    checks = FirstStepChecks(tiny_llama(100), 100, from_scratch=True)
     for made, each in enumerate([*rates, rates[-1], rates[-1]]):
         checks.look_at_rates(made, left - made, each)
     assert len(caplog.messages) == bool(said)

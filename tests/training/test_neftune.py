@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import sft_main
-from sft.data.loading.boundaries import DocumentOffsets
 from sft.data.loading.collator import Collator
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.training.neftune import Neftune, noise_scale
 from tests.builders import tiny_llama
 from tests.runs import arithmetic, log_history, losses, write_config, write_rows

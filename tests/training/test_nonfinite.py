@@ -20,8 +20,8 @@ from sft.data.loading.collator import Collator
 from sft.data.loading.sampler import EpochSampler
 from sft.errors import TrainingStopped
 from sft.training.nonfinite import NonfiniteGuard, nonfinite_parameters, require_finite
-from sft.training.nonfinite_report import documents_alone
-from sft.training.optim.factory import skipping, with_master_weights
+from sft.training.nonfinite_report import split_into_documents
+from sft.training.optim.factory import find_fused_adam, with_master_weights
 from sft.training.optim.grad_norm import clip_gradients, gradient_norms, total_norm
 from tests.builders import save_model_dir
 from tests.by_hand import rows_of
@@ -109,9 +109,12 @@ def test_the_run_stops_and_names_step_pass_and_row(flatten: bool, late: bool) ->
     assert caught.value.exit_code == 3
     first, second, last = caught.value.problems
     assert first.message == "step 5: the loss is not finite on rank 0"
-    assert second.message == "rank 0, pass 2 of 2: row 21 of the prepared training data (from 0) has such a loss alone"
+    assert (
+        second.message
+        == "rank 0, micro-batch 2 of 2: row 21 of the prepared training data (from 0) has such a loss by itself"
+    )
     assert second.hint == "begins '[3, 7, 4]'"
-    assert "the weights and the last checkpoint are as they were" in last.message
+    assert "the weights and the last checkpoint are unchanged" in last.message
 
 
 def test_where_no_document_does_it_alone_all_of_the_pass_are_named() -> None:
@@ -120,7 +123,7 @@ def test_where_no_document_does_it_alone_all_of_the_pass_are_named() -> None:
     with pytest.raises(TrainingStopped) as caught:
         judged(guard, model)
     assert caught.value.problems[1].message == (
-        "rank 0, pass 1 of 1: row 20, 21 of the prepared training data (from 0) is in it"
+        "rank 0, micro-batch 1 of 1: row 20, 21 of the prepared training data (from 0) is in this micro-batch"
     )
 
 
@@ -133,19 +136,19 @@ def test_gradients_that_are_not_finite_under_a_finite_loss_are_named(late: bool)
         judged(guard, model, late=late)
     first, second, _ = caught.value.problems
     assert first.message == (
-        "step 5: the loss is finite, the gradients are not (or exceed 1e19), of 1 of 2 parameters: other"
+        "step 5: the loss is finite, but not the gradients (or they exceed 1e19) of 1 of 2 parameters: other"
     )
-    assert second.message == "rank 0: row 20 of the prepared training data (from 0) is in it"
+    assert second.message == "rank 0: row 20 of the prepared training data (from 0) is in this step"
 
 
 def test_a_norm_that_overflows_is_told_as_such() -> None:
     """The square of 2e19 is no float32; where the squares are, their sum may be none."""
     guard, model = guard_of(), Weights()
     model.one.grad, model.other.grad = torch.tensor([2e19, 0, 0]), torch.tensor([1.0, 0])
-    with pytest.raises(TrainingStopped, match=r"\(or exceed 1e19\), of 1 of 2 parameters: one"):
+    with pytest.raises(TrainingStopped, match=r"\(or they exceed 1e19\) of 1 of 2 parameters: one"):
         judged(guard, model)
     model.one.grad, model.other.grad = torch.tensor([1.7e19, 0, 0]), torch.tensor([1.7e19, 0])
-    with pytest.raises(TrainingStopped, match="every gradient is finite, and their norm is too large"):
+    with pytest.raises(TrainingStopped, match="every gradient is finite, but their norm overflows float32"):
         judged(guard, model)
 
 
@@ -157,7 +160,7 @@ def test_skipping_moves_nothing_and_stops_behind_the_limit(fused: bool, masters:
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
     optimizer = with_master_weights(optimizer) if masters else optimizer
     guard = guard_of("skip", limit=2)
-    skips = skipping(optimizer)
+    skips = find_fused_adam(optimizer)
     assert (skips is not None) == fused
 
     def step(factor: float) -> bool:
@@ -182,7 +185,7 @@ def test_skipping_moves_nothing_and_stops_behind_the_limit(fused: bool, masters:
     for state, before in zip(optimizer.state.values(), moments, strict=True):
         assert all(state[name].equal(before[name]) for name in before)
     assert step(1.0) is False
-    with pytest.raises(TrainingStopped, match=r"2 steps were left out before this one \(nonfinite_limit\)"):
+    with pytest.raises(TrainingStopped, match=r"2 steps were skipped before this one \(nonfinite_limit\)"):
         step(math.nan)
 
 
@@ -203,7 +206,7 @@ def test_a_loss_scale_that_never_fits_is_no_overflow() -> None:
     model.one.grad = torch.full((3,), math.inf)
     for _ in range(32):  # halved as often, the first scale of 65,536 is 2e-5
         assert judged(guard, model, scaled=True) is False
-    with pytest.raises(TrainingStopped, match="the gradients are not"):
+    with pytest.raises(TrainingStopped, match="but not the gradients"):
         judged(guard, model, scaled=True)
 
 
@@ -213,7 +216,7 @@ def test_a_loss_scale_that_never_fits_is_no_overflow() -> None:
 @pytest.mark.parametrize("flatten", [True, False])
 def test_each_document_alone_is_a_batch_that_the_collator_would_have_made(flatten: bool) -> None:
     documents = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    found = list(documents_alone(batch_of(*documents, flatten=flatten)))
+    found = list(split_into_documents(batch_of(*documents, flatten=flatten)))
     assert [row for row, _ in found] == [20, 21, 22]
     for (_, part), ids in zip(found, documents, strict=True):
         expected = batch_of(ids, flatten=flatten)
@@ -232,14 +235,14 @@ def test_documents_of_a_packed_row_have_its_number_and_fillers_are_left_out() ->
         {"input_ids": np.arange(1), "labels": np.arange(1), "seq_lengths": np.array([1]), "filler": True},
     ]
     batch = {**Collator(0, flatten=True)(rows), "rows": torch.tensor([8, 3, -1])}
-    assert [(row, part["input_ids"].shape[1]) for row, part in documents_alone(batch)] == [(8, 2), (8, 3), (3, 4)]
+    assert [(row, part["input_ids"].shape[1]) for row, part in split_into_documents(batch)] == [(8, 2), (8, 3), (3, 4)]
 
 
 def test_rows_without_a_number_are_told_by_their_text() -> None:
     guard, model = guard_of(), Weights()
     batch = batch_of([1, BAD], flatten=True, first_row=-1)
     guard.watch(model.one.sum() * math.nan, batch).backward()
-    with pytest.raises(TrainingStopped, match=r"rows has such a loss alone\n    begins '\[1, 7\]'"):
+    with pytest.raises(TrainingStopped, match=r"row without a number has such a loss by itself\n    begins '\[1, 7\]'"):
         judged(guard, model)
 
 
@@ -354,7 +357,7 @@ def test_a_run_stops_with_exit_code_3_and_names_the_row(
     assert sft_main.main(arguments) == 3
     said = capsys.readouterr().err
     assert "begins '<|im_start|>user\\nWhat does § 17 say?" in said
-    assert "has such a loss alone" in said
+    assert "has such a loss by itself" in said
     assert "Traceback" not in said
     if packing == "false":
         assert f"step {step_of_the_row()}: the loss is not finite on rank 0" in said
@@ -401,7 +404,7 @@ def test_what_is_heard_a_step_later_is_what_is_heard_at_once(
     step = step_of_the_row()
     for when in ("later", "at_once"):
         if when == "at_once":
-            monkeypatch.setattr(sft.training.step, "skipping", lambda _: None)
+            monkeypatch.setattr(sft.training.step, "find_fused_adam", lambda _: None)
         out = config_file.parent / f"{action}_{when}"
         arguments = ["--config_file", str(config_file), f"output_dir={out}", "save_strategy=no", "logging_steps=10"]
         assert sft_main.main([*arguments, f"on_nonfinite={action}"]) == code
@@ -465,7 +468,7 @@ def test_two_processes_of_which_one_sees_it_stop_together(config_file: Path) -> 
     position = EpochSampler(40, 0, seed=42).order().tolist().index(ROW) % 4
     guilty = position % 2  # rows are dealt out to the processes in turn
     assert f"step {step_of_the_row()}: the loss is not finite on rank {guilty}\n" in done.stderr
-    assert f"rank {guilty}, pass {position // 2 + 1} of 2: row {ROW} of" in done.stderr
+    assert f"rank {guilty}, micro-batch {position // 2 + 1} of 2: row {ROW} of" in done.stderr
     assert "exitcode  : 3" in done.stderr
     assert_stopped_cleanly(out)
 

@@ -1,1 +1,1 @@
-"""Text becomes `input_ids` and `labels`; truncation."""
+"""Encodes texts as `input_ids` and `labels`, and truncates them."""

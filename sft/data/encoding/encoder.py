@@ -1,15 +1,16 @@
-"""From text with trained spans to `input_ids` and `labels`, which grow together and cannot drift apart.
+"""Turns texts with supervised spans into `input_ids` and `labels`, built together so that they stay aligned.
 
-Tokens are cut where a server cuts them: each text is cut into its prompt as it is encoded on its own, the answer as
-it is generated, and what follows; the pieces of a thousand rows go through the Rust tokenizer at once, and a token is
-trained when its piece is:
+Tokens are cut where a server cuts them: each text is split into the prompt, encoded on its own, the answer as it is
+generated, and the text after it. The segments of a thousand rows go through the Rust tokenizer at once, and a token is
+supervised if its segment is:
 
     <|user|>Hi<|end|><|assistant|>  |  Hello<|end|>  |  \\n
-    masked                             trained          masked
+    masked                             supervised       masked
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,188 +21,164 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX, Documents
-from sft.data.encoding.seams import SeamMerges
-from sft.data.encoding.segments import SegmentTokenizer, exact, plain
-from sft.data.encoding.word_cache import ID_BYTES, WordIds, packed
+from sft.data.encoding.segments import SegmentTokenizer, remove_added_tokens, reset_backend
 from sft.data.templates.renderer import Rendered
 
-_SHORT = 48  # characters; what a template puts between two messages is encoded once
-_MOST_SHORT = 10_000
-# Methods that are one and the same where `WordIds` knows the rules: such a tokenizer puts no blank in front of a text.
-_BY_WORDS = {"first", "behind_token", "behind_text"}
+ID_BYTES = 4  # ids are int32 in the machine's byte order, like `array("i")` and numpy's int32
+_MAX_SHORT = 48  # characters; a text that a template puts between two messages is at most this long and is cached
+_MAX_SHORT_TEXTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One sample: `input_ids` and `labels`, both int32 of shape (T,), aligned: `labels[t]` is `input_ids[t]` or -100.
 
-    The model predicts token t from tokens before it, so the loss shifts: logits[t - 1] against labels[t].
-    `labels[0]` is always -100, for nothing predicts the first token.
+    The model predicts token t from the tokens before it, so the loss shifts: logits[t - 1] against labels[t].
+    `labels[0]` is always -100, because nothing predicts the first token.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
-    seam_merges: int = 0
 
 
 @dataclass(slots=True)
 class Batch:
-    """The pieces of some rows on their way through the tokenizer.
+    """The segments of some rows while they are tokenized.
 
     Attributes:
-        ids: of each piece, in order, as int32; None until it has been encoded.
-        trained: whether each piece is.
-        pieces: of each row.
-        waiting: by method, the pieces that are to be encoded and their texts.
-        seam_merges: of each row.
+        ids: ids of each segment, in order, as int32; None until it is tokenized.
+        is_supervised: whether the tokens of each segment are supervised.
+        counts: segments of each row.
+        pending: by method of `SegmentTokenizer`, the indices and texts of the segments to tokenize.
     """
 
     ids: list[bytes | None] = field(default_factory=list)
-    trained: list[bool] = field(default_factory=list)
-    pieces: list[int] = field(default_factory=list)
-    waiting: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
-    seam_merges: list[int] = field(default_factory=list)
+    is_supervised: list[bool] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    pending: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
 
-    def add(self, text: str, trained: bool, method: str) -> None:
-        """Notes one piece, to be encoded by the `SegmentTokenizer` method of that name."""
-        numbers, texts = self.waiting.setdefault(method, ([], []))
-        numbers.append(len(self.ids))
+    def add(self, text: str, is_supervised: bool, method: str) -> None:
+        """Adds a segment, to be tokenized by the `SegmentTokenizer` method of that name."""
+        indices, texts = self.pending.setdefault(method, ([], []))
+        indices.append(len(self.ids))
         texts.append(text)
-        self.add_ids(None, trained)
+        self.add_ids(None, is_supervised)
 
-    def add_ids(self, ids: bytes | None, trained: bool) -> None:
-        """Notes one piece whose ids are known."""
+    def add_ids(self, ids: bytes | None, is_supervised: bool) -> None:
+        """Adds a segment whose ids are known."""
         self.ids.append(ids)
-        self.trained.append(trained)
+        self.is_supervised.append(is_supervised)
 
 
 class Encoder:
     """Encodes rendered conversations and documents with one tokenizer's Rust backend.
 
-    `cut`, `run` and `assemble` are the three steps of `encode`; `run` is all Rust, and may run in another thread. Where
-    that is busy, `run_words` takes work off it.
+    `split`, `tokenize` and `assemble` are the three steps of `encode`; `tokenize` is all Rust, and may run in another
+    thread.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._backend: Tokenizer = exact(tokenizer.backend_tokenizer)
+        self.backend: Tokenizer = reset_backend(tokenizer.backend_tokenizer)
         added = tokenizer.added_tokens_decoder.values()
-        self._encoder = SegmentTokenizer(self._backend, next((t.content for t in added if not t.rstrip), None))
+        self._segments = SegmentTokenizer(self.backend, next((t.content for t in added if not t.rstrip), None))
         self._added = tuple(t.content for t in added)
-        # These take the blanks behind them, wherever the text is cut.
+        # These take the blanks after them, wherever the text is cut.
         self._greedy = tuple(t.content for t in added if t.rstrip)
-        self._seams = SeamMerges(self._backend, self._greedy)
-        self._words = WordIds(self._backend)
         self._short: dict[str, bytes] = {}
 
-    def encode(self, rendered: Sequence[Rendered]) -> tuple[Documents, list[int]]:
-        """All rows' tokens and labels, and of each row how many seams one pass would have crossed."""
-        return self.assemble(self.run(self.cut(rendered)))
+    def encode(self, rendered: Sequence[Rendered]) -> Documents:
+        """Encodes all texts."""
+        return self.assemble(self.tokenize(self.split(rendered)))
 
     def encode_each(self, rendered: Sequence[Rendered]) -> list[Encoded]:
-        """The same, row by row."""
-        documents, merges = self.encode(rendered)
-        return [Encoded(ids, labels, n) for (ids, labels), n in zip(documents, merges, strict=True)]
+        """Encodes all texts into one sample each."""
+        return [Encoded(ids, labels) for ids, labels in self.encode(rendered)]
 
-    def cut(self, rendered: Sequence[Rendered]) -> Batch:
-        """The pieces of each text."""
+    def split(self, rendered: Sequence[Rendered]) -> Batch:
+        """Splits each text into its segments."""
         batch = Batch()
         for row in rendered:
             first = len(batch.ids)
-            merges = 0
             if row.is_document:
                 batch.add(row.text, True, "document")
             elif row.inert:
-                self._cut_inert(batch, row)
+                self._split_inert(batch, row)
             else:
-                merges = self._cut(batch, row)
-            batch.pieces.append(len(batch.ids) - first)
-            batch.seam_merges.append(merges)
+                self._split(batch, row)
+            batch.counts.append(len(batch.ids) - first)
         return batch
 
-    def _cut(self, batch: Batch, row: Rendered) -> int:
-        text, at, merges, method = row.text, 0, 0, "first"
+    def _split(self, batch: Batch, row: Rendered) -> None:
+        text, at, method = row.text, 0, "at_start"
         for start, end in row.spans:
             if start > at:
                 prompt, answer = text[at:start], text[start:end]
                 self._add_masked(batch, prompt, method, text[:at])
-                is_behind_token = self._encoder.prefixes and prompt.endswith(self._added)
-                batch.add(answer, True, "behind_token" if is_behind_token else "behind_text")
-                merges += self._seams.crosses(prompt, answer)
+                is_after_token = self._segments.prefixes and prompt.endswith(self._added)
+                batch.add(answer, True, "after_token" if is_after_token else "after_text")
             else:
                 batch.add(text[start:end], True, method)
-            at, method = end, "behind_token"
+            at, method = end, "after_token"
         if at < len(text):
             self._add_masked(batch, text[at:], method, text[:at])
-        return merges
 
-    def _add_masked(self, batch: Batch, piece: str, method: str, before: str) -> None:
+    def _add_masked(self, batch: Batch, segment: str, method: str, before: str) -> None:
         if self._greedy and before.endswith(self._greedy):
-            piece = piece.lstrip()
-        if method == "behind_token" and len(piece) <= _SHORT:
-            batch.add_ids(self._ids_of_short(piece), False)
+            segment = segment.lstrip()
+        if method == "after_token" and len(segment) <= _MAX_SHORT:
+            batch.add_ids(self._ids_of_short(segment), False)
         else:
-            batch.add(piece, False, method)
+            batch.add(segment, False, method)
 
     def _ids_of_short(self, text: str) -> bytes:
         ids = self._short.get(text)
         if ids is None:
-            if len(self._short) >= _MOST_SHORT:
+            if len(self._short) >= _MAX_SHORT_TEXTS:
                 self._short.clear()
-            ids = self._short[text] = packed(self._encoder.behind_token([text])[0]) if text else b""
+            ids = self._short[text] = as_int32(self._segments.after_token([text])[0]) if text else b""
         return ids
 
-    def _cut_inert(self, batch: Batch, row: Rendered) -> None:
-        """A text in which some control tokens are mere text: cut around each of them, and at each seam."""
+    def _split_inert(self, batch: Batch, row: Rendered) -> None:
+        """Splits a text in which some control tokens are plain text: around each of them and around each answer."""
         inert, ends = set(row.inert), {end for _, end in row.spans}
         borders = sorted({0, len(row.text), *(at for span in (*row.inert, *row.spans) for at in span)})
         for start, end in pairwise(borders):
-            method = "first" if start == 0 else "behind_token" if start in ends else "behind_text"
+            method = "at_start" if start == 0 else "after_token" if start in ends else "after_text"
             if (start, end) in inert:
-                method = "plain_first" if start == 0 else "plain_behind_text"
+                method = "plain_at_start" if start == 0 else "plain_after_text"
             batch.add(row.text[start:end], any(s <= start and end <= e for s, e in row.spans), method)
 
-    def run(self, batch: Batch) -> Batch:
-        """The same, with every piece encoded; the Rust tokenizer uses all cores and leaves Python's lock to others."""
+    def tokenize(self, batch: Batch) -> Batch:
+        """Tokenizes all pending segments in Rust, which uses all cores and releases the GIL; returns the batch."""
         methods = {
             "document": self._encode_documents,
-            "first": self._encoder.first,
-            "behind_token": self._encoder.behind_token,
-            "behind_text": self._encoder.behind_text,
+            "at_start": self._segments.at_start,
+            "after_token": self._segments.after_token,
+            "after_text": self._segments.after_text,
         }
-        for method, (numbers, texts) in batch.waiting.items():
+        for method, (indices, texts) in batch.pending.items():
             encode = methods[method] if method in methods else self._encode_plain(method.removeprefix("plain_"))
-            for number, ids in zip(numbers, encode(texts), strict=True):
-                batch.ids[number] = packed(ids)
-        batch.waiting.clear()
+            for index, ids in zip(indices, encode(texts), strict=True):
+                batch.ids[index] = as_int32(ids)
+        batch.pending.clear()
         return batch
 
-    def run_words(self, batch: Batch) -> None:
-        """Encodes in this thread those pieces that can be put together from words; the others go on waiting."""
-        if not self._words.is_worthwhile:
-            return
-        for method in _BY_WORDS & batch.waiting.keys():
-            numbers, texts = batch.waiting[method]
-            for number, ids in zip(numbers, self._words.encode(texts), strict=True):
-                batch.ids[number] = ids
-            left = [i for i, number in enumerate(numbers) if batch.ids[number] is None]
-            batch.waiting[method] = [numbers[i] for i in left], [texts[i] for i in left]
-
     def _encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Documents, trained whole: the tokenizer's own BOS (if it sets one) in front, EOS at the end."""
+        """Encodes documents: the tokenizer's own BOS (if it sets one) in front, EOS at the end."""
         eos = self._tokenizer.eos_token_id
-        encoded = [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=True)]
+        encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=True)]
         return [ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos] for ids in encoded]
 
     def _encode_plain(self, method: str) -> Callable[[list[str]], list[list[int]]]:
-        """Encodes the texts of control tokens, none of them as the token."""
+        """Returns a function that encodes the texts of control tokens as plain text."""
         encoder = self._plain
 
         def encode(texts: list[str]) -> list[list[int]]:
             encoded = getattr(encoder, method)(texts)
             for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-                if not self._added_ids.isdisjoint(ids):  # the vocabulary itself holds the text as one word
-                    rest = encoder.behind_text(list(text[1:]))
+                if not self._added_ids.isdisjoint(ids):  # the vocabulary itself has the text as one word
+                    rest = encoder.after_text(list(text[1:]))
                     encoded[number] = [*getattr(encoder, method)([text[0]])[0], *chain(*rest)]
             return encoded
 
@@ -209,20 +186,26 @@ class Encoder:
 
     @cached_property
     def _plain(self) -> SegmentTokenizer:
-        return SegmentTokenizer(plain(self._backend))
+        return SegmentTokenizer(remove_added_tokens(self.backend))
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.get_added_vocab().values())
 
     @staticmethod
-    def assemble(batch: Batch) -> tuple[Documents, list[int]]:
-        """The texts' tokens and labels, and the seam merges of each; a document's row is its place among the texts."""
-        pieces: list[bytes] = batch.ids  # type: ignore[assignment]
-        counts = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)) // ID_BYTES
-        input_ids = np.frombuffer(b"".join(pieces), dtype=np.int32)
-        labels = np.where(np.repeat(np.array(batch.trained, dtype=bool), counts), input_ids, np.int32(IGNORE_INDEX))
-        ends = np.concatenate([[0], np.cumsum(counts)])[np.cumsum(batch.pieces, dtype=np.int64)]
+    def assemble(batch: Batch) -> Documents:
+        """Joins the segments into tokens and labels; a document's row is the index of its text."""
+        segments: list[bytes] = batch.ids  # type: ignore[assignment]
+        counts = np.fromiter(map(len, segments), dtype=np.int64, count=len(segments)) // ID_BYTES
+        input_ids = np.frombuffer(b"".join(segments), dtype=np.int32)
+        is_supervised = np.repeat(np.array(batch.is_supervised, dtype=bool), counts)
+        labels = np.where(is_supervised, input_ids, np.int32(IGNORE_INDEX))
+        ends = np.concatenate([[0], np.cumsum(counts)])[np.cumsum(batch.counts, dtype=np.int64)]
         lengths = np.diff(ends, prepend=0)
         labels[(ends - lengths)[lengths > 0]] = IGNORE_INDEX
-        return Documents(input_ids, labels, lengths, np.arange(len(lengths))), batch.seam_merges
+        return Documents(input_ids, labels, lengths, np.arange(len(lengths)))
+
+
+def as_int32(ids: list[int]) -> bytes:
+    """Returns ids as int32 bytes."""
+    return array("i", ids).tobytes()

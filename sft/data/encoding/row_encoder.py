@@ -1,8 +1,8 @@
-"""From rows to documents of tokens: normalized, rendered, tokenized in batches, fitted, and accounted for.
+"""Turns rows into documents of tokens: normalizes, renders, tokenizes in batches, truncates, and counts in the ledger.
 
-Python reads and renders the next thousand rows while the Rust tokenizer, in a thread of its own, encodes the last.
-Where Rust is still busy then, Python encodes as well, by words that it knows: on two cores that is half of the rows, on
-many it is none. Either way gives the same ids.
+Python reads and renders the next thousand rows while the Rust tokenizer, in a thread of its own, encodes the last
+thousand. If Rust is still busy then, Python tokenizes too, with cached words: on two cores that is half of the rows, on
+many cores none. Both give the same ids.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from sft.config.schema import DataKeys
 from sft.data.documents import IGNORE_INDEX, Documents
 from sft.data.encoding.encoder import Batch, Encoded, Encoder
 from sft.data.encoding.truncation import fit
-from sft.data.formats.conversation import Conversation, RowLost, Text, require_characters
+from sft.data.encoding.word_cache import WordCache
+from sft.data.formats.conversation import Conversation, RowLost, Text, require_valid_unicode
 from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger
 from sft.data.sources.dataset_source import DataSource
@@ -34,18 +35,14 @@ from sft.data.sources.files import Row
 from sft.data.templates.renderer import ChatRenderer, Rendered
 from sft.errors import Problem, UserError
 
-_BATCH_ROWS = 1000  # rows handed to the Rust tokenizer at a time: enough to keep its threads busy
-_MOST_UNDERWAY = 4  # batches that are being encoded, or wait for one in front of them
-
+_BATCH_ROWS = 1000  # rows given to the Rust tokenizer at a time: enough to keep its threads busy
+_MAX_UNDERWAY = 4  # batches that are being tokenized, or wait for an earlier one
 _THOUGHTS = ("reasoning_content", "thinking")
 
 
 @dataclass(slots=True)
 class Sample:
-    """One row on its way: where it comes from, what it was normalized to, and its text.
-
-    The text is in several parts where the template rewrites a conversation's earlier turns.
-    """
+    """One row with what it was normalized to and its text, in several parts if the template rewrites earlier turns."""
 
     row: Row
     content: Conversation | Text
@@ -54,11 +51,11 @@ class Sample:
 
 @dataclass(slots=True)
 class Seen:
-    """Fingerprints of rows, to count those that repeat.
+    """Fingerprints of rows, to count repetitions.
 
     Attributes:
-        earlier: of the rows before, to which each row is added.
-        validation: of the validation rows; None while those are read themselves.
+        earlier: of the rows so far; each row is added.
+        validation: of the validation rows; None while validation rows are read.
     """
 
     earlier: set[bytes]
@@ -66,10 +63,10 @@ class Seen:
 
 
 class RowEncoder:
-    """Takes rows to documents, with one tokenizer and one set of data keys.
+    """Encodes rows as documents, with one tokenizer and one set of data keys.
 
     Attributes:
-        end_token_ids: the tokens that end the answers that were kept, in the order of first use.
+        end_token_ids: the tokens that end the kept answers, in the order of first use.
     """
 
     def __init__(
@@ -79,26 +76,27 @@ class RowEncoder:
         on_rows: Callable[[int], None] = lambda _: None,
     ) -> None:
         if keys.preprocessing_num_workers:
-            # The Rust tokenizer makes its threads when it first encodes a batch, and reads their number here.
+            # The Rust tokenizer starts its threads when it first encodes a batch, and reads their number here.
             os.environ["RAYON_NUM_THREADS"] = str(keys.preprocessing_num_workers)
         self._tokenizer = tokenizer
         self._keys = keys
         self._on_rows = on_rows
         self._encoder = Encoder(tokenizer)
+        self._word_cache = WordCache(self._encoder.backend)
         self._renderer: ChatRenderer | None = None  # made for the first conversation: texts need no chat template
         self.end_token_ids: list[int] = []
 
     def encode(
         self, rows: Iterable[Row], source: DataSource, ledger: Ledger, seen: Seen, *, wrapped: bool = False
     ) -> Iterator[Documents]:
-        """The documents of `rows`, batch by batch, each row accounted for in `ledger`.
+        """Yields the documents of `rows`, batch by batch, and counts each row in `ledger`.
 
         Args:
-            seen: the rows that were met before; these are added.
-            wrapped: texts keep their whole length, to be cut by the packing.
+            seen: earlier rows; these are added.
+            wrapped: texts keep their full length, because packing cuts them.
 
         Raises:
-            UserError: a row that is too long or holds a control token, where the keys make that an error.
+            UserError: a row is too long or contains a control token, if the keys make that an error.
         """
         pending = iter(rows)
         underway: deque[tuple[list[Sample], Future[Batch]]] = deque()
@@ -106,11 +104,11 @@ class RowEncoder:
             while batch := list(islice(pending, _BATCH_ROWS)):
                 collect()
                 samples = list(self.render(batch, source, ledger))
-                pieces = self._encoder.cut([p for s in samples for p in s.parts])
+                segments = self._encoder.split([p for s in samples for p in s.parts])
                 if underway and not underway[-1][1].done():
-                    self._encoder.run_words(pieces)
-                underway.append((samples, rust.submit(self._encoder.run, pieces)))
-                while underway and (len(underway) > _MOST_UNDERWAY or underway[0][1].done()):
+                    self._word_cache.tokenize(segments)
+                underway.append((samples, rust.submit(self._encoder.tokenize, segments)))
+                while underway and (len(underway) > _MAX_UNDERWAY or underway[0][1].done()):
                     first, running = underway.popleft()
                     yield self._finish(first, running.result(), ledger, seen, wrapped)
                 self._on_rows(len(batch))
@@ -118,7 +116,7 @@ class RowEncoder:
                 yield self._finish(first, running.result(), ledger, seen, wrapped)
 
     def render(self, rows: Iterable[Row], source: DataSource, ledger: Ledger) -> Iterator[Sample]:
-        """Normalizes and renders; rows that are lost on the way are in the ledger."""
+        """Normalizes and renders rows; counts those that are lost in the ledger."""
         for row in rows:
             ledger.rows_read += 1
             try:
@@ -126,7 +124,7 @@ class RowEncoder:
                 parts = self._render(content, source.train_on)
             except RowLost as lost:
                 if lost.reason == "control_token":
-                    hint = "mend the row, or set special_tokens_in_content to text or allow"
+                    hint = "fix the row, or set special_tokens_in_content to text or allow"
                     raise UserError(
                         Problem(lost.message, hint, "special_tokens_in_content", row.file, row.line)
                     ) from None
@@ -140,7 +138,7 @@ class RowEncoder:
             yield Sample(row, content, parts)
 
     def encode_parts(self, sample: Sample) -> list[Encoded]:
-        """The tokens and labels of each part of a sample, before fitting."""
+        """Encodes each part of a sample, without truncation."""
         return self._encoder.encode_each(sample.parts)
 
     def _normalize(self, row: Row, source: DataSource) -> Conversation | Text:
@@ -156,24 +154,24 @@ class RowEncoder:
                 self._renderer = ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
             parts = self._renderer.render_parts(content, train_on)
         for part in parts:
-            require_characters(part.text)
+            require_valid_unicode(part.text)
         return parts
 
     def _finish(self, samples: list[Sample], batch: Batch, ledger: Ledger, seen: Seen, wrapped: bool) -> Documents:
-        """Fits a batch that has been encoded, and takes it into the account."""
-        documents, merges = self._encoder.assemble(batch)
-        fits = (documents.lengths <= self._keys.max_seq_length) & (documents.trained() > 0)
+        """Truncates the samples of a tokenized batch and counts them in the ledger."""
+        documents = self._encoder.assemble(batch)
+        fits = (documents.lengths <= self._keys.max_seq_length) & (documents.count_supervised() > 0)
         if wrapped:
             fits |= np.array([part.is_document for s in samples for part in s.parts], dtype=bool)
         is_kept = np.ones(len(documents), dtype=bool)
-        replaced: dict[int, list[Encoded]] = {}  # documents that are cut or split
-        marks = list(fingerprints(documents))
+        replaced: dict[int, list[Encoded]] = {}  # documents that are truncated or split
+        prints = list(fingerprints(documents))
         rows = at = 0
         for sample in samples:
             places = range(at, at + len(sample.parts))
             at = places.stop
             try:
-                self._note_repetition(b"".join(marks[places.start : places.stop]), ledger, seen)
+                self._count_repetition(b"".join(prints[places.start : places.stop]), ledger, seen)
                 if not fits[places.start : places.stop].all():
                     replaced |= self._fit(sample, documents, [p for p in places if not fits[p]], is_kept, ledger)
             except RowLost as lost:
@@ -181,8 +179,7 @@ class RowEncoder:
                 ledger.lose(lost.reason, lost.message, sample.row.file, sample.row.line)
                 continue
             rows += 1
-            ledger.seam_merges += sum(merges[places.start : places.stop])
-            self._note_end_token("document" if sample.parts[0].is_document else "chat")
+            self._add_end_token("document" if sample.parts[0].is_document else "chat")
         sources = np.repeat([s.row.index for s in samples], [len(s.parts) for s in samples]).astype(np.int64)
         documents = _with(replace(documents, rows=sources), is_kept, replaced)
         ledger.keep(rows, documents)
@@ -191,9 +188,9 @@ class RowEncoder:
     def _fit(
         self, sample: Sample, documents: Documents, places: list[int], is_kept: np.ndarray, ledger: Ledger
     ) -> dict[int, list[Encoded]]:
-        """What the parts of a row at `places` become that do not fit as they are.
+        """Truncates the parts of a row at `places`, which are too long or not supervised.
 
-        A part that is lost is marked so in `is_kept`. Raises `RowLost` when no part of the row is left.
+        Lost parts are marked in `is_kept`. Raises `RowLost` if no part of the row is left.
         """
         row, keys = sample.row, self._keys
         replaced: dict[int, list[Encoded]] = {}
@@ -215,32 +212,32 @@ class RowEncoder:
             replaced[place] = fitted.samples
         return replaced
 
-    def _note_end_token(self, kind: Literal["chat", "document"]) -> None:
+    def _add_end_token(self, kind: Literal["chat", "document"]) -> None:
         chat = self._renderer if kind == "chat" else None
         end = chat.end_token_id if chat else self._tokenizer.eos_token_id
         if end is not None and end not in self.end_token_ids:
             self.end_token_ids.append(end)
 
-    def _note_repetition(self, mark: bytes, ledger: Ledger, seen: Seen) -> None:
-        """Counts rows whose tokens stood before, here or in validation; `dedupe` leaves them out of training."""
+    def _count_repetition(self, fingerprint: bytes, ledger: Ledger, seen: Seen) -> None:
+        """Counts a row that repeats an earlier row or a validation row; with `dedupe` it is lost."""
         is_training = seen.validation is not None
-        if mark in seen.earlier:
+        if fingerprint in seen.earlier:
             ledger.duplicates += 1
             if is_training and self._keys.dedupe:
-                raise RowLost("duplicate", "the same tokens stand in an earlier row")
+                raise RowLost("duplicate", "an earlier row has the same tokens")
         else:
-            seen.earlier.add(mark)
-        if seen.validation and mark in seen.validation:
+            seen.earlier.add(fingerprint)
+        if seen.validation and fingerprint in seen.validation:
             ledger.in_validation += 1
             if self._keys.dedupe:
-                raise RowLost("in_validation", "the same tokens stand in a validation row")
+                raise RowLost("in_validation", "a validation row has the same tokens")
 
 
 @contextmanager
 def _few_garbage_collections() -> Iterator[Callable[[], object]]:
-    """Leaves it to the caller when to look for cyclic garbage: Python's own rhythm takes 15 % of the preparation.
+    """Lets the caller collect cyclic garbage: Python's own schedule takes 15 % of the preparation.
 
-    Rows and samples make no cycles; what there is comes from errors, and is young.
+    Rows and samples make no cycles; those that exist come from errors, and are young.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -252,7 +249,7 @@ def _few_garbage_collections() -> Iterator[Callable[[], object]]:
 
 
 def fingerprints(documents: Documents) -> Iterator[bytes]:
-    """For each document 16 bytes that are the same for the same tokens and labels."""
+    """Yields 16 bytes for each document, the same for the same tokens and labels."""
     both = documents.input_ids * np.int32(2) + (documents.labels != IGNORE_INDEX)
     content = both.astype(np.int32, copy=False).tobytes()
     at = 0
@@ -262,7 +259,7 @@ def fingerprints(documents: Documents) -> Iterator[bytes]:
 
 
 def _with(documents: Documents, is_kept: np.ndarray, replaced: dict[int, list[Encoded]]) -> Documents:
-    """The documents that are kept, those in `replaced` by what they became."""
+    """Returns the kept documents, those in `replaced` with what they became."""
     if is_kept.all() and not replaced:
         return documents
     parts: list[Documents] = []
@@ -277,18 +274,18 @@ def _with(documents: Documents, is_kept: np.ndarray, replaced: dict[int, list[En
 
 
 def _thoughts(content: Conversation | Text) -> list[str]:
-    """The reasoning in a conversation; many templates have no place for it."""
+    """Returns the reasoning in a conversation, which many templates do not render."""
     messages = content.messages if isinstance(content, Conversation) else []
     return [text for m in messages if len(m) > 2 for key in _THOUGHTS if isinstance(text := m.get(key), str)]
 
 
 def _texts_beside_calls(content: Conversation | Text) -> list[str]:
-    """What is said in messages that also call a tool; templates in the manner of Llama 3.1 write the call alone."""
+    """Returns the text of messages that also call a tool; templates like Llama 3.1's render only the call."""
     messages = content.messages if isinstance(content, Conversation) else []
     return [m["content"] for m in messages if len(m) > 2 and m.get("tool_calls")]
 
 
 def _holds(parts: list[Rendered], texts: list[str]) -> bool:
-    """Whether all of `texts` are written, whatever the blanks around them; as JSON, perhaps."""
+    """Whether all of `texts` are rendered, regardless of the blanks around them and perhaps as JSON."""
     forms = ((text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in map(str.strip, texts))
     return all(any(form in part.text for part in parts for form in both) for both in forms)

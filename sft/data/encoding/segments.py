@@ -1,7 +1,7 @@
-"""Token ids of a text that stands at the start, or behind other text: the difference is a blank.
+"""Tokenizes segments of a text, at its start or inside it: the difference is a blank.
 
-SentencePiece vocabularies (and byte-level ones with `add_prefix_space`) put a blank in front of a text. A piece that
-goes on where another ended must not get one, or the two would not be the text that they were cut from.
+SentencePiece vocabularies (and byte-level ones with `add_prefix_space`) put a blank in front of a text. A segment that
+continues another must not get one, or the two would not join to the text they were cut from.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ _ANCHORS = ("\n", "\x02", "=", "a")
 
 
 class SegmentTokenizer:
-    """Encodes pieces of texts, in batches, with a tokenizer's Rust backend. No special token is added.
+    """Tokenizes segments of texts, in batches, with a tokenizer's Rust backend. No special token is added.
 
     Args:
         backend: without truncation and padding.
-        token: the text of any token that is matched before the vocabulary is (an added token), if there is one.
+        token: the text of any added token (matched before the vocabulary is), if there is one.
     """
 
     def __init__(self, backend: Tokenizer, token: str | None = None) -> None:
         self._backend = backend
         self.prefixes = backend.encode("a", add_special_tokens=False).tokens[0] != "a"
-        behind = backend.encode(f"{token}a", add_special_tokens=False).tokens[1:] if token else []
-        self._prefixes_behind_token = bool(behind) and behind[0] != "a"
+        after = backend.encode(f"{token}a", add_special_tokens=False).tokens[1:] if token else []
+        self._prefixes_after_token = bool(after) and after[0] != "a"
 
-    def first(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts that stand at the start."""
+    def at_start(self, texts: list[str]) -> list[list[int]]:
+        """Tokenizes texts that nothing precedes."""
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def behind_token(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts that stand behind an added token, where some tokenizers put a blank and some do not."""
-        return self.first(texts) if self._prefixes_behind_token == self.prefixes else self.behind_text(texts)
+    def after_token(self, texts: list[str]) -> list[list[int]]:
+        """Tokenizes texts that follow an added token, where some tokenizers put a blank and some do not."""
+        return self.at_start(texts) if self._prefixes_after_token == self.prefixes else self.after_text(texts)
 
-    def behind_text(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts that go on where another text ended."""
+    def after_text(self, texts: list[str]) -> list[list[int]]:
+        """Tokenizes texts that continue another text."""
         return self._encode_rest(texts)
 
     @cached_property
     def _encode_rest(self) -> Callable[[list[str]], list[list[int]]]:
         if not self.prefixes:
-            return self.first
+            return self.at_start
         state = json.loads(self._backend.to_str())
         if _stop_prefixing(state.get("pre_tokenizer")):
             rest = SegmentTokenizer(Tokenizer.from_str(json.dumps(state)))
             if not rest.prefixes:
-                return rest.first
+                return rest.at_start
         return self._anchored
 
     def _anchored(self, texts: list[str]) -> list[list[int]]:
@@ -58,7 +58,7 @@ class SegmentTokenizer:
         return [self._without_anchor(text, e) for text, e in zip(texts, encodings, strict=True)]
 
     def _without_anchor(self, text: str, encoding: Encoding) -> list[int]:
-        """The ids behind the anchor, a character that takes the blank; it must not merge with what follows."""
+        """Returns the ids after the anchor, a character that takes the blank; it must not merge with the text."""
         for anchor in _ANCHORS[1:]:
             if not any(start < 1 < end for start, end in encoding.offsets[:4]):
                 break
@@ -68,19 +68,19 @@ class SegmentTokenizer:
 
     @cached_property
     def _with_offsets(self) -> Tokenizer:
-        """The tokenizer with offsets that count the blank in front of a word to the word's token.
+        """The tokenizer with offsets in which the blank before a word belongs to the word's token.
 
-        Some tokenizers (GPT-NeoX, RoBERTa) trim it off, which hides that a token crosses from the anchor.
+        Some tokenizers (GPT-NeoX, RoBERTa) trim it off, which hides that a token spans the anchor and the text.
         """
         state = json.loads(self._backend.to_str())
         state["post_processor"] = None
         return Tokenizer.from_str(json.dumps(state))
 
 
-def exact(backend: Tokenizer) -> Tokenizer:
-    """The tokenizer without truncation and padding, whose added tokens are matched in the text as it is written.
+def reset_backend(backend: Tokenizer) -> Tokenizer:
+    """Turns off truncation and padding, and matches added tokens in the text as it is written.
 
-    Unless flagged special they are matched behind the normalizer, to some of which `＜｜end｜＞` is `<|end|>`.
+    Those not flagged special are else matched after the normalizer, which may turn `＜｜end｜＞` into `<|end|>`.
     """
     backend.no_truncation()
     backend.no_padding()
@@ -93,8 +93,8 @@ def exact(backend: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def plain(backend: Tokenizer) -> Tokenizer:
-    """The tokenizer without its added tokens: to it `<|im_end|>` is ten characters."""
+def remove_added_tokens(backend: Tokenizer) -> Tokenizer:
+    """Copies the tokenizer without its added tokens: to the copy, `<|im_end|>` is ten characters."""
     state = json.loads(backend.to_str())
     state["added_tokens"] = []
     state["post_processor"] = None
@@ -102,7 +102,7 @@ def plain(backend: Tokenizer) -> Tokenizer:
 
 
 def _stop_prefixing(pre_tokenizer: Any) -> bool:
-    """Has a pre-tokenizer that puts a blank before the first word put none; whether there was one."""
+    """Changes a pre-tokenizer that puts a blank before the first word to put none; returns whether it did."""
     if not isinstance(pre_tokenizer, dict):
         return False
     steps: Sequence[Any] = pre_tokenizer.get("pretokenizers", ())

@@ -1,1 +1,1 @@
-"""A row of any shape becomes a `Conversation` or a `Text`."""
+"""Turns a row of any shape into a `Conversation` or a `Text`."""

@@ -1,4 +1,4 @@
-"""What to write for a row that fits no format: an example of `columns:`, made of the row's own keys where they tell."""
+"""Suggests a `columns:` setting for a row that fits no format, made from the row's own keys."""
 
 from __future__ import annotations
 
@@ -15,53 +15,58 @@ _ANSWERS = (
     *("gold", "a"),
 )
 _TEXTS = ("content", "body", "document", "article", "passage", "story", "code")
-_NO_TEXTS = frozenset({"id", "ids", "index", "type", "length", "score", "rating", "rejected", "date", "url"})
-"""Words of names that tell something about a question or an answer (`question_id`), or the answer not to give."""
+_METADATA_WORDS = frozenset({"id", "ids", "index", "type", "length", "score", "rating", "rejected", "date", "url"})
+"""Words of names that describe a question or an answer (`question_id`), or mark the answer not to train."""
 
 
-def advice(row: Mapping[str, Any]) -> str:
-    """How to have such rows read, as a hint that ends a message."""
+def suggest_columns(row: Mapping[str, Any]) -> str:
+    """Says how to make such rows readable, as the end of a message."""
     if is_messages([row]):
         return 'it is one message: a row is a whole conversation, {"messages": [...]}'
     lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(key, str)]
     conversations = [key for key in lists if is_messages(row[key])]
     if conversations:
-        answer = _named(conversations, _ANSWERS) or conversations[0]
-        begins_with_answer = row[answer][0].get("role", row[answer][0].get("from")) in ("assistant", "gpt")
-        question = _named(conversations, _QUESTIONS) if begins_with_answer else None
-        return _columns(messages=answer) if question is None else _columns(question=question, answer=answer)
+        return _suggest_message_columns(row, conversations)
     objects = [key for key in lists if all(isinstance(value, dict) for value in row[key])]
     if len(objects) == 1 and len(row) == 1:
-        return f"the rows lie under {objects[0][:60]!a}: write each of them on a line of its own"
+        return f"the rows are under {objects[0][:60]!a}: write each one on a line of its own"
     strings = [key for key, value in row.items() if isinstance(value, str) and isinstance(key, str)]
-    texts = [key for key in strings if not _NO_TEXTS.intersection(_words(key))]
-    asked, given, text = (_named(texts, words) for words in (_QUESTIONS, _ANSWERS, _TEXTS))
-    if asked is None and given is None and (text is not None or len(texts) == 1):
-        return _columns(text=text or texts[0])
-    if len(texts) == 2 and (asked is None or given is None):
+    texts = [key for key in strings if not _METADATA_WORDS.intersection(_split_words(key))]
+    question, answer, text = (_find_name(texts, words) for words in (_QUESTIONS, _ANSWERS, _TEXTS))
+    if question is None and answer is None and (text is not None or len(texts) == 1):
+        return _write_columns(text=text or texts[0])
+    if len(texts) == 2 and (question is None or answer is None):
         first, second = texts
-        asked, given = (first, second) if given != first and asked != second else (second, first)
-    return _columns(question=asked, answer=given)
+        question, answer = (first, second) if answer != first and question != second else (second, first)
+    return _write_columns(question=question, answer=answer)
 
 
-def _named(names: list[str], words: tuple[str, ...]) -> str | None:
-    """The name that is one of `words`, the earliest of them, or else the one that has it as a part (`prompt_text`)."""
+def _suggest_message_columns(row: Mapping[str, Any], names: list[str]) -> str:
+    """Suggests columns for a row with lists of messages under `names`."""
+    answer = _find_name(names, _ANSWERS) or names[0]
+    starts_with_answer = row[answer][0].get("role", row[answer][0].get("from")) in ("assistant", "gpt")
+    question = _find_name(names, _QUESTIONS) if starts_with_answer else None
+    return _write_columns(messages=answer) if question is None else _write_columns(question=question, answer=answer)
+
+
+def _find_name(names: list[str], words: tuple[str, ...]) -> str | None:
+    """Finds the name that is one of `words` (the earliest counts), or else one that contains it (`prompt_text`)."""
     for word in words:
-        whole = [name for name in names if name.lower() == word]
-        if whole:
-            return whole[0]
+        equal = [name for name in names if name.lower() == word]
+        if equal:
+            return equal[0]
     for word in words:
         for name in names:
-            if len(word) > 1 and word in _words(name):
+            if len(word) > 1 and word in _split_words(name):
                 return name
     return None
 
 
-def _words(name: str) -> list[str]:
+def _split_words(name: str) -> list[str]:
     return re.split(r"[^a-z]+", name.lower())
 
 
-def _columns(**ours: str | None) -> str:
+def _write_columns(**ours: str | None) -> str:
     pairs = ", ".join(f"{name}: {'...' if theirs is None else _as_yaml(theirs)}" for name, theirs in ours.items())
     return f"name your columns with `columns: {{{pairs}}}`"
 

@@ -1,4 +1,4 @@
-"""The one form that every row is brought into: a conversation, or a text. And what becomes of a row that has none."""
+"""The common form of all rows, `Conversation` or `Text`, and `RowLost` for a row that has neither."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Message = dict[str, Any]
 
 
 class RowLost(Exception):
-    """A row that cannot be trained: `reason` is what the ledger counts, `message` says why."""
+    """Raised for a row that cannot be trained: `reason` is what the ledger counts, `message` says why."""
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
@@ -24,12 +24,12 @@ class RowLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages as a chat template takes them, and which of them may be trained.
+    """Messages as chat templates expect them, and which of them may be trained.
 
     Attributes:
         format: the shape that was detected.
         messages: `{"role", "content", ...}` in order.
-        trainable: for each message, whether its author lets it be trained (assistant turns only).
+        trainable: for each message, whether the data allows to train it (assistant turns only).
         tools: JSON schemas of the tools that the model may call.
     """
 
@@ -40,7 +40,7 @@ class Conversation:
 
     @property
     def ends_with_answer(self) -> bool:
-        """Whether the last message is the assistant's, in words: a call of a tool can be written in many ways."""
+        """Whether the last message is an assistant's text; not a tool call, which can be written in many ways."""
         last = self.messages[-1] if self.messages else {}
         return last.get("role") == "assistant" and isinstance(last.get("content"), str) and not last.get("tool_calls")
 
@@ -54,35 +54,35 @@ class Text:
 
 
 def as_text(value: Any, key: str) -> str:
-    """The text of a value that is one, or a number. Raises `RowLost` for anything else."""
+    """Returns a text as it is and a number as text. Raises `RowLost` for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return json.dumps(value)
-    found = value if isinstance(value, float) else kind_of(value)  # NaN is how tables write a value that is missing
+    found = value if isinstance(value, float) else kind_of(value)  # tables write NaN for a missing value
     raise RowLost("bad_schema", f"{key}: expected text, found {found}")
 
 
 def parse_json(text: str, what: str) -> Any:
-    """The value of JSON text. Raises `RowLost`, which names `what` it stands in."""
+    """Parses JSON text. Raises `RowLost`, whose message names `what` was parsed."""
     try:
         return loads(text)
     except (ValueError, RecursionError) as error:
         raise RowLost("bad_schema", f"{what}: not JSON: {error}") from None
 
 
-def require_characters(text: str) -> None:
-    """Raises `RowLost` for half of a surrogate pair, which JSON can write and no tokenizer takes."""
+def require_valid_unicode(text: str) -> None:
+    """Raises `RowLost` for half of a surrogate pair, which JSON can contain and no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowLost("bad_encoding", f"{text[error.start]!r} is half of a surrogate pair, and no character") from None
+        raise RowLost("bad_encoding", f"{text[error.start]!r} is half of a surrogate pair, not a character") from None
 
 
-def keys_of(row: Mapping[str, Any]) -> str:
-    """A row's keys as a message names them."""
+def list_keys(row: Mapping[str, Any]) -> str:
+    """Lists a row's keys for a message."""
     keys = ", ".join(str(key)[:60] for key in list(row)[:20])
-    keys = keys.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair could not be printed
+    keys = keys.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
     return f"its keys are {keys or 'none'}" + (f" and {len(row) - 20} more" if len(row) > 20 else "")

@@ -1,6 +1,6 @@
-"""Messages of the chat habits in use: OpenAI's `role`/`content`/`tool_calls` and ShareGPT's `from`/`value`.
+"""Reads messages in the two chat formats: OpenAI's `role`/`content`/`tool_calls` and ShareGPT's `from`/`value`.
 
-OpenAI's older way of calling (`function_call`, the role `function`, `functions`) is read as the newer one.
+OpenAI's older function calls (`function_call`, the role `function`, `functions`) are converted to tool calls.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _SHAREGPT_ROLES = {
     "function": "tool",
 }
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {"function": "tool"}
-_EXTRAS = ("tool_call_id", "name", "reasoning_content", "thinking")
+_EXTRA_KEYS = ("tool_call_id", "name", "reasoning_content", "thinking")
 
 
 def read_messages(value: list[Any]) -> Conversation:
-    """A list of messages in the common form. Raises `RowLost` for one that is none."""
+    """Converts a list of messages to the common form. Raises `RowLost` for an invalid message."""
     if not value:
         raise RowLost("bad_schema", "messages: the list is empty")
     messages: list[Message] = []
@@ -38,36 +38,40 @@ def read_messages(value: list[Any]) -> Conversation:
     for number, item in enumerate(value):
         if not isinstance(item, dict):
             raise RowLost("bad_schema", f"message {number}: expected an object, found {kind_of(item)}")
-        message = _message(item, number)
+        message = _read_message(item, number)
         messages.append(message)
-        # Most messages have a role and a content, and nothing else to look at.
-        wanted = len(item) == 2 or _wants_training(item, number)
-        trainable.append(wanted and message["role"] == "assistant")
+        # A message with two keys has only a role and a content, and nothing that forbids training.
+        allowed = len(item) == 2 or _allows_training(item, number)
+        trainable.append(allowed and message["role"] == "assistant")
     return Conversation("chat", messages, trainable)
 
 
-def _message(item: dict[str, Any], number: int) -> Message:
-    role = _role(item, number)
+def _read_message(item: dict[str, Any], number: int) -> Message:
+    role = _read_role(item, number)
     content = item.get("content")
     if content is None:
         content = item.get("value")
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, f"message {number}: {role}")}
-    # A role and a content leave nothing to look at; OpenAI leaves the content away beside calls, too.
-    extras = _extras(item, number) if len(item) > 2 or content is None else {}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _read_tool_calls(content, f"message {number}: {role}"),
+        }
+    # Two keys are a role and a content; but OpenAI omits the content beside tool calls.
+    extras = _read_extras(item, number) if len(item) > 2 or content is None else {}
     if content is None and "tool_calls" in extras:
         content = ""
     if isinstance(content, list):  # OpenAI's content parts
-        content = "".join(_part_text(part, number) for part in content)
+        content = "".join(_read_part(part, number) for part in content)
     if not isinstance(content, str):
         raise RowLost("bad_schema", f"message {number} ({role}): content is {kind_of(content)}, expected text")
     if role == "assistant" and "tool_calls" not in extras and (not content or content.isspace()):
-        raise RowLost("empty_answer", f"message {number}: the assistant says nothing")
+        raise RowLost("empty_answer", f"message {number}: the assistant's message is empty")
     return {"role": role, "content": content, **extras}
 
 
-def _role(item: dict[str, Any], number: int) -> str:
-    """The role as templates know it; a table of both habits leaves the name of the other empty."""
+def _read_role(item: dict[str, Any], number: int) -> str:
+    """Returns the role as templates call it; in a table of both formats the other format's key is null."""
     name = item.get("role")
     roles = _ROLES
     if name is None:
@@ -78,20 +82,20 @@ def _role(item: dict[str, Any], number: int) -> str:
     return role
 
 
-def _extras(item: dict[str, Any], number: int) -> dict[str, Any]:
-    """What a message has besides its content that templates know."""
+def _read_extras(item: dict[str, Any], number: int) -> dict[str, Any]:
+    """Returns what a message has besides its content and templates can render."""
     extras: dict[str, Any] = {}
     if item.get("tool_calls"):
-        extras["tool_calls"] = _tool_calls(item["tool_calls"], f"message {number}: tool_calls")
+        extras["tool_calls"] = _read_tool_calls(item["tool_calls"], f"message {number}: tool_calls")
     elif item.get("function_call"):
-        extras["tool_calls"] = _tool_calls(item["function_call"], f"message {number}: function_call")
-    for key in _EXTRAS:
+        extras["tool_calls"] = _read_tool_calls(item["function_call"], f"message {number}: function_call")
+    for key in _EXTRA_KEYS:
         if item.get(key) not in (None, ""):
             extras[key] = as_text(item[key], f"message {number}: {key}")
     return extras
 
 
-def _part_text(part: Any, number: int) -> str:
+def _read_part(part: Any, number: int) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and isinstance(part.get("text"), str):
@@ -99,17 +103,17 @@ def _part_text(part: Any, number: int) -> str:
     raise RowLost("bad_schema", f"message {number}: a content part that is not text: {shown(part)}")
 
 
-def _wants_training(item: dict[str, Any], number: int) -> bool:
+def _allows_training(item: dict[str, Any], number: int) -> bool:
     weight, train = item.get("weight"), item.get("train")
     if weight not in (None, 0, 1) or train not in (None, True, False):
         raise RowLost("bad_schema", f"message {number}: expected weight 0 or 1 and train true or false")
     return weight != 0 and train != False  # noqa: E712 (a table may write it as 0)
 
 
-def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
-    """Calls in OpenAI's form or ShareGPT's (JSON text, an object, or a list of them), in OpenAI's form.
+def _read_tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
+    """Converts calls in OpenAI's form or ShareGPT's (JSON text, an object, or a list of them) to OpenAI's form.
 
-    OpenAI writes a call's arguments as JSON text; templates take them as an object, as servers hand them over.
+    OpenAI writes a call's arguments as JSON text; templates expect an object, which is also what servers pass.
     """
     parsed = parse_json(value, what) if isinstance(value, str) else value
     calls = parsed if isinstance(parsed, list) else [parsed]
@@ -129,11 +133,11 @@ def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """A row's `tools`, or its `functions`, given as a list or as its JSON text, as JSON schemas. Raises `RowLost`."""
-    return _schemas(row.get("tools"), "tools") or _schemas(row.get("functions"), "functions")
+    """Returns the JSON schemas of a row's `tools` or `functions`, a list or its JSON text. Raises `RowLost`."""
+    return _read_schemas(row.get("tools"), "tools") or _read_schemas(row.get("functions"), "functions")
 
 
-def _schemas(value: Any, key: str) -> list[dict[str, Any]] | None:
+def _read_schemas(value: Any, key: str) -> list[dict[str, Any]] | None:
     if isinstance(value, str):
         value = parse_json(value, key) if value.strip() else None
     if not value:

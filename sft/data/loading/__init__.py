@@ -1,1 +1,1 @@
-"""From prepared rows to batches: collator, document offsets, sampler, batch arithmetic."""
+"""Turns prepared sequences into batches: collator, document offsets, sampler, batch arithmetic."""

@@ -1,4 +1,4 @@
-"""From samples to one batch: all tokens end to end in one row, or, for models that need it, padded rows."""
+"""Collates sequences into a batch: flattened into one sequence, or padded for models that need it."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ import torch
 from datasets import Dataset
 
 from sft.data.documents import IGNORE_INDEX
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 
 FILLER = "filler"
-NUMBER = "number"  # of a row in its data set
-PACKED = "seq_lengths"  # the column of packed rows: tokens of each document
+NUMBER = "number"  # index of a sequence in its data set
+PACKED = "seq_lengths"  # column of packed sequences: tokens of each document
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Joins rows of `input_ids` and `labels` into tensors.
+    """Joins sequences of `input_ids` and `labels` into tensors.
 
-    Flattened, there is no padding at all: the documents of all rows follow each other in a single row and attention
-    is told where each ends.
+    Flattened batches have no padding: all documents are concatenated, and attention gets their offsets.
 
         rows         a a a | b b        flattened    a a a b b      padded    a a a
                                         positions    0 1 2 0 1                b b .
 
-    Padded unpacked rows get an `attention_mask`. Padded packed rows (those with `seq_lengths`) get none: a mask would
-    switch off the isolation of documents by position, so each padding token stands as a document of its own.
+    Padded unpacked sequences get an `attention_mask`. Padded packed ones (with `seq_lengths`) get none: a mask would
+    disable the isolation of documents by position, so each padding token is a document of its own.
 
     Attributes:
-        pad_token_id: what fills short rows; it is never trained and never attended to.
-        flatten: all rows in one; for a model whose attention keeps documents apart.
+        pad_token_id: fills short sequences; it is always masked and never attended to.
+        flatten: concatenate all sequences; for a model whose attention isolates documents.
     """
 
     pad_token_id: int
     flatten: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch, B = 1 where it is flattened.
+        """Returns the batch; B = 1 if it is flattened.
 
         Returns:
-            `input_ids`, `labels` (B, T); `lengths` (rows,), the real tokens of each row, none for a filler;
-            `rows` (rows,), the number of each row in its data, -1 where it has none;
-            `trained_positions` (N,), where in the flattened labels the trained tokens stand. Flattened rows have
-            `position_ids` (1, T) and `documents`, packed ones `position_ids` (B, T), others `attention_mask` (B, T).
+            `input_ids`, `labels` (B, T); `lengths` (sequences,), the tokens of each, 0 for a filler;
+            `rows` (sequences,), the index of each in its data set, -1 if it has none;
+            `trained_positions` (N,), the indices of the supervised tokens in the flattened labels. Flattened batches
+            have `position_ids` (1, T) and `documents`, packed ones `position_ids` (B, T), others `attention_mask`
+            (B, T).
         """
         batch = self._flat(rows) if self.flatten else self._padded(rows)
         batch["lengths"] = torch.tensor([0 if row.get(FILLER) else len(row["input_ids"]) for row in rows])
@@ -60,8 +60,8 @@ class Collator:
         joined = {
             name: np.concatenate([row[name] for row in rows]).astype(np.int64) for name in ("input_ids", "labels")
         }
-        joined["labels"][np.cumsum(lengths) - lengths] = IGNORE_INDEX  # what stands before is another document
-        joined["position_ids"] = positions(lengths)
+        joined["labels"][np.cumsum(lengths) - lengths] = IGNORE_INDEX  # the token before is of another document
+        joined["position_ids"] = position_ids(lengths)
         tensors = {name: torch.from_numpy(array[None]) for name, array in joined.items()}
         return {**tensors, "documents": DocumentOffsets.of(lengths.tolist())}
 
@@ -71,9 +71,9 @@ class Collator:
             "input_ids": self._stack([row["input_ids"] for row in rows], width, self.pad_token_id),
             "labels": self._stack([row["labels"] for row in rows], width, IGNORE_INDEX),
         }
-        batch["labels"][:, 0] = IGNORE_INDEX  # nothing predicts a row's first token
+        batch["labels"][:, 0] = IGNORE_INDEX  # nothing predicts a sequence's first token
         if PACKED in rows[0]:
-            batch["position_ids"] = self._stack([positions(row[PACKED]) for row in rows], width, 0)
+            batch["position_ids"] = self._stack([position_ids(row[PACKED]) for row in rows], width, 0)
         else:
             masks = [np.ones(len(row["input_ids"]), dtype=np.int64) for row in rows]
             batch["attention_mask"] = self._stack(masks, width, 0)
@@ -88,10 +88,10 @@ class Collator:
 
 
 class EvenRows(torch.utils.data.Dataset):
-    """A data set made divisible by `multiple` with fillers of one untrained token.
+    """A data set made divisible by `multiple` with fillers of one masked token.
 
-    Ranks must run the same number of equal batches. Loaders that repeat real rows for that train and measure them
-    twice; a filler weighs nothing.
+    Ranks must run the same number of equal batches. Loaders that repeat real sequences for that train and evaluate them
+    twice; a filler counts as nothing.
     """
 
     def __init__(self, rows: Any, multiple: int) -> None:
@@ -103,7 +103,7 @@ class EvenRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index >= len(self):
-            raise IndexError(index)  # ends an iteration by index
+            raise IndexError(index)  # ends iteration by index
         if index < len(self.rows):
             return {**self.rows[index], NUMBER: index}
         first = self.rows[0]
@@ -114,17 +114,17 @@ class EvenRows(torch.utils.data.Dataset):
 
 
 def even_multiple(batch_size: int, world_size: int) -> int:
-    """What the number of rows must be a multiple of; one process can end with a smaller batch."""
+    """Returns what the number of sequences must be a multiple of: with one process the last batch may be smaller."""
     return batch_size * world_size if world_size > 1 else 1
 
 
-def positions(seq_lengths: np.ndarray) -> np.ndarray:
-    """The position of each token in its document: (tokens,) int64."""
+def position_ids(seq_lengths: np.ndarray) -> np.ndarray:
+    """Returns the position of each token in its document: (tokens,) int64."""
     starts = np.cumsum(seq_lengths) - seq_lengths
     return np.arange(seq_lengths.sum()) - np.repeat(starts, seq_lengths)
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of each row, without reading them: (N,)."""
+    """Returns the tokens of each sequence, from the offsets alone: (N,)."""
     column = rows.data.column("input_ids")
     return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks])

@@ -1,1 +1,1 @@
-"""Data sets prepared before training: split, mixture, packing, cache, preview, the serving check."""
+"""Prepares data sets before training: split, mixture, packing, cache, preview, serving check."""

@@ -1,7 +1,7 @@
-"""Prepared data on disk: found again when nothing that matters has changed, made once by whoever comes first.
+"""Keeps prepared data on disk: reused while nothing that matters has changed, made once by the first process.
 
-The ranks of one node (or of several nodes on a shared disk) all ask for the same key. The first to take the lock
-prepares; the others wait for the lock, not for a collective, so no process group times out however long it takes.
+The ranks of one node (or of several nodes on a shared disk) all use the same key. The first to take the lock prepares;
+the others wait for the lock, not in a collective, so no process group times out however long it takes.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
-_PART_TOKENS = 1 << 19  # of one record batch: what is held in memory at a time
+_PART_TOKENS = 1 << 19  # of one record batch, which is what memory holds at a time
 _PART_ROWS = 4096
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Where prepared data lives: `cache_dir`, else $SFT_CACHE, else under the user's cache folder."""
+    """Returns the folder of prepared data: `cache_dir`, else $SFT_CACHE, else under the user's cache folder."""
     fallback = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sft_pipeline"
     return Path(cache_dir or os.environ.get("SFT_CACHE") or fallback).expanduser()
 
 
 def cache_key(parts: dict[str, Any], code: list[Path]) -> str:
-    """A name for what `parts` (JSON-able) and the source files `code` make."""
+    """Hashes everything that decides the result: `parts` (JSON-able) and the source files `code`."""
     digest = hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16)
     for file in sorted(code):
         digest.update(file.read_bytes())
@@ -44,19 +44,19 @@ def cache_key(parts: dict[str, Any], code: list[Path]) -> str:
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> bool:
-    """Has `make` fill `folder`, unless it is there already; whole or not at all.
+    """Calls `make` to fill `folder`, unless it exists; completely or not at all.
 
     Returns:
-        Whether it was there already.
+        Whether it existed.
     """
     if folder.is_dir():
         return True
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if folder.is_dir():  # another process made it while this one waited
+        if folder.is_dir():  # another process made it while this one waited for the lock
             return True
         unfinished = folder.parent / f".{folder.name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed while it held the lock
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed while it held the lock
         unfinished.mkdir()
         try:
             make(unfinished)
@@ -67,13 +67,13 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> bool:
 
 
 def write_rows(documents: Documents, layout: PackedLayout, file: Path, *, packed: bool) -> None:
-    """Writes a data set's rows as an Arrow stream, a part of the documents at a time.
+    """Writes the sequences of a data set as an Arrow stream, some documents at a time.
 
-    Columns, all lists of int32: `input_ids` and `labels` of the row; `seq_lengths`, where it is packed, has the tokens
-    of each of its documents.
+    Columns, all lists of int32: `input_ids` and `labels` of the sequence; if packed, `seq_lengths` with the tokens of
+    each of its documents.
     """
     schema = pa.schema({name: pa.large_list(pa.int32()) for name in _COLUMNS[: 3 if packed else 2]})
-    document_ends, row_ends = np.cumsum(layout.counts), np.cumsum(layout.row_lengths)
+    document_ends, row_ends = np.cumsum(layout.counts), np.cumsum(layout.sequence_lengths)
     starts = documents.starts
     first_row = first_document = first_token = 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -89,13 +89,13 @@ def write_rows(documents: Documents, layout: PackedLayout, file: Path, *, packed
             else:
                 part = documents.take(layout.order[first_document:last_document], starts)
                 ids, labels = part.input_ids, part.labels
-            labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX  # nothing predicts the first token of a piece
+            labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX  # nothing predicts the first token of a document
             row_offsets = np.append(first_token, row_ends[rows]) - first_token
             arrays = [_lists(row_offsets, ids), _lists(row_offsets, labels)]
             if packed:
                 arrays.append(_lists(np.append(first_document, document_ends[rows]) - first_document, lengths))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-            documents.leave_to_disk()
+            documents.release_pages()
             first_row, first_document, first_token = last_row, last_document, last_token
 
 
@@ -104,7 +104,7 @@ def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
 
 
 def read_rows(file: Path) -> Dataset:
-    """The rows as a memory-mapped data set that gives numpy arrays."""
-    from datasets import Dataset  # 45 MiB, which the preparation has no use for
+    """Maps the sequences from disk as a data set of numpy arrays."""
+    from datasets import Dataset  # 45 MiB that preparing does not need
 
     return Dataset.from_file(str(file)).with_format("numpy")

@@ -1,4 +1,4 @@
-"""Data sets of a config made from their files, into a folder of the cache: split, encoded, mixed, laid out in rows."""
+"""Prepares the data sets of a config into a folder of the cache: splits, encodes, mixes and packs them."""
 
 from __future__ import annotations
 
@@ -21,45 +21,42 @@ from sft.data.ledger import Ledger, as_document, as_state, total
 from sft.data.preparation.cache import cache_key, write_rows
 from sft.data.preparation.packing import AutoPacking, pack
 from sft.data.preparation.preview import first_sample
-from sft.data.preparation.selection import count_rows, draw, held_out
+from sft.data.preparation.selection import count_rows, draw_mixture, draw_validation_rows
 from sft.data.sources.dataset_source import DataSource, training_sources, validation_sources
 from sft.data.sources.files import Wanted
 
-Part = tuple[DataSource, Wanted]  # rows of a source, all or some
+Part = tuple[DataSource, Wanted]  # all or some rows of a source
 
 _CODE = sorted(Path(__file__).parents[1].rglob("*.py"))
-# Keys that change where or how fast, not what.
+# Keys that change where the data goes or how fast, not what it holds.
 _NOT_IN_KEY = {"cache_dir", "preprocessing_num_workers", "streaming", "streaming_window"}
+_DOCUMENTS = "documents"  # folder of the documents before they are packed
 
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """The documents of some sources, one source after another, before they are laid out in rows.
+    """The documents of some sources, one source after another, before packing.
 
     Attributes:
         sizes: documents of each source.
-        ledgers: of each source.
+        ledgers: ledger of each source.
     """
 
     documents: Documents
     sizes: list[int]
     ledgers: list[Ledger]
 
-    @classmethod
-    def nothing(cls) -> _Encoded:
-        return cls(Documents.empty(), [], [])
-
 
 class Preparation:
-    """What is to be prepared, and the work itself.
+    """Prepares the training and evaluation sets of one config.
 
     Args:
         keys: the data section of the config.
         tokenizer: with its chat template set.
         seed: of splits and mixtures.
-        training: False prepares the evaluation sets alone.
-        auto: what `packing: auto` goes by.
-        on_rows: told how many rows have been prepared since it was last told.
+        training: False prepares only the evaluation sets.
+        auto: decides `packing: auto`.
+        on_rows: called with the number of rows prepared since its last call.
     """
 
     def __init__(
@@ -80,9 +77,9 @@ class Preparation:
         self.eval_sources = validation_sources(keys)
 
     def key(self) -> str:
-        """Differs wherever what is prepared could."""
+        """Returns the cache key, which differs wherever the prepared data could."""
         tokenizer = self.tokenizer
-        # Left from an earlier call, these would be part of the backend's text and of the key; nothing here uses them.
+        # Preparing uses neither; set by an earlier call, both would be part of the backend's JSON and so of the key.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         return cache_key(
@@ -99,9 +96,9 @@ class Preparation:
         )
 
     def _auto_facts(self) -> list[Any]:
-        """As much of what `auto` goes by as matters here."""
+        """Returns what `packing: auto` depends on; nothing if it is not used."""
         of_eval = [self.auto.obstacle] if "auto" in (self.train_packing, self.eval_packing) else []
-        return [*of_eval, self.auto.rows_a_step] if self.train_packing == "auto" and self.training else of_eval
+        return [*of_eval, self.auto.sequences_per_step] if self.train_packing == "auto" and self.training else of_eval
 
     def make(self, folder: Path) -> None:
         """Prepares everything into `folder`.
@@ -109,88 +106,76 @@ class Preparation:
         Raises:
             UserError: data that cannot be read.
         """
-        self.folder, self.encoder = folder, RowEncoder(self.tokenizer, self.keys, self.on_rows)
-        held = [self._held_out(number) for number in range(len(self.train_sources))]
+        encoder = RowEncoder(self.tokenizer, self.keys, self.on_rows)
+        held_out = [self._held_out(number) for number in range(len(self.train_sources))]
         known: set[bytes] = set()
         limit = self.keys.max_seq_length
         ledgers: dict[str, Ledger] = {}
         files: dict[str, str] = {}
-        for number, (name, parts) in enumerate(self._eval_parts(held).items()):
+        for number, (name, parts) in enumerate(self._eval_parts(held_out).items()):
             seen = Seen(set())
-            encoded = self._encode(parts, seen, self.eval_packing)
+            encoded = _encode(encoder, parts, seen, self.eval_packing, folder)
             known |= seen.earlier
             files[name] = f"eval_{number}.arrow"
             packing = self.eval_packing
-            if packing == "auto":  # of evaluation there are no steps to be kept
-                packing, _ = replace(self.auto, rows_a_step=0).choose(encoded.documents.lengths, limit)
-            self._write(encoded, files[name], packing)
+            if packing == "auto":  # evaluation has no steps to keep
+                packing, _ = replace(self.auto, sequences_per_step=0).choose(encoded.documents.lengths, limit)
+            self._write(encoded, folder / files[name], packing)
             ledgers[name] = total(encoded.ledgers)
-        encoded = _Encoded.nothing()
+        encoded = _Encoded(Documents.empty(), [], [])
         if self.training:
-            # One memory for all training sets: a row may be a duplicate of another set's.
-            parts = [(s, _others(h)) for s, h in zip(self.train_sources, held, strict=True)]
-            encoded = self._encode(parts, Seen(set(), known), self.train_packing)
+            # One `Seen` for all training sets: a row may repeat a row of another set.
+            parts = [(s, _not_in(rows)) for s, rows in zip(self.train_sources, held_out, strict=True)]
+            encoded = _encode(encoder, parts, Seen(set(), known), self.train_packing, folder)
         packing, order, choice = self.train_packing, self._mixture(encoded), ""
         if packing == "auto":
             lengths = encoded.documents.lengths
             packing, choice = self.auto.choose(lengths if order is None else lengths[order], limit)
-        self._write(encoded, "train.arrow", packing, order)
+        self._write(encoded, folder / "train.arrow", packing, order)
         names = [s.name for s in self.train_sources]
         trained = dict(zip(names, encoded.ledgers, strict=False))
         facts = {
             "ledger": as_document(trained, ledgers),
             "evals": files,
-            # To be counted among the rows of a stream, which are read after this.
+            # A stream is read later and counts which of its rows are among these.
             "known": [] if self.training else sorted(mark.hex() for mark in known),
             "eval_ledgers": {name: as_state(ledger) for name, ledger in ledgers.items()},
-            "end_token_ids": self.encoder.end_token_ids,
+            "end_token_ids": encoder.end_token_ids,
             "train_tokens": sum(ledger.tokens for ledger in encoded.ledgers),
-            # Kept here, so that a second start shows it without reading the sources again.
             "packing": choice,
+            # Stored, so that a second start shows it without reading the sources.
             "sample": first_sample(self.keys, self.tokenizer, seed=self.seed) if self.training else None,
         }
         (folder / "facts.json").write_text(json.dumps(facts))
 
     def _held_out(self, number: int) -> frozenset[int]:
-        """The rows of a training source that are kept for validation."""
+        """Draws the rows of a training source that are held out for validation."""
         if not self.keys.validation_split:
             return frozenset()
         count = count_rows(self.train_sources[number])
-        return held_out(count, self.keys.validation_split, self.seed + number)
+        return draw_validation_rows(count, self.keys.validation_split, self.seed + number)
 
-    def _eval_parts(self, held: list[frozenset[int]]) -> dict[str, list[Part]]:
+    def _eval_parts(self, held_out: list[frozenset[int]]) -> dict[str, list[Part]]:
+        """Returns the rows of each evaluation set by its name."""
         parts: dict[str, list[Part]] = {}
         for source in self.eval_sources:
             parts.setdefault(source.name, []).append((source, None))
         if self.keys.validation_split:
             parts.setdefault("validation", []).extend(
-                (source, rows.__contains__) for source, rows in zip(self.train_sources, held, strict=True)
+                (source, rows.__contains__) for source, rows in zip(self.train_sources, held_out, strict=True)
             )
         return parts
 
-    def _encode(self, parts: list[Part], seen: Seen, packing: str | None) -> _Encoded:
-        """The documents of all parts, on disk until they are laid out."""
-        store = DocumentStore(self.folder / "documents")
-        sizes, ledgers = [], []
-        for source, wanted in parts:
-            ledger, before = Ledger(), store.count
-            rows = source.rows(wanted)
-            for documents in self.encoder.encode(rows, source, ledger, seen, wrapped=packing == "wrapped"):
-                store.add(documents)
-            sizes.append(store.count - before)
-            ledgers.append(ledger)
-        return _Encoded(store.read(), sizes, ledgers)
-
     def _mixture(self, encoded: _Encoded) -> np.ndarray | None:
-        """The documents that the sources' weights ask for; None takes each once."""
+        """Draws documents by the weights of the sources; None takes each once."""
         weights = [source.weight for source in self.train_sources]
         if not encoded.ledgers or None in weights:
             return None
         documents = encoded.documents
         starts = np.cumsum(encoded.sizes) - encoded.sizes
         lengths = np.split(documents.lengths, starts[1:])
-        trained = documents.trained()
-        mixture = draw(lengths, weights, self.keys.mix_by, self.seed)  # type: ignore[arg-type]
+        trained = documents.count_supervised()
+        mixture = draw_mixture(lengths, weights, self.keys.mix_by, self.seed)  # type: ignore[arg-type]
         order = [chosen + start for chosen, start in zip(mixture, starts.tolist(), strict=True)]
         for ledger, chosen, size in zip(encoded.ledgers, order, encoded.sizes, strict=True):
             ledger.draw(
@@ -201,32 +186,46 @@ class Preparation:
             )
         return np.concatenate(order)
 
-    def _write(self, encoded: _Encoded, file: str, packing: str | None, order: np.ndarray | None = None) -> None:
+    def _write(self, encoded: _Encoded, file: Path, packing: str | None, order: np.ndarray | None = None) -> None:
         documents, limit = encoded.documents, self.keys.max_seq_length
-        if order is not None and packing == "wrapped":  # a stream is cut as it stands
+        if order is not None and packing == "wrapped":  # wrapping cuts documents in their final order
             documents, order = documents.take(order), None
         layout = pack(documents.lengths, packing, limit, order)
-        write_rows(documents, layout, self.folder / file, packed=packing is not None)
+        write_rows(documents, layout, file, packed=packing is not None)
         if packing and len(documents):
-            # The rows belong to the set as a whole: they stand in the first ledger and so, once, in the total.
-            rows = len(layout.counts)
-            encoded.ledgers[0].pack(rows, rows * limit, int(layout.row_lengths.sum()))
+            # Sequences belong to all sources together: the first ledger counts them, so the total counts them once.
+            sequences = len(layout.counts)
+            encoded.ledgers[0].pack(sequences, sequences * limit, int(layout.sequence_lengths.sum()))
         if packing == "wrapped":
-            _note_cuts(encoded, documents, limit)
-        shutil.rmtree(self.folder / "documents", ignore_errors=True)
+            _subtract_cuts(encoded, documents, limit)
+        shutil.rmtree(file.parent / _DOCUMENTS, ignore_errors=True)
 
 
 def packing_mode(value: str | bool) -> str | None:
-    """How samples share rows, of the key's value; None: they do not."""
+    """Returns the mode that a value of `packing` names; None does not pack."""
     return None if value is False else str(value)
 
 
-def _others(held: frozenset[int]) -> Wanted:
-    return (lambda index: index not in held) if held else None
+def _not_in(held_out: frozenset[int]) -> Wanted:
+    return (lambda index: index not in held_out) if held_out else None
 
 
-def _note_cuts(encoded: _Encoded, documents: Documents, limit: int) -> None:
-    """Takes out of the ledgers the tokens that are not trained because the stream was cut in front of them."""
+def _encode(encoder: RowEncoder, parts: list[Part], seen: Seen, packing: str | None, folder: Path) -> _Encoded:
+    """Encodes all parts; their documents are on disk, in `folder`, until they are packed."""
+    store = DocumentStore(folder / _DOCUMENTS)
+    sizes, ledgers = [], []
+    for source, wanted in parts:
+        ledger, before = Ledger(), store.count
+        rows = source.rows(wanted)
+        for documents in encoder.encode(rows, source, ledger, seen, wrapped=packing == "wrapped"):
+            store.add(documents)
+        sizes.append(store.count - before)
+        ledgers.append(ledger)
+    return _Encoded(store.read(), sizes, ledgers)
+
+
+def _subtract_cuts(encoded: _Encoded, documents: Documents, limit: int) -> None:
+    """Subtracts from the ledgers the tokens that lost their label because wrapping cut before them."""
     ends = np.cumsum([ledger.tokens for ledger in encoded.ledgers])
     cuts = np.arange(limit, len(documents.labels), limit)
     lost = cuts[documents.labels[cuts] != IGNORE_INDEX]

@@ -1,4 +1,4 @@
-"""Rows one by one, in source order: the first ones as the model will see them, and the questions that it is asked."""
+"""Shows rows one by one in source order, and selects conversations for the serving check and for generation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sft.data.encoding.row_encoder import RowEncoder, Sample, Seen
 from sft.data.formats.conversation import Conversation, RowLost, Text
 from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger, as_counts, remedy
-from sft.data.preparation.selection import count_rows, held_out
-from sft.data.preparation.serving_check import ServingContract, check_prompts, joined
+from sft.data.preparation.selection import count_rows, draw_validation_rows
+from sft.data.preparation.serving_check import ServingContract, check_prompts, merge_contracts
 from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
 from sft.data.sources.files import Row
 from sft.data.templates.renderer import Rendered
@@ -30,19 +30,19 @@ logger = logging.getLogger("sft")
 def preview(
     keys: DataKeys, tokenizer: PreTrainedTokenizerBase, num_samples: int, *, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """SPEC's preview: the first rows in source order (training sources first), before fitting and packing.
+    """Yields the samples of the first rows in source order (training sources first), before truncation and packing.
 
-    A row whose answers are trained one by one (its template rewrites earlier turns) is several samples. Rows that are
-    lost are said aloud, the first ones of each reason with their places, and stepped over.
+    A row whose answers are trained one by one (its template rewrites earlier turns) is several samples. Lost rows are
+    skipped and logged, the first ones of each reason with file and line.
 
     Raises:
         UserError: samples are asked for, and no row gives one.
     """
-    ledger, said, is_shown = Ledger(), 0, False
+    ledger, logged, is_shown = Ledger(), 0, False
     for sample in _samples(keys, tokenizer, num_samples, seed, ledger):
-        said, is_shown = _say_lost(ledger, said), True
+        logged, is_shown = _log_lost(ledger, logged), True
         yield sample
-    _say_lost(ledger, said)
+    _log_lost(ledger, logged)
     named = Counter(lost["reason"] for lost in ledger.lost_examples)
     besides = ledger.rows_lost - named
     if besides:
@@ -55,7 +55,7 @@ def preview(
 
 
 def first_sample(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> dict[str, Any] | None:
-    """The first that `preview` shows, or None; what is lost on the way stands in the ledger of the data."""
+    """Returns the first sample of `preview`, or None. Lost rows before it are in the ledger of the data."""
     return next(_samples(keys, tokenizer, 1, seed, Ledger()), None)
 
 
@@ -74,9 +74,9 @@ def _samples(
                 yield _as_preview(split, sample, part, encoded, tokenizer)
 
 
-def _say_lost(ledger: Ledger, said: int) -> int:
-    """Says which rows the ledger names beyond the first `said`. Returns how many that makes."""
-    for lost in ledger.lost_examples[said:]:
+def _log_lost(ledger: Ledger, logged: int) -> int:
+    """Logs the lost rows that the ledger names after the first `logged`. Returns the new number."""
+    for lost in ledger.lost_examples[logged:]:
         logger.warning("%s:%s: lost: %s: %s", lost["file"], lost["line"], lost["reason"], lost["message"])
     return len(ledger.lost_examples)
 
@@ -101,9 +101,9 @@ def _as_preview(
 
 
 def serving_contract(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, limit: int = 32) -> ServingContract:
-    """Whether the first `limit` conversations of each training source are trained behind the prompts they are served.
+    """Compares the prompts of the first `limit` rows of each training source with those of a server.
 
-    Rows that are lost are stepped over.
+    Lost rows are skipped.
     """
     encoder, contracts = RowEncoder(tokenizer, keys), []
     for source in training_sources(keys):
@@ -111,15 +111,15 @@ def serving_contract(keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, limi
         chats = [s for s in samples if isinstance(s.content, Conversation)]
         pairs = [(s.content, encoder.encode_parts(s)[0]) for s in chats]
         contracts.append(check_prompts(tokenizer, pairs, source.train_on))  # type: ignore[arg-type]
-    return joined(contracts)
+    return merge_contracts(contracts)
 
 
 def validation_conversations(
     keys: DataKeys, tokenizer: PreTrainedTokenizerBase, *, seed: int, limit: int
 ) -> list[Conversation]:
-    """At most `limit` validation rows that end with an answer, evenly spaced over all validation sets.
+    """Returns at most `limit` validation rows that end with an answer, evenly spaced over all validation sets.
 
-    A row that evaluation loses, e.g. because the chat template refuses it, makes room for the next one.
+    A row that evaluation loses, e.g. because the chat template refuses it, is replaced by the next one.
     """
     found: list[tuple[DataSource, Row, Conversation]] = []
     for split, source, row in _rows_with_split(keys, split_seed(keys, seed), training=bool(keys.validation_split)):
@@ -148,13 +148,13 @@ def _is_kept(encoder: RowEncoder, source: DataSource, row: Row) -> bool:
 
 
 def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterator[tuple[str, DataSource, Row]]:
-    """Every row in source order with the split it falls in, by the same draw as the preparation's."""
+    """Yields each row in source order with its split, drawn as the preparation draws it."""
     for number, source in enumerate(training_sources(keys) if training else []):
         if not keys.validation_split:
             yield from (("train", source, row) for row in source.rows())
             continue
-        held = held_out(count_rows(source), keys.validation_split, seed + number)
+        held_out = draw_validation_rows(count_rows(source), keys.validation_split, seed + number)
         for row in source.rows():
-            yield ("validation" if row.index in held else "train"), source, row
+            yield ("validation" if row.index in held_out else "train"), source, row
     for source in validation_sources(keys):
         yield from ((source.name, source, row) for row in source.rows())

@@ -1,11 +1,11 @@
-"""The contract between training and serving, checked once per run on a few conversations.
+"""Checks once per run, on a few conversations, that training and serving use the same tokens.
 
     trained    <s> [INST] Hi [/INST] | Hello </s>      labels: -100 ... -100 | Hello </s>
     served     <s> [INST] Hi [/INST]                   apply_chat_template(..., add_generation_prompt=True)
 
-The model is asked for an answer behind exactly the tokens behind which it learned to give one, and generation stops on
-exactly the token that it learned to end with. Both are read off what is trained (`input_ids` and `labels`) and off what
-a server calls (the tokenizer, the generation config), not off the code that made the one from the other.
+A server's prompt must be exactly the tokens before a trained answer, and generation must stop on exactly the token that
+the answer ends with. Both are read from what is trained (`input_ids` and `labels`) and from what a server calls (the
+tokenizer, the generation config), not from the code that turns one into the other.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from sft.data.formats.conversation import Conversation
 from sft.data.templates.renderer import ChatRenderer
 from sft.errors import Problem
 
-_HINT = "Serve with the tokenizer and the chat template that this run saves; or mend `chat_template`."
+_HINT = "Serve with the tokenizer and chat template that this run saves, or fix `chat_template`."
 
 
 @dataclass(frozen=True, slots=True)
 class ServingContract:
-    """What was compared, and what is broken.
+    """What was compared, and what differs.
 
     Attributes:
-        prompts: conversations whose prompt was compared; `prompt_tokens` is their length together.
-        left_out: how many were not compared, for each reason for which a server's prompt may rightly differ.
-        end_token_ids: the last trained token of each answer, each once, in the order of first use.
+        prompts: conversations whose prompt was compared.
+        prompt_tokens: tokens of all these prompts.
+        skipped: conversations that were not compared, by the reason why their prompts may differ.
+        end_token_ids: the tokens that end the trained answers, each once, in the order of first use.
         end_tokens: their texts.
-        problems: the first differing token of each prompt that differs; empty when the contract holds.
+        problems: the first differing token of each prompt that differs.
     """
 
     prompts: int
     prompt_tokens: int
-    left_out: dict[str, int]
+    skipped: dict[str, int]
     end_token_ids: tuple[int, ...]
     end_tokens: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
@@ -52,26 +53,26 @@ class ServingContract:
         return not self.problems
 
     def as_json(self) -> dict[str, Any]:
-        """What `check --json` holds of it."""
+        """Returns the part of it that `check --json` prints."""
         return {
             "ok": self.ok,
             "prompts": self.prompts,
             "prompt_tokens": self.prompt_tokens,
-            "left_out": self.left_out,
+            "left_out": self.skipped,
             "end_tokens": list(self.end_tokens),
         }
 
     @property
     def message(self) -> str:
         """One line for `check` and the log."""
-        parts = [f"{n} not compared ({reason})" for reason, n in self.left_out.items()]
+        parts = [f"{n} not compared ({reason})" for reason, n in self.skipped.items()]
         if self.problems:
-            parts.insert(0, f"{len(self.problems)} of {self.prompts} prompts are not what a server sends")
+            parts.insert(0, f"{len(self.problems)} of {self.prompts} prompts differ from what a server sends")
         elif self.prompts:
             ends = " or ".join(map(repr, self.end_tokens))
-            parts.insert(0, f"{self.prompts} prompts ({self.prompt_tokens:,} tokens) are what a server sends")
+            parts.insert(0, f"{self.prompts} prompts ({self.prompt_tokens:,} tokens) match what a server sends")
             parts.insert(1, f"answers end with {ends}")
-        return "; ".join(parts) or "no conversation to compare with what a server sends"
+        return "; ".join(parts) or "no conversations to compare with what a server sends"
 
 
 def check_prompts(
@@ -79,21 +80,21 @@ def check_prompts(
 ) -> ServingContract:
     """Compares the ids before each conversation's first trained token with the prompt that a server would encode.
 
-    Only the first answer's prompt can be compared: behind a seam that was cut (`Encoded.seam_merges`) an answer has the
-    tokens that a model generates, while a server that is sent the answer back as text may encode it otherwise.
+    Only the first trained answer's prompt can be compared: a server that gets an answer back as text may encode it
+    differently from the tokens that the model generates.
 
     Args:
         samples: conversations with their encodings before truncation and packing.
-        train_on: as they were rendered; with `all` there is no prompt, and nothing is compared.
+        train_on: the setting they were rendered with; with `all` there is no prompt, and nothing is compared.
     """
     renderer = ChatRenderer(tokenizer)
     prompts = tokens = 0
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     ends: dict[int, None] = {}
     problems: list[Problem] = []
     for number, (conversation, encoded) in enumerate(samples):
         if train_on == "all":
-            left_out["trained whole"] += 1
+            skipped["all tokens are trained"] += 1
             continue
         trained = encoded.labels != IGNORE_INDEX
         ends.update(dict.fromkeys(encoded.input_ids[trained & ~np.append(trained[1:], False)].tolist()))
@@ -101,23 +102,23 @@ def check_prompts(
         served = _served_prompt(tokenizer, conversation, train_on)
         problem = _difference(tokenizer, ids, served, f"conversation {number}: ")
         if problem and ids != served and (reason := _may_differ(conversation, served, renderer)):
-            left_out[reason] += 1
+            skipped[reason] += 1
             continue
         prompts, tokens = prompts + 1, tokens + len(ids)
         problems += [problem] if problem else []
     names = tuple(tokenizer.convert_ids_to_tokens(list(ends)))
-    return ServingContract(prompts, tokens, dict(left_out), tuple(ends), names, tuple(problems))
+    return ServingContract(prompts, tokens, dict(skipped), tuple(ends), names, tuple(problems))
 
 
-def joined(contracts: Sequence[ServingContract]) -> ServingContract:
-    """What was found of several data sets together."""
-    left_out: Counter[str] = Counter()
+def merge_contracts(contracts: Sequence[ServingContract]) -> ServingContract:
+    """Merges the contracts of several data sets."""
+    skipped: Counter[str] = Counter()
     for one in contracts:
-        left_out.update(one.left_out)
+        skipped.update(one.skipped)
     return ServingContract(
         sum(one.prompts for one in contracts),
         sum(one.prompt_tokens for one in contracts),
-        dict(left_out),
+        dict(skipped),
         tuple(dict.fromkeys(token for one in contracts for token in one.end_token_ids)),
         tuple(dict.fromkeys(token for one in contracts for token in one.end_tokens)),
         tuple(problem for one in contracts for problem in one.problems),
@@ -127,18 +128,18 @@ def joined(contracts: Sequence[ServingContract]) -> ServingContract:
 def check_end_tokens(
     tokenizer: PreTrainedTokenizerBase, end_token_ids: Iterable[int], eos_token_id: int | Sequence[int] | None
 ) -> list[Problem]:
-    """One problem for each trained end token on which generation would not stop.
+    """Returns a problem for each trained end token on which generation would not stop.
 
     Args:
-        end_token_ids: the tokens that were trained to end an answer.
+        end_token_ids: the tokens that end the trained answers.
         eos_token_id: of the generation config that is saved with the model.
     """
     stops = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in stops) or "nothing"
     return [
         Problem(
-            f"answers are trained to end with {tokenizer.convert_ids_to_tokens(end)!r} (id {end}), and the saved "
-            f"generation config stops on {shown}: a server would run on past the answer",
+            f"answers are trained to end with {tokenizer.convert_ids_to_tokens(end)!r} (id {end}), but the saved "
+            f"generation config stops on {shown}: a server would generate past the end of the answer",
             "Add the id to `eos_token_id` in generation_config.json.",
         )
         for end in end_token_ids
@@ -147,11 +148,12 @@ def check_end_tokens(
 
 
 def _served_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, train_on: str) -> list[int]:
-    """What a server encodes when it is asked for the first answer that is trained."""
+    """Encodes the prompt as a server does that is asked for the first trained answer."""
     turns = [i for i, trained in enumerate(conversation.trainable) if trained]
     messages = conversation.messages[: turns[-1] if train_on == "last_assistant" else turns[0]]
     tools: Any = conversation.tools
-    # A batch of one: alone, transformers refuses the empty conversation that stands before an opening answer.
+    # As a batch of one, because transformers refuses a single empty conversation: that of a sample that opens with
+    # the answer.
     batch: Any = tokenizer.apply_chat_template(
         [messages], tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
     )
@@ -159,30 +161,30 @@ def _served_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversatio
 
 
 def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], served: list[int], where: str) -> Problem | None:
-    """What is wrong with a prompt; None when training and server have the same tokens, with one BOS at the most."""
+    """Returns what is wrong with a prompt; None if training and server have the same tokens and at most one BOS."""
     bos = tokenizer.bos_token_id
     if bos is not None and served[:2] == [bos, bos]:
-        message = f"{where}the prompt begins with {tokenizer.bos_token!r} twice"
-        return Problem(message, "Let the chat template write it once.", "chat_template")
+        message = f"{where}the prompt starts with {tokenizer.bos_token!r} twice"
+        return Problem(message, "Write it once in the chat template.", "chat_template")
     if ids == served:
         return None
     shared = min(len(ids), len(served))
     at = next((i for i in range(shared) if ids[i] != served[i]), shared)
     trained_token, served_token = (
-        f"{tokenizer.convert_ids_to_tokens(some[at])!r} (id {some[at]})" if at < len(some) else "at its end"
+        f"{tokenizer.convert_ids_to_tokens(some[at])!r} (id {some[at]})" if at < len(some) else "missing"
         for some in (ids, served)
     )
-    message = f"{where}at token {at} the prompt is {trained_token} in training and {served_token} when served"
+    message = f"{where}token {at} of the prompt is {trained_token} in training and {served_token} when served"
     return Problem(message, _HINT, "chat_template")
 
 
 def _may_differ(conversation: Conversation, served: list[int], renderer: ChatRenderer) -> str:
-    """Why a server's prompt rightly differs from the one that was trained; empty where nothing excuses it."""
-    if not served:  # nothing predicts the first token of a sample, so that it is never trained
-        return "opens with the answer"
+    """Returns why a server's prompt may differ from the trained one; empty if it must not."""
+    if not served:  # the first token of a sample is never trained, because nothing predicts it
+        return "the sample opens with the answer"
     called = any("tool_calls" in message or message["role"] == "tool" for message in conversation.messages)
     if (conversation.tools or called) and not renderer.renders_tools:
-        return "its tools are written as text, for the template takes none"
+        return "its tools are inserted as text, because the template takes none"
     if renderer.control_tokens.find(conversation.messages, conversation.tools):
-        return "control tokens typed in it are text in training, and a server may obey them"
+        return "its messages contain control tokens: plain text in training, but a server may interpret them"
     return ""

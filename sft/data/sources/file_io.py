@@ -1,4 +1,4 @@
-"""Data files as streams of bytes, decompressed on the way: a file is never held in memory."""
+"""Opens data files as streams of bytes and decompresses them; a file is never held in memory."""
 
 from __future__ import annotations
 
@@ -15,69 +15,72 @@ from sft.errors import Problem, UserError
 
 COMPRESSIONS = (".gz", ".zst")
 _BUFFER = 1 << 18  # bytes read ahead
-_UTF8_MARK = b"\xef\xbb\xbf"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @contextmanager
 def open_stream(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of `file`, decompressed as its name says.
+    """Opens `file` for reading bytes, decompressed according to its extension.
 
     Raises:
-        UserError: here or in the `with` block, where the file cannot be opened, or its stream is damaged or cut short.
+        UserError: here or in the `with` block: the file cannot be opened, or is damaged or truncated.
     """
     try:
-        with _stream(file) as stream:
-            _skip_mark(stream, file)
+        with _open_decompressed(file) as stream:
+            _skip_byte_order_mark(stream, file)
             yield stream
     except zlib.error as error:
-        raise UserError(Problem(f"cannot be decompressed: {error}", "is it whole?", file=str(file))) from None
+        raise UserError(Problem(f"cannot be decompressed: {error}", "is the file complete?", file=str(file))) from None
     except (OSError, EOFError) as error:
-        raise UserError(Problem(f"cannot be read: {error}", "is the file whole?", file=str(file))) from None
+        raise UserError(Problem(f"cannot be read: {error}", "is the file complete?", file=str(file))) from None
 
 
-def _stream(file: Path) -> io.BufferedReader:
+def _open_decompressed(file: Path) -> io.BufferedReader:
     suffix = file.suffix.lower()
     if suffix == ".gz":
-        # The buffer around it finds lines in C; GzipFile makes a call in Python for each.
+        # BufferedReader splits lines in C; GzipFile needs a Python call for each.
         return io.BufferedReader(gzip.open(file), _BUFFER)  # type: ignore[arg-type]
     if suffix == ".zst":
-        import pyarrow as pa  # whose reader takes all frames, and notices when the last is cut short
+        import pyarrow as pa  # its reader reads all frames and detects a truncated last one
 
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"), _BUFFER)
     return io.BufferedReader(open(file, "rb", buffering=0), _BUFFER)
 
 
-def _skip_mark(stream: io.BufferedReader, file: Path) -> None:
-    """Passes over a byte order mark, which no table begins with. Raises `UserError` for that of UTF-16."""
+def _skip_byte_order_mark(stream: io.BufferedReader, file: Path) -> None:
+    """Skips a UTF-8 byte order mark (no binary table begins with one). Raises `UserError` for UTF-16."""
     start = stream.peek(3)
-    if start.startswith(_UTF16_MARKS):
-        hint = f"convert it: {_iconv(file, 'utf-16')}"
-        raise UserError(Problem("not UTF-8: it begins with the mark of UTF-16", hint, file=str(file), line=1))
-    if start.startswith(_UTF8_MARK):
+    if start.startswith(_UTF16_BOMS):
+        hint = f"convert it: {_iconv_command(file, 'utf-16')}"
+        raise UserError(Problem("not UTF-8: it begins with a UTF-16 byte order mark", hint, file=str(file), line=1))
+    if start.startswith(_UTF8_BOM):
         stream.read(3)
 
 
-def decoded(stream: BinaryIO) -> io.TextIOWrapper:
-    """The same as text, with its line ends as they are. A byte that is not UTF-8 raises `UnicodeDecodeError`."""
+def decode_utf8(stream: BinaryIO) -> io.TextIOWrapper:
+    """Wraps a stream as text and keeps its line ends. Reading a byte that is not UTF-8 raises `UnicodeDecodeError`."""
     return io.TextIOWrapper(stream, encoding="utf-8", newline="")
 
 
-def not_utf8(file: Path) -> UserError:
-    """The error of a file that is read as a whole and is not UTF-8: it names the first line that is not."""
+def utf8_error(file: Path) -> UserError:
+    """Makes the error for a file that must be UTF-8 throughout; it names the first line that is not."""
     with open_stream(file) as stream:
         line, reason = _first_bad_line(stream)
-    return UserError(Problem(f"not UTF-8: {reason}", conversion(file), file=str(file), line=line))
+    return UserError(Problem(f"not UTF-8: {reason}", conversion_hint(file), file=str(file), line=line))
 
 
-def conversion(file: Path) -> str:
-    """What to do about a file that is not UTF-8. Most are Windows-1252, which Latin-1 reads without a word of warning
-    and with control characters in the place of its quotation marks, dashes and euro signs."""
-    return f"convert it, if it comes from Windows or is Latin-1: {_iconv(file, 'windows-1252')}"
+def conversion_hint(file: Path) -> str:
+    """Says how to convert a file that is not UTF-8.
+
+    Most such files are Windows-1252. Decoding them as Latin-1 never fails, but turns quotation marks, dashes and euro
+    signs into control characters.
+    """
+    return f"convert it, if it comes from Windows or is Latin-1: {_iconv_command(file, 'windows-1252')}"
 
 
-def _iconv(file: Path, encoding: str) -> str:
-    """The command that writes `file` anew, which a shell takes as it is; what is compressed is not itself the text."""
+def _iconv_command(file: Path, encoding: str) -> str:
+    """Writes the shell command that converts `file`, which it decompresses first."""
     suffix = file.suffix.lower()
     path, new = shlex.quote(str(file)), f"NEW{Path(file.stem if suffix in COMPRESSIONS else file.name).suffix}"
     convert = f"iconv -f {encoding} -t utf-8"
@@ -92,4 +95,4 @@ def _first_bad_line(stream: BinaryIO) -> tuple[int, str]:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
             return number, error.reason
-    raise EOFError("it changes while it is read")
+    raise EOFError("it changed while it was read")

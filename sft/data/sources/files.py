@@ -1,7 +1,7 @@
-"""From what the user typed (a file, a list, a glob, a folder, a hub name) to rows with their place in the source.
+"""Finds the data files that the user named and reads their rows, and those of `datasets` (local or on the hub).
 
-Every row keeps its file and line, so that whatever happens to it later can be traced. A row that cannot be read is
-yielded as a `Row` with a `lost` reason, never skipped.
+Every row carries its file and line, for the messages about it later. A row that cannot be read is yielded with a `lost`
+reason, never skipped.
 """
 
 from __future__ import annotations
@@ -14,76 +14,80 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sft.data.sources.row import Row, Wanted
-from sft.data.sources.table_readers import as_given
+from sft.data.sources.table_readers import drop_null_keys
 from sft.data.sources.text_readers import EXTENSIONS, data_extension, read_file
 from sft.errors import Problem, UserError
 
 logger = logging.getLogger("sft")
 
-_BATCH_ROWS = 1000  # rows of a data set of `datasets` that are decoded at a time
-_NO_DATA = ("data_report.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
-"""What prepare_data.py and `datasets` write about a folder's rows, besides a `state.json` beside an info."""
+_BATCH_ROWS = 1000  # rows of a `datasets.Dataset` decoded at a time
+_METADATA_FILES = ("data_report.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+"""Files that prepare_data.py and `datasets` write beside the data; a `state.json` beside an info file is one too."""
 
 
 def find_files(spec: str | list[str], key: str) -> list[Path]:
-    """The data files that `spec` names, each once, in the order given (a folder's or glob's files by name).
+    """Finds the data files that `spec` names, each once, in the order given (those of a folder or glob sorted by name).
 
-    A folder's hidden files (`.ipynb_checkpoints/`, `._rows.json`) are copies that other programs left, and no data. Nor
-    are the accounts of the rows that stand beside them (`data_report.json`), unless they are named themselves.
+    In a folder, hidden files (`.ipynb_checkpoints/`, `._rows.json`) are copies that other programs left and are
+    skipped. So are files about the data (`data_report.json`), unless `spec` names them.
 
     Raises:
-        UserError: a path, glob or folder that yields no data file; the nearest existing name is offered.
+        UserError: a path, glob or folder has no data file; the hint suggests the nearest existing name.
     """
     entries = [spec] if isinstance(spec, str) else spec
     if not any(entry.strip() for entry in entries):
         raise UserError(Problem("names no file", f"give a file, glob or folder, not {spec!r}", key))
-    found: dict[str, Path] = {}  # by absolute path, as two entries may name one file in two ways
+    found: dict[str, Path] = {}  # by absolute path: two entries may name the same file differently
     for entry in entries:
         try:
-            for file in _files_of(entry, key):
+            for file in _expand(entry, key):
                 found.setdefault(os.path.abspath(file), file)
         except OSError as error:
-            raise UserError(Problem(f"cannot be searched: {error}", "are you allowed to read it?", key)) from None
+            raise UserError(Problem(f"cannot be searched: {error}", "check its read permission", key)) from None
     for file in found.values():
         if data_extension(file) not in EXTENSIONS:
             raise UserError(
-                Problem(f"cannot tell the format of {str(file)!r} by its name", f"expected one of {_known()}", key)
+                Problem(
+                    f"cannot tell the format of {str(file)!r} by its name", f"expected one of {_list_extensions()}", key
+                )
             )
         if file.stat().st_size == 0:
             raise UserError(Problem(f"{str(file)!r} is empty", "give a file with at least one row", key))
     return list(found.values())
 
 
-def _files_of(entry: str, key: str) -> list[Path]:
+def _expand(entry: str, key: str) -> list[Path]:
     path = Path(entry).expanduser()
     if path.is_dir():
-        files = sorted(_data_files(path))
+        files = sorted(_walk_data_files(path))
         if not files:
-            raise UserError(Problem(f"the folder {entry!r} holds no data file", f"expected one of {_known()}", key))
+            raise UserError(
+                Problem(f"the folder {entry!r} holds no data file", f"expected one of {_list_extensions()}", key)
+            )
         return files
     if path.is_file():
         return [path]
     if path.is_symlink():
-        raise UserError(Problem(f"{entry!r} is a link that leads to no file", f"it names {os.readlink(path)!r}", key))
+        raise UserError(Problem(f"{entry!r} is a broken link", f"it points to {os.readlink(path)!r}", key))
     if path.exists():
-        raise UserError(Problem(f"{entry!r} is a pipe or a device", "write what it gives to a file first", key))
+        raise UserError(Problem(f"{entry!r} is a pipe or a device", "write its output to a file first", key))
     files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
     if not files:
-        raise UserError(Problem(f"no such file: {entry!r}", _nearest_file(path), key))
+        raise UserError(Problem(f"no such file: {entry!r}", _suggest_name(path), key))
     return files
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `datasets` wrote the folder with `save_to_disk`: one data set, or one for each split."""
-    is_one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    return is_one or (folder / "dataset_dict.json").is_file()
+def is_saved_dataset(folder: Path) -> bool:
+    """Tells whether `datasets` wrote the folder with `save_to_disk`: one data set, or one for each split."""
+    is_single = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return is_single or (folder / "dataset_dict.json").is_file()
 
 
-def _data_files(root: Path) -> Iterator[Path]:
-    """The data files in a folder and its subfolders, linked ones too; a link back to a folder above is no new folder.
+def _walk_data_files(root: Path) -> Iterator[Path]:
+    """Yields the data files in a folder and its subfolders; follows links, but enters no folder twice.
 
     Raises:
-        OSError: a folder that may not be read, whose files would be missing otherwise.
+        OSError: a folder cannot be read.
     """
 
     def fail(error: OSError) -> NoReturn:
@@ -97,25 +101,23 @@ def _data_files(root: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        is_described = "dataset_info.json" in names
+        has_info = "dataset_info.json" in names
         for name in names:
             file = Path(folder, name)
-            if name in _NO_DATA or (is_described and name == "state.json"):
+            if name in _METADATA_FILES or (has_info and name == "state.json"):
                 continue
             if not name.startswith(".") and data_extension(file) in EXTENSIONS and file.is_file():
                 yield file
 
 
 def read_files(files: list[Path], wanted: Wanted = None) -> Iterator[Row]:
-    """All rows of `files`, in order; `index` counts over the files.
+    """Yields the wanted rows of `files`, as `find_files` gives them; `index` counts over all files.
 
-    Args:
-        files: as `find_files` gives them.
-        wanted: tells by its index whether a row is wanted; the others are counted, neither parsed nor handed out.
+    Rows that are not wanted are counted, but neither parsed nor yielded.
 
     Raises:
-        UserError: a file that cannot be opened or parsed as a whole (a JSON array cut short, a broken Parquet);
-            files that hold no row at all.
+        UserError: a file cannot be opened or parsed (a truncated JSON array, a broken Parquet file), or all of the
+            files together have no row.
     """
     index = 0
     for file in files:
@@ -131,59 +133,59 @@ def read_files(files: list[Path], wanted: Wanted = None) -> Iterator[Row]:
 def read_hub(
     name: str, config_name: str | None, split: str, key: str, wanted: Wanted = None, streaming: bool = False
 ) -> Iterator[Row]:
-    """Rows of a data set on the Hugging Face hub; `streaming` fetches them as they are read, and keeps none.
+    """Yields the wanted rows of a data set on the Hugging Face hub; `streaming` fetches rows while reading, uncached.
 
     Raises:
         UserError: the name, configuration or split does not exist, or the hub cannot be reached.
     """
     import datasets
 
-    def dataset_rows() -> Iterator[tuple[int, dict[str, Any]]]:
+    def load_rows() -> Iterator[tuple[int, dict[str, Any]]]:
         dataset = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
         if not streaming:
-            return _picked(dataset, wanted)
-        return ((index, as_given(row)) for index, row in enumerate(dataset) if wanted is None or wanted(index))
+            return _select_rows(dataset, wanted)
+        return ((index, drop_null_keys(row)) for index, row in enumerate(dataset) if wanted is None or wanted(index))
 
     try:
-        for index, row in dataset_rows():
+        for index, row in load_rows():
             yield Row(f"{name}/{split}", index, index + 1, row)
-    except Exception as error:  # the hub's client raises a class per cause, some of them bare OSErrors
+    except Exception as error:  # the hub client raises many classes, some of them bare OSErrors
         hint = "a local file or folder that does not exist is looked up on the Hugging Face hub: check the spelling"
         raise UserError(Problem(f"cannot load the data set {name!r} ({split}): {error}", hint, key)) from None
 
 
 def read_saved(folder: Path, split: str, key: str, wanted: Wanted = None) -> Iterator[Row]:
-    """Rows of a data set that `datasets` saved with `save_to_disk`. Raises `UserError` when it cannot be read."""
+    """Yields the wanted rows of a data set written by `save_to_disk`. Raises `UserError` when it cannot be read."""
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(folder))
-        # It is saved with the format it was set to: arrays for lists, and some columns hidden.
+        # The saved format may turn lists into arrays and hide columns.
         dataset = (saved[split] if isinstance(saved, datasets.DatasetDict) else saved).with_format(None)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             Problem(f"cannot load the saved data set {str(folder)!r} ({split}): {error}", "", key)
         ) from None
-    for index, row in _picked(dataset, wanted):
+    for index, row in _select_rows(dataset, wanted):
         yield Row(str(folder), index, index + 1, row)
 
 
-def _picked(dataset: Any, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The wanted rows of a `datasets.Dataset` with their indices; the others are not decoded."""
+def _select_rows(dataset: Any, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the wanted rows of a `datasets.Dataset` with their indices; the others are not decoded."""
     for start in range(0, len(dataset), _BATCH_ROWS):
         batch = range(start, min(start + _BATCH_ROWS, len(dataset)))
         indices = [index for index in batch if wanted(index)] if wanted is not None else batch
         if indices:
             columns = dataset[indices]
             rows = zip(*columns.values(), strict=True)
-            yield from zip(indices, (as_given(dict(zip(columns, row, strict=True))) for row in rows), strict=True)
+            yield from zip(indices, (drop_null_keys(dict(zip(columns, row, strict=True))) for row in rows), strict=True)
 
 
-def _known() -> str:
+def _list_extensions() -> str:
     return ", ".join(EXTENSIONS) + " (or one of them with .gz or .zst)"
 
 
-def _nearest_file(path: Path) -> str:
+def _suggest_name(path: Path) -> str:
     import difflib
 
     folder = path.parent
@@ -191,4 +193,4 @@ def _nearest_file(path: Path) -> str:
         return f"the folder {str(folder)!r} does not exist either"
     names = [p.name for p in folder.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"did you mean {str(folder / close[0])!r}?" if close else f"the folder {str(folder)!r} holds no such name"
+    return f"did you mean {str(folder / close[0])!r}?" if close else f"the folder {str(folder)!r} has no such file"

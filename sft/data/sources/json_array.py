@@ -1,4 +1,4 @@
-"""The values of a JSON array one by one, from a window on its text: the array is never held in memory."""
+"""Parses a JSON array value by value through a window on its text; the array is never held in memory."""
 
 from __future__ import annotations
 
@@ -9,98 +9,99 @@ from typing import Any, TextIO
 
 from sft.data.json_values import DECODER, DuplicateKey
 
-_WINDOW = 1 << 18  # characters read at a time, and doubled for a value that is longer
-_MARGIN = 16  # characters: no word or number sign of JSON, cut anywhere, is longer
-_comma = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
-_blanks = re.compile(r"[ \t\n\r]*")
-_PLAIN = json.JSONDecoder()
+WINDOW_SIZE = 1 << 18  # characters read at a time; doubled for a longer value
+_MARGIN = 16  # characters; longer than any JSON literal or part of a number that the window may cut
+_COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_LENIENT_DECODER = json.JSONDecoder()
 
 
 class _Window:
-    """A piece of the text, its place in the whole, and a position in it."""
+    """A piece of the text, its place in the whole text, and the current position."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.text, self.at = stream, "", 0
-        self.line, self.column = 1, 0  # of the first character of `text`: lines before it count from 1, columns from 0
+    def __init__(self, stream: TextIO, size: int) -> None:
+        self.stream, self.size, self.text, self.at = stream, size, "", 0
+        self.line, self.column = 1, 0  # of the first character of `text`: lines count from 1, columns from 0
         self.is_last = False
 
     def extend(self) -> None:
-        """Lets go of what was read and adds more, twice as much when nothing could be let go of."""
-        passed = self.text[: self.at]
-        feeds = passed.count("\n")
-        self.line += feeds
-        self.column = len(passed) - passed.rfind("\n") - 1 if feeds else self.column + len(passed)
+        """Drops what was parsed and reads more; doubles the window when nothing could be dropped."""
+        parsed = self.text[: self.at]
+        newlines = parsed.count("\n")
+        self.line += newlines
+        self.column = len(parsed) - parsed.rfind("\n") - 1 if newlines else self.column + len(parsed)
         rest = self.text[self.at :]
-        more = self.stream.read(max(_WINDOW, len(rest)))
+        more = self.stream.read(max(self.size, len(rest)))
         self.text, self.at, self.is_last = rest + more, 0, not more
 
-    def next_character(self) -> str:
-        """The next one that is no blank, which stays; empty at the end."""
+    def peek(self) -> str:
+        """Skips blanks and returns the next character without consuming it; empty at the end."""
         while True:
-            self.at = _blanks.match(self.text, self.at).end()  # type: ignore[union-attr]
+            self.at = _BLANKS.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text) or self.is_last:
                 return self.text[self.at : self.at + 1]
             self.extend()
 
-    def take(self) -> tuple[Any, DuplicateKey | None]:
-        """The value at the position, and the reason why it is none; the position moves behind it."""
-        decoder, twice = DECODER, None
+    def read_value(self) -> tuple[Any, DuplicateKey | None]:
+        """Parses the value at the position and moves past it; returns it with its duplicate key, if it has one."""
+        decoder, duplicate = DECODER, None
         while True:
             try:
                 value, end = decoder.raw_decode(self.text, self.at)
             except DuplicateKey as error:
-                decoder, twice = _PLAIN, error  # which finds the value's end
+                decoder, duplicate = _LENIENT_DECODER, error  # to find the value's end
                 continue
             except json.JSONDecodeError as error:
-                if self.is_last or not self._may_go_on(error):
-                    raise self.located(error.msg, error.pos) from None
+                if self.is_last or not self._is_cut(error):
+                    raise self.error(error.msg, error.pos) from None
                 self.extend()
                 continue
-            if end > len(self.text) - _MARGIN and not self.is_last:  # a number may go on: 1 is 1.5, 1e is 1e9
+            if end > len(self.text) - _MARGIN and not self.is_last:  # a number may continue: 1 is 1.5, 1e is 1e9
                 self.extend()
                 continue
             self.at = end
-            return value, twice
+            return value, duplicate
 
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+    def _is_cut(self, error: json.JSONDecodeError) -> bool:
+        """Tells whether the end of the window may have caused the error."""
         return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _MARGIN
 
-    def located(self, message: str, at: int) -> json.JSONDecodeError:
-        """The error, with its line and column in the whole text."""
+    def error(self, message: str, at: int) -> json.JSONDecodeError:
+        """Makes an error with its line and column in the whole text."""
         error = json.JSONDecodeError(message, self.text, at)
         error.colno += self.column if error.lineno == 1 else 0
         error.lineno += self.line - 1
         return error
 
 
-def array_values(stream: TextIO) -> Iterator[tuple[Any, DuplicateKey | None]]:
-    """The values of the array that `stream` holds, each with the reason why it is none or None.
+def array_values(stream: TextIO, window_size: int = WINDOW_SIZE) -> Iterator[tuple[Any, DuplicateKey | None]]:
+    """Yields the values of the array in `stream`, each with its duplicate key (such a value is invalid) or None.
 
-    A value that is cut at the end of the window is read again with more text, so that the cost stays linear.
+    A value that the window cuts is parsed again with more text; the window doubles, which keeps the cost linear.
 
     Raises:
         json.JSONDecodeError: with the line and column in the whole text.
-        ValueError: a number of thousands of digits.
-        RecursionError: thousands of brackets.
+        ValueError: a number with thousands of digits.
+        RecursionError: thousands of nested brackets.
     """
-    window = _Window(stream)
-    assert window.next_character() == "["
+    window = _Window(stream, window_size)
+    assert window.peek() == "["
     window.at += 1
-    if window.next_character() == "]":
+    if window.peek() == "]":
         window.at += 1
     else:
         while True:
-            yield window.take()
-            comma = _comma.match(window.text, window.at)
-            if comma and comma.end() < len(window.text):  # nearly always; else the window may end here
+            yield window.read_value()
+            comma = _COMMA.match(window.text, window.at)
+            if comma and comma.end() < len(window.text):  # nearly always; otherwise the window may end here
                 window.at = comma.end()
                 continue
-            character = window.next_character()
+            character = window.peek()
             if character not in (",", "]"):
-                raise window.located("Expecting ',' delimiter", window.at)
+                raise window.error("Expecting ',' delimiter", window.at)
             window.at += 1
             if character == "]":
                 break
-            window.next_character()
-    if window.next_character():
-        raise window.located("Extra data", window.at)
+            window.peek()
+    if window.peek():
+        raise window.error("Extra data", window.at)

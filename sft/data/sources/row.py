@@ -1,4 +1,4 @@
-"""A row on its way from a file to its normal form, and the contract of whatever reads rows."""
+"""The row that all readers yield, and the types that they share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sft.errors import Problem, UserError
 
 @dataclass(slots=True)
 class Row:
-    """One row of a source. (Not frozen: that would cost four times as much, for each row of each file.)
+    """One row of a source. Not frozen: that makes each row four times as slow to create.
 
     Attributes:
-        file: the path (or hub name) as the user would recognise it.
+        file: the path or hub name, as the user wrote it.
         index: position in the source, counted from 0 over all of its files.
-        line: line in the file counted from 1; for formats without lines (a JSON array, Parquet) the row, from 1.
-        data: the row's mapping, or None when it could not be read.
+        line: line in the file counted from 1; in formats without lines (JSON array, Parquet) the row, from 1.
+        data: the row's keys and values, or None when it could not be read.
         lost: `(reason, message)` when it could not be read.
     """
 
@@ -30,15 +30,15 @@ class Row:
 
 
 Wanted = Callable[[int], bool] | None
-"""Tells by its index whether a row is wanted; None wants all."""
+"""Tells from a row's index whether it is wanted; None wants all."""
 Rows = Generator[Row, None, int]
-"""Rows; what it returns is the number of rows counted, wanted or not."""
+"""Yields the wanted rows and returns the number of all rows, wanted or not."""
 Parsed = tuple[dict[str, Any] | None, tuple[str, str] | None]
-"""A row's mapping or None, and `(reason, message)` where it is None."""
+"""A row's `data` and `lost`."""
 
 
 def require_distinct(columns: list[str], file: Path, line: int | None = None) -> None:
-    """Raises `UserError` when two columns of a table have one name: a row could hold only one of them."""
-    twice = next((name for name in columns if columns.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(Problem(f"two columns are called {twice!r}", file=str(file), line=line))
+    """Raises `UserError` when two columns of a table have the same name: a row could hold only one of them."""
+    duplicate = next((name for name in columns if columns.count(name) > 1), None)
+    if duplicate is not None:
+        raise UserError(Problem(f"two columns are called {duplicate!r}", file=str(file), line=line))

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, batch by batch."""
+"""Reads rows of Parquet and Arrow files, batch by batch."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from sft.data.sources.file_io import COMPRESSIONS, open_stream
 from sft.data.sources.row import Parsed, Row, Rows, Wanted, require_distinct
 from sft.errors import Problem, UserError
 
-_BATCH_ROWS = 4096  # rows of a Parquet file that are read at a time
+_BATCH_ROWS = 4096  # rows of a Parquet file read at a time
 
 Batch = tuple[int, Any]
-"""The number of rows, and the record batch that holds them or None where none of them is wanted."""
+"""The number of rows, and the record batch that holds them, or None when none of them is wanted."""
 
 
 def read_parquet(file: Path, first: int, wanted: Wanted) -> Rows:
-    """As `sft.data.sources.text_readers.read_file`; row groups without a wanted row are not read."""
+    """Reads Parquet as `text_readers.read_file` does; row groups without a wanted row are not read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(_input(file))
+        table = pq.ParquetFile(_open_input(file))
         require_distinct(table.schema_arrow.names, file)
-        return (yield from _rows(file, _parquet_batches(table, first, wanted), first, wanted))
+        return (yield from _read_batches(file, _parquet_batches(table, first, wanted), first, wanted))
     except (pa.ArrowException, OSError) as error:
         raise UserError(Problem(f"not Parquet: {error}", file=str(file))) from None
 
 
 def read_arrow(file: Path, first: int, wanted: Wanted) -> Rows:
-    """As `sft.data.sources.text_readers.read_file`, for both of Arrow's formats."""
+    """Reads Arrow's file and stream formats as `text_readers.read_file` does."""
     import pyarrow as pa
 
     try:
-        source = _input(file)
+        source = _open_input(file)
         try:
             reader: Any = pa.ipc.open_file(source)
             batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -42,12 +42,12 @@ def read_arrow(file: Path, first: int, wanted: Wanted) -> Rows:
             source.seek(0)
             reader = batches = pa.ipc.open_stream(source)
         require_distinct(reader.schema.names, file)
-        return (yield from _rows(file, ((batch.num_rows, batch) for batch in batches), first, wanted))
+        return (yield from _read_batches(file, ((batch.num_rows, batch) for batch in batches), first, wanted))
     except (pa.ArrowException, OSError) as error:
         raise UserError(Problem(f"not an Arrow file: {error}", file=str(file))) from None
 
 
-def _input(file: Path) -> Any:
+def _open_input(file: Path) -> Any:
     import pyarrow as pa
 
     if file.suffix.lower() not in COMPRESSIONS:
@@ -67,35 +67,35 @@ def _parquet_batches(table: Any, first: int, wanted: Wanted) -> Iterator[Batch]:
         first += count
 
 
-def as_given(value: Any, in_list: bool = False) -> Any:
-    """A value of a table as it was before it became one: objects in lists without the keys that they do not have.
+def drop_null_keys(value: Any, in_list: bool = False) -> Any:
+    """Drops the null keys of objects inside lists.
 
-    Arrow gives every object of a column the keys of all of them, with null for those it lacks: each tool call would be
-    trained with the arguments of all others. A null that was meant, there, is gone as well: a table cannot tell. An
-    object that is in no list keeps its keys: it is part of no conversation, and `columns` may name each of them.
+    Arrow gives every object of a column the keys of all of them, null where an object has no such key: each tool call
+    would be trained with the arguments of all others. A table cannot tell a null that was meant, which is dropped too.
+    Objects outside of lists keep their keys: they are no part of a conversation, and `columns` may name each key.
     """
     if isinstance(value, dict):
-        return {key: as_given(one, in_list) for key, one in value.items() if one is not None or not in_list}
-    if isinstance(value, list):
-        return [as_given(one, True) for one in value] if any(type(one) in (dict, list) for one in value) else value
+        return {key: drop_null_keys(one, in_list) for key, one in value.items() if one is not None or not in_list}
+    if isinstance(value, list) and any(type(one) in (dict, list) for one in value):
+        return [drop_null_keys(one, True) for one in value]
     return value
 
 
-def _rows(file: Path, batches: Iterator[Batch], first: int, wanted: Wanted) -> Rows:
+def _read_batches(file: Path, batches: Iterator[Batch], first: int, wanted: Wanted) -> Rows:
     name, start = str(file), first
     for count, batch in batches:
-        held = range(count if batch is not None else 0)
-        picked = held if wanted is None else [at for at in held if wanted(start + at)]
+        available = range(count if batch is not None else 0)
+        picked = available if wanted is None else [at for at in available if wanted(start + at)]
         if picked:
             chosen = batch if len(picked) == count else batch.take(picked)
-            for at, (data, lost) in zip(picked, _parsed(chosen), strict=True):
+            for at, (data, lost) in zip(picked, _parse_batch(chosen), strict=True):
                 yield Row(name, start + at, start + at - first + 1, data, lost)
         start += count
     return start - first
 
 
 def _has_nulls(array: Any, in_list: bool = False) -> bool:
-    """Whether an object in a list may lack a key, asked of columns; `as_given` takes as long as making rows."""
+    """Tells whether a column may need `drop_null_keys`, which takes as long as making the rows."""
     import pyarrow as pa
 
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
@@ -105,17 +105,17 @@ def _has_nulls(array: Any, in_list: bool = False) -> bool:
     return bool(pa.types.is_nested(array.type))
 
 
-def _parsed(batch: Any) -> list[Parsed]:
+def _parse_batch(batch: Any) -> list[Parsed]:
     try:
         rows = batch.to_pylist()
-        return [(data, None) for data in (map(as_given, rows) if any(map(_has_nulls, batch.columns)) else rows)]
-    except (ValueError, OverflowError):  # Arrow does not check its texts and times: find those rows, one by one
-        return [_parsed_row(batch.slice(at, 1)) for at in range(batch.num_rows)]
+        return [(data, None) for data in (map(drop_null_keys, rows) if any(map(_has_nulls, batch.columns)) else rows)]
+    except (ValueError, OverflowError):  # Arrow validates neither texts nor times: find the invalid rows
+        return [_parse_row(batch.slice(at, 1)) for at in range(batch.num_rows)]
 
 
-def _parsed_row(one: Any) -> Parsed:
+def _parse_row(row: Any) -> Parsed:
     try:
-        return as_given(one.to_pylist()[0]), None
+        return drop_null_keys(row.to_pylist()[0]), None
     except UnicodeDecodeError as error:
         return None, ("bad_encoding", f"not UTF-8: {error.reason}")
     except (ValueError, OverflowError) as error:

@@ -1,1 +1,1 @@
-"""The same preparation while training runs: shards, windows, the dataloader of a stream."""
+"""Prepares data while training runs: shards, windows, the data loader of a stream."""

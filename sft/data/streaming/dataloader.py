@@ -1,4 +1,4 @@
-"""Batches of a stream, each with the place where the stream stands behind it."""
+"""Loads batches of a stream, each with the position of the stream after it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sft.errors import UserError
 
 @dataclass(frozen=True)
 class StreamCollator:
-    """A collator of rows, and the step of the stream that the batch means under `STEP`."""
+    """Collates sequences, and their steps into the batch's step, under `STEP`."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch, or the problems that one of its rows stands for."""
+        """Returns the batch, or the problems that one of its items carries."""
         for row in rows:
             if PROBLEMS in row:
                 return row
@@ -33,28 +33,28 @@ class StreamCollator:
 
 
 class StreamLoader(DataLoader):
-    """Batches of a stream, from its workers in turn.
+    """Loads batches of a stream from its workers in turn.
 
     Args:
         stream: planned for as many workers as `options` ask for.
-        collate: makes a batch of rows.
-        batch_size: rows of a batch.
-        options: what else a `DataLoader` takes.
+        collate: joins sequences into a batch.
+        batch_size: sequences per batch.
+        options: other arguments of a `DataLoader`.
     """
 
     def __init__(
         self, stream: TrainingStream, collate: Callable[[Any], dict[str, Any]], batch_size: int, **options: Any
     ) -> None:
         if options.get("num_workers"):
-            # A process that is forked from one whose tokenizer ran its threads would wait for them for ever.
+            # A process forked from one whose tokenizer has used its threads would wait for them forever.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        # Of its own, so that the loader's draw of a seed for its workers, which need none, leaves the model's dropout
-        # as it is: a resumed run draws once more often.
+        # The loader draws a seed for its workers, which need none. A generator of its own keeps that from changing the
+        # model's dropout: a resumed run draws once more often.
         generator = torch.Generator().manual_seed(0)
         super().__init__(stream, batch_size, collate_fn=StreamCollator(collate), generator=generator, **options)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """The batches. Raises `UserError` with the problems that a worker met."""
+        """Yields the batches. Raises `UserError` with the problems that a worker found."""
         for batch in super().__iter__():
             if PROBLEMS in batch:
                 raise UserError(*batch[PROBLEMS])

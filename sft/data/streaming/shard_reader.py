@@ -1,11 +1,11 @@
-"""One shard's rows of several sources, in an order that follows from nothing but how far each source has been read.
+"""Reads one shard's rows of several sources, in an order that depends only on how far each source has been read.
 
     sources   a 0 1 2 3 4 5 6 7 8    b 0 1 2 3          two shards: row i belongs to shard i % 2
-    shard 0   a0 b0 a2 b2 a4 a6 a8 |                     without weights: in turn, each row once an epoch
+    shard 0   a0 b0 a2 b2 a4 a6 a8 |                     without weights: in turn, each row once per epoch
     shard 1   a1 b1 a3 b3 a5 a7 |
-    shard 0   a0 b0 a2 a4 b2 a6 a8 b0 | a0 ...           weights 2 and 1: b starts over until a is through as well
+    shard 0   a0 b0 a2 a4 b2 a6 a8 b0 | a0 ...           weights 2 and 1: b is repeated until a is finished too
 
-An epoch (`|`) ends when each source has been read through once more than at its start.
+An epoch (`|`) ends when each source has been read completely once more than at its start.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Cursor:
     """How far a shard has read one source.
 
     Attributes:
-        passes: times that it was read to its end.
-        position: of the shard's rows, those read since then.
-        taken: rows read in all passes together.
+        passes: complete passes over the source.
+        position: rows of the shard read in the current pass.
+        taken: rows read in all passes.
     """
 
     passes: int = 0
@@ -35,18 +35,18 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Every `count`-th row of each source, from row `number` on."""
+    """Every `count`-th row of each source, starting at row `number`."""
 
     number: int
     count: int
 
 
 @dataclass(slots=True)
-class Taken:
-    """A row as the shard reads it.
+class ShardRow:
+    """A row of a shard.
 
     Attributes:
-        source: its number among the sources.
+        source: index of its source.
         is_new: whether it is read for the first time.
     """
 
@@ -56,14 +56,14 @@ class Taken:
 
 
 class ShardReader:
-    """Reads one shard of the sources from given cursors on, epoch after epoch.
+    """Reads one shard of the sources from given cursors, epoch after epoch.
 
-    The rows before the cursors are counted by the readers of the files, and not parsed.
+    The file readers count the rows before the cursors but do not parse them.
 
     Args:
-        weights: each source's share of the rows in proportion to the others'; None takes each row once an epoch.
-        cursors: where to begin.
-        epoch: epochs that are through.
+        weights: relative share of each source in the rows; None reads each row once per epoch.
+        cursors: where to start.
+        epoch: number of finished epochs.
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class ShardReader:
 
     @property
     def cursors(self) -> tuple[Cursor, ...]:
-        """How far each source has been read by now."""
+        """How far each source has been read."""
         return tuple(self._cursors)
 
-    def rest_of_epoch(self) -> Iterator[Taken]:
-        """The rows up to the end of the epoch; it may be left and called again, and goes on where it was left."""
+    def read_epoch(self) -> Iterator[ShardRow]:
+        """Yields the rows up to the end of the epoch. A new call continues where the last iteration stopped."""
         while (number := self._next()) is not None:
             cursor = self._cursors[number]
             row = next(self._rows(number), None)
             if row is not None:
                 self._cursors[number] = Cursor(cursor.passes, cursor.position + 1, cursor.taken + 1)
-                yield Taken(number, row, cursor.passes == 0)
+                yield ShardRow(number, row, cursor.passes == 0)
                 continue
             if cursor.position == 0 and self._weights is not None:
                 raise too_few_rows(self._sources[number], self._shard.count)
@@ -99,13 +99,13 @@ class ShardReader:
         self.epoch += 1
 
     def _next(self) -> int | None:
-        """The source whose turn it is; None when the epoch is through."""
+        """Returns the index of the next source; None at the end of the epoch."""
         unfinished = [n for n, cursor in enumerate(self._cursors) if cursor.passes <= self.epoch]
         if not unfinished:
             return None
         if self._weights is None:
             return min(unfinished, key=lambda n: (self._cursors[n].position, n))
-        # The source that its next row would bring the least far beyond its share (Webster's method).
+        # The source whose next row exceeds its share the least (Webster's method).
         weights = self._weights
         return min(range(len(weights)), key=lambda n: ((self._cursors[n].taken + 0.5) / weights[n], n))
 
@@ -121,7 +121,7 @@ class ShardReader:
 
 
 def too_few_rows(source: DataSource, shards: int) -> UserError:
-    """The mistake of a source that has no row for some shard."""
-    message = f"{source.name!r} has fewer rows than the {shards} parts that it is read in"
-    hint = "a stream has a part for each process and each of its dataloader_num_workers: take fewer, or no streaming"
+    """Returns the error for a source that has no row for some shard."""
+    message = f"{source.name!r} has fewer rows than the {shards} shards that it is split into"
+    hint = "each of the dataloader_num_workers of each process reads one shard: use fewer, or turn streaming off"
     return UserError(Problem(message, hint, source.key))

@@ -1,4 +1,4 @@
-"""One window of a stream: some thousand rows that are encoded, packed and shuffled together."""
+"""Builds windows of a stream: some thousand rows that are encoded, packed and shuffled together."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sft.data.ledger import Ledger
 from sft.data.preparation.packing import pack
 from sft.data.sources.dataset_source import DataSource
 from sft.data.sources.row import Row
-from sft.data.streaming.shard_reader import Taken
+from sft.data.streaming.shard_reader import ShardRow
 
 
 class StreamWindow:
-    """Training rows in the order in which they are given.
+    """Training sequences in the order in which the stream yields them.
 
     Args:
         documents: in the order in which they were read.
-        packing: `bfd`, `wrapped`, or None for one document a row.
-        capacity: tokens of a packed row.
-        rng: shuffles the rows; None leaves them as they are packed.
+        packing: `bfd`, `wrapped`, or None for one document per sequence.
+        capacity: tokens of a packed sequence.
+        rng: shuffles the sequences; None keeps the order of the packing.
     """
 
     def __init__(
@@ -35,28 +35,28 @@ class StreamWindow:
         self._input_ids, self._labels, self._lengths = documents.input_ids, documents.labels.copy(), layout.lengths
         starts = np.cumsum(layout.lengths) - layout.lengths
         self.cuts = starts[self._labels[starts] != IGNORE_INDEX]
-        """(cuts,) The tokens that lost their label, for a stream was cut in front of them: nothing predicts them."""
+        """(cuts,) Indices of the tokens without a label because wrapping cuts before them: nothing predicts them."""
         self._labels[self.cuts] = IGNORE_INDEX
-        self._token_ends, self._document_ends = np.cumsum(layout.row_lengths), np.cumsum(layout.counts)
-        rows = len(layout.counts)
-        self._order = np.arange(rows) if rng is None else rng.permutation(rows)
+        self._token_ends, self._document_ends = np.cumsum(layout.sequence_lengths), np.cumsum(layout.counts)
+        size = len(layout.counts)
+        self._order = np.arange(size) if rng is None else rng.permutation(size)
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def row(self, number: int) -> dict[str, np.ndarray]:
-        """`input_ids` and `labels` (T,) int32; `seq_lengths` (documents,) where rows are packed."""
+    def sequence(self, number: int) -> dict[str, np.ndarray]:
+        """Returns `input_ids` and `labels` (T,) int32, and, if packed, `seq_lengths` (documents,)."""
         at = int(self._order[number])
         tokens = slice(self._token_ends[at - 1] if at else 0, self._token_ends[at])
-        row = {"input_ids": self._input_ids[tokens], "labels": self._labels[tokens]}
+        sequence = {"input_ids": self._input_ids[tokens], "labels": self._labels[tokens]}
         if self._is_packed:
             documents = slice(self._document_ends[at - 1] if at else 0, self._document_ends[at])
-            row["seq_lengths"] = self._lengths[documents].astype(np.int32)
-        return row
+            sequence["seq_lengths"] = self._lengths[documents].astype(np.int32)
+        return sequence
 
 
 def build_window(
-    rows: Sequence[Taken],
+    rows: Sequence[ShardRow],
     encoder: RowEncoder,
     sources: Sequence[DataSource],
     packing: str | None,
@@ -68,17 +68,16 @@ def build_window(
 
     Args:
         rows: in the order in which they are read.
-        sources: those that the rows name.
         known: fingerprints of the validation rows.
 
     Returns:
-        The window, and the ledger of each data set whose rows are read for the first time. Duplicates are those within
-        the window.
+        The window, and the ledger of each data set with rows that are read for the first time. Duplicates are counted
+        within the window.
     """
     groups: dict[tuple[bool, int], list[Row]] = {}
-    for number, taken in enumerate(rows):
-        taken.row.index = number  # what `Documents.rows` then says of each document
-        groups.setdefault((not taken.is_new, taken.source), []).append(taken.row)
+    for number, read in enumerate(rows):
+        read.row.index = number  # `Documents.rows` then holds it for each document
+        groups.setdefault((not read.is_new, read.source), []).append(read.row)
     new, again = Seen(set(), known), Seen(set(), known)
     parts: list[Documents] = []
     ledgers = {group: Ledger() for group in sorted(groups)}
@@ -91,12 +90,12 @@ def build_window(
         documents = documents.take(np.argsort(documents.rows, kind="stable"))
     window = StreamWindow(documents, packing, capacity, rng)
     for document in np.searchsorted(np.cumsum(documents.lengths), window.cuts, side="right").tolist():
-        taken = rows[documents.rows[document]]
-        ledgers[not taken.is_new, taken.source].tokens_trained -= 1
+        read = rows[documents.rows[document]]
+        ledgers[not read.is_new, read.source].tokens_trained -= 1
     reported = {sources[number].name: ledger for (is_again, number), ledger in ledgers.items() if not is_again}
     if packing and reported and len(documents):
-        # Rows of several data sets stand in the first one's ledger, and so, once, in the total. Where rows are read
-        # again, the window counts with the share of its tokens that are new.
+        # Sequences hold documents of several data sets: the first ledger counts them, so the total counts them once.
+        # If rows are read again, the window counts with the share of its tokens that are new.
         tokens = sum(ledger.tokens for ledger in reported.values())
         share = tokens / len(documents.input_ids)
         held = round(len(window) * capacity * share)

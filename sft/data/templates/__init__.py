@@ -1,1 +1,1 @@
-"""A conversation becomes text with supervised spans; control tokens; the templates that ship."""
+"""Renders conversations as text with supervised spans, escapes control tokens, and holds the shipped templates."""

@@ -1,7 +1,7 @@
-"""Whether documents that share a row are kept apart by this model as it is loaded: measured, not assumed.
+"""Measures whether documents that share a row are isolated from each other in the model as it is loaded.
 
-Attention kernels, positions that are no rotary ones (ALiBi, learned offsets) and recurrent layers each have their own
-way to let a document see the one before it, and none of them raises an error.
+Attention kernels, positions other than rotary ones (ALiBi, learned offsets) and recurrent layers can each let a
+document see the one before it, without any error.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ _LENGTHS = (7, 9, 5)
 
 
 class Leak(NamedTuple):
-    """How much a document's logits differ from what they should be, relative to the largest of them.
+    """The largest differences of a document's logits, relative to the largest logit.
 
     Attributes:
-        from_neighbour: by what they change with the document in front.
-        from_alone: by what they differ from those of the document alone in its row.
+        from_neighbour: between rows with two different documents before it.
+        from_alone: between a packed row and the document alone in its row.
     """
 
     from_neighbour: float
     from_alone: float
 
     def exceeds(self, precise: bool) -> bool:
-        """Whether it is more than rounding: that of float32 (1e-6), or of bf16 (a row alone takes other kernels)."""
+        """Returns whether it is more than rounding in float32 (1e-6), or in bf16 (a row alone uses other kernels)."""
         return self.from_neighbour > (1e-4 if precise else 1e-2) or self.from_alone > (1e-4 if precise else 5e-2)
 
 
 def require_isolation(model: Any, collator: Collator) -> None:
-    """Puts the same document behind two different ones and alone, and compares its logits.
+    """Computes the logits of a document after two different ones and alone, and compares them.
 
     Raises:
-        UserError: they differ, so that training would be on documents that see each other; or the model does not take
-            boundaries at all.
+        UserError: they differ, so documents would see each other in training; or the model takes no document offsets.
     """
     kind, attention = model.config.model_type, model.config._attn_implementation
     hint = "set attn_implementation: sdpa" if collator.flatten else "set packing: false"
@@ -49,9 +48,9 @@ def require_isolation(model: Any, collator: Collator) -> None:
     except (DocumentsLost, TypeError, ValueError) as error:
         if not collator.flatten:
             raise
-        message = f"this {kind} model cannot keep the documents of a row apart ({attention} attention): {error}"
+        message = f"this {kind} model cannot isolate the documents of a row ({attention} attention): {error}"
         raise UserError(Problem(message, hint, key)) from error
-    if leak.exceeds(_is_precise(model)):
+    if leak.exceeds(computes_in_float32(model)):
         raise UserError(
             Problem(
                 f"documents packed in one row see each other in this {kind} model ({attention} attention): the logits "
@@ -65,7 +64,7 @@ def require_isolation(model: Any, collator: Collator) -> None:
 
 @torch.no_grad()
 def measure_leak(model: Any, collator: Collator) -> Leak:
-    """The largest differences over the logits of the second of three documents in a row of the collator's."""
+    """Measures the second of three documents in a row of the collator's."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     rng = np.random.default_rng(0)
     front, second, last = (rng.integers(0, vocab_size, n) for n in _LENGTHS)
@@ -83,7 +82,7 @@ def measure_leak(model: Any, collator: Collator) -> Leak:
 
 
 def _logits_of_second(model: Any, collator: Collator, documents: tuple[np.ndarray, ...]) -> torch.Tensor:
-    """Logits of the second document in the first of two rows, as they are made in training: (tokens, V)."""
+    """Returns (tokens, V) logits of the second document in the first of two rows, computed as in training."""
     ids = np.concatenate(documents)
     row = {"input_ids": ids, "labels": ids, PACKED: np.array(_LENGTHS)}
     batch = collator([row, row])
@@ -94,9 +93,9 @@ def _logits_of_second(model: Any, collator: Collator, documents: tuple[np.ndarra
     return logits[_LENGTHS[0] : _LENGTHS[0] + _LENGTHS[1]].float()
 
 
-def _is_precise(model: Any) -> bool:
-    """Whether the model computes in float32, TF32 not counted."""
+def computes_in_float32(model: Any) -> bool:
+    """Returns whether the model computes in float32 proper, not in TF32."""
     weight = model.get_input_embeddings().weight
-    # Not `allow_tf32`, which raises an error once `torch.backends.fp32_precision` was set (as `tf32: true` does).
+    # Not `allow_tf32`: it raises an error after `torch.backends.fp32_precision` was set (as `tf32: true` does).
     uses_tf32 = weight.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return weight.dtype == torch.float32 and not uses_tf32

@@ -1,4 +1,4 @@
-"""Which optimizers this machine can run, found out by one small step before the run; and master weights around them."""
+"""Tests before a run whether an optimizer works on this machine; wraps optimizers in master weights."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Adafactor, Trainer, TrainingArguments
 
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 from sft.training.optim.master_weights import MasterWeights
 from sft.training.optim.split_master_weights import SplitMasters
 
 logger = logging.getLogger("sft")
 
-_PROBE = (128, 64)  # bitsandbytes keeps states of fewer than 4,096 numbers in float32
-_OF_THE_MODEL = ("params", "model", "optimizer_dict")  # what upstream returns for optimizers that take the model apart
+_PROBE = (128, 64)  # bitsandbytes keeps states of fewer than 4,096 elements in float32
+_MODEL_KEYS = ("params", "model", "optimizer_dict")  # the Trainer returns these for optimizers that need the model
 
 
 def require_optimizer(args: TrainingArguments) -> None:
-    """Makes one step of the `optim` that was asked for on a parameter of 8,192 numbers.
+    """Makes one step of the configured `optim` on a parameter of 8,192 elements.
 
     Raises:
-        UserError: a library is missing, a setting does not fit, or the step does not run on this device.
+        UserError: a library is missing, a setting is invalid, or the step fails on this device.
     """
     name = str(getattr(args.optim, "value", args.optim))
     try:
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        if isinstance(optimizer_class, type) and not any(key in kwargs for key in _OF_THE_MODEL):
-            state = _states_after_a_step(optimizer_class, kwargs, args.device)
-        else:
+        if not isinstance(optimizer_class, type) or any(key in kwargs for key in _MODEL_KEYS):
             return
+        state = _states_after_a_step(optimizer_class, kwargs, args.device)
     except UserError:
         raise
     except (ImportError, ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise _refusal(name, error, args.device) from error
     if "8bit" in name and not any(value.dtype == torch.uint8 for value in state):
-        raise _refusal(name, RuntimeError("its states came out in float32"), args.device)
+        raise _refusal(name, RuntimeError("its states are in float32"), args.device)
     if "paged" in name and args.device.type == "cpu":
-        logger.warning("optim: %s: there is no GPU memory to page out of; the states lie in main memory", name)
+        logger.warning("optim: %s: there is no GPU memory to page out of; the states are in main memory", name)
 
 
 def _states_after_a_step(
@@ -54,22 +53,21 @@ def _states_after_a_step(
 
 
 def _refusal(name: str, error: Exception, device: torch.device) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     where = "this GPU" if device.type == "cuda" else f"the {device.type.upper()}"
-    hint = "leave `optim` out for AdamW in one fused kernel, which runs everywhere"
-    return UserError(Problem(f"{name!r} does not run on {where}: {reason}", hint, "optim"))
+    hint = "remove `optim`: the default, AdamW in one fused kernel, runs everywhere"
+    return UserError(Problem(f"{name!r} does not run on {where}: {first_line(error)}", hint, "optim"))
 
 
 def splits_masters(optim: str) -> bool:
-    """Whether an optimizer of this name of the Trainer's keeps states that take less room than float32 values would."""
+    """Returns whether the master weights of the Trainer's optimizer `optim` are split: its states are small."""
     return "8bit" in optim or optim == "adafactor"
 
 
-def skipping(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer behind its wrappers, if it leaves a step out where its `found_inf`, a scalar on the device, is 1.
+def find_fused_adam(optimizer: Any) -> torch.optim.Optimizer | None:
+    """Returns the fused Adam or AdamW inside the wrappers, which can skip a step on the device; None for others.
 
-    torch's fused kernels do: weights, states and step counters stay as they are. Only Adam's are taken, whose states
-    begin as zeros: SGD's momentum is left uninitialised where the first step of a parameter is left out.
+    If its `found_inf`, a scalar on the device, is 1, the kernel leaves weights, states and step counters unchanged.
+    Fused SGD does so too, but its momentum stays uninitialized if the first step of a parameter is skipped.
     """
     while isinstance(optimizer, (AcceleratedOptimizer, MasterWeights)):
         optimizer = optimizer.inner if isinstance(optimizer, MasterWeights) else optimizer.optimizer
@@ -80,17 +78,13 @@ def skipping(optimizer: Any) -> torch.optim.Optimizer | None:
 def with_master_weights(
     optimizer: torch.optim.Optimizer, summed: Collection[torch.nn.Parameter] | None = None
 ) -> MasterWeights:
-    """`optimizer` over float32 values of its bfloat16 parameters.
+    """Wraps `optimizer` so that it steps on float32 values of its bfloat16 parameters, split if its states are small.
 
-    Where its states take less room than those values would, these are split
-    (`sft.training.optim.split_master_weights`).
-
-    bitsandbytes remembers by parameter which ones keep their states in 32 bits (the embeddings, by the Trainer's
-    wish); their masters do likewise.
+    bitsandbytes keeps a list of parameters whose states stay in 32 bits (the Trainer adds the embeddings); their
+    masters are added to it here.
 
     Args:
-        summed: see `sft.training.optim.split_master_weights.SplitMasters`; whole values want float32 gradients of all
-        weights.
+        summed: see `SplitMasters`; `MasterWeights` has float32 gradients for all weights.
     """
     has_small_states = isinstance(optimizer, Adafactor) or getattr(optimizer, "name2qmap", {}) != {}
     masters = SplitMasters(optimizer, summed) if has_small_states else MasterWeights(optimizer)
@@ -99,11 +93,11 @@ def with_master_weights(
 
         manager = GlobalOptimManager.get_instance()
         for _, master in masters.pairs:
-            manager.pid2config.pop(id(master), None)  # of an earlier run's, which is gone, and whose id it has
+            manager.pid2config.pop(id(master), None)  # of an earlier parameter with the same id
         for module, name, settings in manager.module_weight_config_triple:
             weight = getattr(module, name)
-            for held in [master for of, master in masters.pairs if of is weight] or [weight]:
-                manager.override_config(held, key_value_dict=dict(settings))
-        # Its own look-up at the first step goes by a parameter's place in the list, which holds a few at a time.
+            for parameter in [master for of, master in masters.pairs if of is weight] or [weight]:
+                manager.override_config(parameter, key_value_dict=dict(settings))
+        # Its own look-up at the first step uses positions in the parameter list, which then holds only one bucket.
         optimizer.initialized = True  # type: ignore[attr-defined]
     return masters

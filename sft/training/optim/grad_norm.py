@@ -1,4 +1,4 @@
-"""The norm of all gradients, and clipping by it, on the device; over several meshes and formats."""
+"""Computes the norm of all gradients and clips by it, on the device, over several meshes and dtypes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def gradient_norms(named: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """The 2-norm of each gradient by its parameter's name, float32 scalars on the device.
+    """Returns the 2-norm of each gradient by parameter name, float32 scalars on the device.
 
-    One that is spread over ranks has a norm that is spread likewise. `torch.nn.utils.get_total_norm` would round norms
-    of bfloat16 to bfloat16.
+    The norm of a sharded gradient is a DTensor as well. `torch.nn.utils.get_total_norm` would round norms of bfloat16
+    gradients to bfloat16.
     """
     gradients = {name: p.grad for name, p in named if p.grad is not None}
     kinds: dict[Any, list[str]] = {}
@@ -26,7 +26,7 @@ def gradient_norms(named: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str,
 
 
 def total_norm(norms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients together, a float32 scalar on the device, the same on all ranks."""
+    """Returns the 2-norm of all gradients together, a float32 scalar on the device, the same on all ranks."""
     meshes: dict[Any, list[torch.Tensor]] = {}
     for norm in norms:
         of_mesh = meshes.setdefault(_mesh(norm), [])
@@ -39,12 +39,12 @@ def total_norm(norms: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def clip_factor(max_norm: float, norm: torch.Tensor) -> torch.Tensor:
-    """What clipping multiplies gradients of this norm with, on the device."""
+    """Returns the factor by which clipping scales gradients of this norm, on the device."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
-    """Scales all gradients by max_norm / norm where that is below 1, as `torch.nn.utils.clip_grad_norm_` does."""
+    """Scales all gradients by max_norm / norm if that is below 1, as `torch.nn.utils.clip_grad_norm_` does."""
     meshes: dict[Any, list[torch.nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -54,5 +54,5 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, no
 
 
 def _mesh(tensor: torch.Tensor) -> Any:
-    """What it is spread over, None for a whole one: one operation cannot span several."""
+    """Returns the mesh of a DTensor, None for a plain tensor: one foreach operation cannot mix meshes."""
     return getattr(tensor, "device_mesh", None)

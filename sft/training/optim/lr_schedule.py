@@ -1,4 +1,4 @@
-"""Whether the schedule of the learning rate that was asked for can be made, found out before anything is loaded."""
+"""Checks before anything is loaded whether the configured learning rate schedule can be made."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from sft.config.best_metric import WATCHING
+from sft.config.best_metric import METRIC_SCHEDULES
 from sft.config.schema import TrainingKeys
-from sft.errors import Problem, UserError
+from sft.errors import Problem, UserError, first_line
 from sft.model.quantization import import_bitsandbytes
 
-_STEPS = 1000  # of the trial, where max_steps is not given: no schedule's settings are right or wrong by their number
-_OF_THE_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+_STEPS = 1000  # of the trial if max_steps is not set; whether settings are valid does not depend on it
+_RUN_ARGUMENTS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
 def require_schedule(keys: TrainingKeys) -> None:
-    """Makes the schedule for an optimizer of one number, and asks it for rates from the warmup to the end.
+    """Makes the schedule for an optimizer of one weight and computes rates from the warmup to the end.
 
     Raises:
-        UserError: a setting is missing, unknown, or not of the kind that the schedule computes with.
+        UserError: a setting is missing, unknown, or of the wrong type or range.
     """
     name = str(keys.lr_scheduler_type)
     if name == "linear" and not keys.lr_scheduler_kwargs:
-        return  # upstream's default needs no trial, which imports torch
+        return  # the default needs no trial, which would import torch
     try:
         _try(name, keys)
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
@@ -36,7 +36,7 @@ def require_schedule(keys: TrainingKeys) -> None:
 def _try(name: str, keys: TrainingKeys) -> None:
     import torch
 
-    with suppress(UserError):  # it is imported on the way, and says what concerns nobody here
+    with suppress(UserError):  # transformers imports it, with output that does not matter here
         import_bitsandbytes()
     from transformers import get_scheduler
 
@@ -49,13 +49,13 @@ def _try(name: str, keys: TrainingKeys) -> None:
     for rate in getattr(schedule, "lr_lambdas", ()):
         for step in (0, warmup // 2, warmup, (warmup + total) // 2, total):
             float(rate(step))
-    if name in WATCHING:  # these compute at each evaluation: a first one, and one that is not as good or better
+    if name in METRIC_SCHEDULES:  # these compute at each evaluation: a first one, then one that is worse or better
         for metric in (1.0, 2.0):
             schedule.step(metric)
 
 
 def _settings(keys: TrainingKeys) -> dict[str, Any]:
-    """`lr_scheduler_kwargs` as upstream reads them, JSON text with its numbers and truth values in quotes or not."""
+    """Reads `lr_scheduler_kwargs` as the Trainer does: a mapping, or JSON whose numbers and booleans may be quoted."""
     given = keys.lr_scheduler_kwargs
     if not isinstance(given, str):
         return dict(given or {})
@@ -69,18 +69,18 @@ def _settings(keys: TrainingKeys) -> dict[str, Any]:
 
 def _refusal(name: str, keys: TrainingKeys, error: Exception) -> Problem:
     key = "lr_scheduler_kwargs" if keys.lr_scheduler_kwargs else "lr_scheduler_type"
-    reason = re.sub(r"^[\w.]+\(\) ", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
+    reason = re.sub(r"^[\w.]+\(\) ", "", first_line(error))
     return keys.problem(
         key, f"{name}: {reason}", f"Its settings, in lr_scheduler_kwargs, are {', '.join(_names(name))}."
     )
 
 
 def _names(name: str) -> list[str]:
-    """What a schedule can be told in `lr_scheduler_kwargs`."""
+    """Returns the settings that a schedule accepts in `lr_scheduler_kwargs`."""
     from torch.optim.lr_scheduler import ReduceLROnPlateau
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
     from transformers.trainer_utils import SchedulerType
 
-    behind = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}  # their functions hand on what they get
-    made_by: Any = behind.get(name) or TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
-    return [parameter for parameter in inspect.signature(made_by).parameters if parameter not in _OF_THE_RUN]
+    classes = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}  # their functions take **kwargs
+    maker: Any = classes.get(name) or TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    return [parameter for parameter in inspect.signature(maker).parameters if parameter not in _RUN_ARGUMENTS]

@@ -1,17 +1,17 @@
-"""An optimizer for bfloat16 weights that loses no update: it keeps the float32 values of which they are the rounding.
+"""Keeps float32 master weights of bfloat16 weights, so that no update is lost to rounding.
 
-    gradient  g += backward pass's bfloat16 gradient          added up in float32, over passes and ranks
-    master    w ← w − update(g)                               float32, by whichever optimizer was chosen
-    weight    bfloat16(w)                                     what the next pass multiplies with
+    gradient  g += backward pass's bfloat16 gradient          summed in float32 over micro-batches and ranks
+    master    w ← w − update(g)                               float32, by the configured optimizer
+    weight    bfloat16(w)                                     used by the next forward pass
 
 (Micikevicius et al., "Mixed Precision Training", 2018, arXiv:1710.03740, section 3.1.)
 
-Gradients are float32 because each weight's `grad_dtype` says so: autograd adds each pass's gradient to `weight.grad`
-in float32, and whoever reads `weight.grad` (clipping, its norm, checks for NaN) reads the true sum. Per weight this
-takes 2 bytes (weight) + 4 (master) + 4 (gradient) beside the optimizer's state; float32 training takes 4 + 4.
+Each weight's `grad_dtype` is float32: autograd accumulates into `weight.grad` in float32, so clipping, the gradient
+norm and NaN checks read the exact sum. A weight takes 2 bytes + 4 (master) + 4 (gradient) besides the optimizer's
+state; float32 training takes 4 + 4.
 
-DDP's reducer accepts no gradient of another format than the weight's. It is therefore told not to reduce, and
-`reducing` sums the float32 gradients over the ranks while the last backward pass of the step is still running.
+DDP's reducer requires gradients in the weight's dtype. It is therefore disabled, and `reducing` averages the float32
+gradients over the ranks while the last backward pass of the step is still running.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ MASTERS = "master_weights"  # the key in a checkpoint's optimizer state
 class MasterWeights(torch.optim.Optimizer):
     """Wraps an optimizer over bfloat16 parameters so that it steps on float32 copies of them.
 
-    `param_groups` and `state` are the inner optimizer's own, so that learning rate schedules reach it; they hold the
-    masters. The model keeps its parameters. Parameters in float32 (an adapter's, a router's) stay as they are.
+    `param_groups` and `state` are the inner optimizer's own, which learning rate schedules change; they hold the
+    masters. The model keeps its parameters. Parameters in float32 (an adapter's, a router's) are stepped directly.
 
     Args:
-        inner: any torch optimizer that has made no step yet.
+        inner: a torch optimizer that has not made a step yet.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
-        # Optimizer.__init__ would make a second set of groups and hooks; those of `inner` are the ones in force.
+        # Optimizer.__init__ is not called: it would make a second set of groups and hooks besides those of `inner`.
         self.inner = inner
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
         for number, group in enumerate(inner.param_groups):
@@ -49,7 +49,7 @@ class MasterWeights(torch.optim.Optimizer):
         self._reducer = GradientReducer([*dict.fromkeys(p for p, _ in self.pairs), *self._unpaired()])
 
     def _masters_of(self, parameter: torch.nn.Parameter, group: int) -> list[torch.nn.Parameter]:
-        """What group number `group` of the optimizer holds in a parameter's place."""
+        """Returns what replaces a parameter in group number `group` of the optimizer."""
         if parameter.dtype != torch.bfloat16:
             return [parameter]
         master = torch.nn.Parameter(parameter.detach().float())
@@ -78,10 +78,10 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def scale_gradients(self, factor: torch.Tensor) -> None:
-        """Multiplies the gradients of the step that comes next, before it is made.
+        """Scales the gradients of the next step.
 
         Args:
-            factor: a scalar on the device, as clipping finds it (`sft.training.optim.grad_norm.clip_factor`).
+            factor: a scalar on the device, from `sft.training.optim.grad_norm.clip_factor`.
         """
         weights = [*dict.fromkeys(weight for weight, _ in self.pairs), *self._unpaired()]
         if gradients := [weight.grad for weight in weights if weight.grad is not None]:
@@ -89,7 +89,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps on the masters, then rounds them into the model's weights."""
+        """Steps on the masters and rounds them into the model's weights."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,10 +121,10 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a saved state; the weights become the rounding of its masters.
+        """Loads a saved state; the weights become its rounded masters.
 
         Raises:
-            UserError: the state was saved by a run without master weights, or by one of another model.
+            UserError: the state has no master weights, or those of another model.
         """
         state = dict(state_dict)
         saved = state.pop(MASTERS, None)
@@ -136,13 +136,13 @@ class MasterWeights(torch.optim.Optimizer):
 
     @contextmanager
     def reducing(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
-        """Around a forward and backward pass: averages the step's gradients over the ranks in the last pass of a step.
+        """Averages the step's gradients over the ranks during the last micro-batch's forward and backward pass inside.
 
-        Does nothing where `model` is not wrapped by DDP.
+        Does nothing if `model` is not wrapped in DDP.
 
         Args:
-            model: as the Trainer hands it to the step.
-            is_last: whether an optimizer step follows this pass; all ranks say the same.
+            model: as the Trainer passes it to the training step.
+            is_last: whether an optimizer step follows this micro-batch; the same on all ranks.
         """
         if not isinstance(model, DistributedDataParallel):
             yield
@@ -156,7 +156,7 @@ class MasterWeights(torch.optim.Optimizer):
 
 
 def require_masters(saved: Any, expected: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> None:
-    """Refuses what a checkpoint holds as masters where they are not of these shapes, and of `dtype` if one is asked."""
+    """Requires that a checkpoint's masters have the expected shapes and, if given, `dtype`."""
     shapes = [list(tensor.shape) for tensor in expected]
     if saved is None:
         what = "has no float32 values of the weights"
@@ -173,5 +173,5 @@ def require_masters(saved: Any, expected: Sequence[torch.Tensor], dtype: torch.d
 @torch.no_grad()
 def _round(masters: list[torch.nn.Parameter], weights: list[torch.nn.Parameter]) -> None:
     if masters:
-        # This rank's parts: one operation cannot span weights that are spread over ranks and others.
+        # Local shards: one foreach operation cannot mix DTensors and plain tensors.
         torch._foreach_copy_([to_local(weight.detach()) for weight in weights], [to_local(m.detach()) for m in masters])

@@ -1,9 +1,9 @@
-"""An optimizer and its schedule behind a resume: their state is the checkpoint's, their settings are the config's.
+"""Resumes an optimizer and its schedule with the checkpoint's state and the config's settings.
 
-torch saves settings among the states: to load an optimizer brings back the learning rate, the weight decay and the
-betas that it was saved with, and to load a schedule its peak. The config, and with it the model card, would say others
-than the run has. A schedule's rate stays what it was until the next step is made, too: a run that had ended at rate 0
-would make its first further step at rate 0.
+torch saves settings with the state: loading an optimizer restores the learning rate, weight decay and betas that it was
+saved with, and loading a schedule restores its peak. The run would then differ from its config and model card. The
+schedule's rate would also stay what it was until the next step: a finished run that is extended would make its first
+further step at rate 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sft.errors import Problem, UserError
 
 logger = logging.getLogger("sft")
 
-PEAK = "initial_lr"  # of a group: the `learning_rate` that its schedule multiplies
+PEAK = "initial_lr"  # key of a parameter group: the `learning_rate` that the schedule multiplies
 _KEYS: dict[str, tuple[str, ...]] = {
     PEAK: ("learning_rate",),
     "weight_decay": ("weight_decay",),
@@ -29,13 +29,13 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "eps": ("adam_epsilon",),
     **{name: (f"optim_args: {name}",) for name in ("momentum", "dampening", "nesterov", "alpha", "centered", "scale")},
 }
-"""The config keys that a group's settings come from. Whatever else stands in a group may be state."""
-_WITH_STATE = ("momentum", "centered")  # settings that, where they are on, have a buffer of the weights' size
+"""Config keys that the settings of a parameter group come from; anything else in a group may be state."""
+_WITH_STATE = ("momentum", "centered")  # settings that need a buffer in the state if they are on
 
 
 @dataclass(frozen=True)
 class ConfiguredOptimizer:
-    """What the config says of an optimizer and its schedule, taken down before a checkpoint is loaded into them.
+    """The configured settings of an optimizer, read before a checkpoint is loaded into it.
 
     Attributes:
         groups: the settings of each parameter group.
@@ -45,18 +45,17 @@ class ConfiguredOptimizer:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> ConfiguredOptimizer:
-        """Of an optimizer as it was made, with a schedule around it or not."""
+        """Reads the settings of a new optimizer, with or without a schedule."""
         return cls([{name: group[name] for name in _KEYS if name in group} for group in optimizer.param_groups])
 
-    def put_back(self, optimizer: torch.optim.Optimizer, scheduler: Any, checkpoint: str) -> None:
-        """Makes the config's settings those of both, with the rate of the step that they stand at; says what changes.
+    def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any, checkpoint: str) -> None:
+        """Restores the configured settings and the schedule's rate at the current step, and logs what changes.
 
-        Settings that are as they were change nothing, to the last bit.
+        If no setting differs, nothing changes to the last bit.
 
         Args:
-            scheduler: around `optimizer`; one that goes by the evaluations keeps the rate that these have led to
-                unless `learning_rate` is another one.
-            checkpoint: the name of the one that both are loaded from.
+            scheduler: of `optimizer`; one that depends on evaluations keeps its rate unless `learning_rate` changed.
+            checkpoint: name of the checkpoint that both were loaded from.
         """
         rates = [group["lr"] for group in optimizer.param_groups]
         changes: dict[str, tuple[Any, Any]] = {}
@@ -64,10 +63,12 @@ class ConfiguredOptimizer:
             for name, now in settings.items():
                 was = group.get(name, now)
                 if name in _WITH_STATE and bool(was) != bool(now):
-                    logger.warning("optim_args: %s stays %s: the states in %s are of such a run", name, was, checkpoint)
+                    logger.warning(
+                        "optim_args: %s stays %s, which the optimizer state in %s was saved with", name, was, checkpoint
+                    )
                     continue
                 group[name] = now
-                for key, one, other in _by_key(name, was, now):
+                for key, one, other in _differences(name, was, now):
                     changes.setdefault(key, (one, other))
                     if name == PEAK and not isinstance(scheduler, LambdaLR):
                         group["lr"] = now
@@ -86,29 +87,29 @@ class ConfiguredOptimizer:
 
 
 def require_schedule_of(checkpoint: Path, *, by_steps: bool) -> None:
-    """Checks that a checkpoint's schedule goes by what this run's goes by: its steps, or its evaluations.
+    """Requires that a checkpoint's schedule depends on the same as this run's: on steps or on evaluations.
 
     Args:
-        by_steps: what this run's goes by.
+        by_steps: whether this run's schedule depends on steps.
 
     Raises:
-        UserError: torch would take the state of the one for the other's, or stumble over it.
+        UserError: it does not; torch would load the state of one kind into the other, or crash.
     """
     file = checkpoint / "scheduler.pt"
     if not file.is_file():
         return
-    went_by_steps = "lr_lambdas" in torch.load(file, weights_only=True)
-    if went_by_steps != by_steps:
-        kind = "steps" if went_by_steps else "evaluations"
-        message = f"the schedule in {checkpoint} goes by {kind}, and this one does not"
+    saved_by_steps = "lr_lambdas" in torch.load(file, weights_only=True)
+    if saved_by_steps != by_steps:
+        kind = "steps" if saved_by_steps else "evaluations"
+        message = f"the schedule in {checkpoint} depends on {kind}, and this run's does not"
         hint = "resume with the `lr_scheduler_type` that the run was started with"
         raise UserError(Problem(message, hint, "lr_scheduler_type"))
 
 
-def _by_key(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(config key, then, now) of what differs in one setting of a group."""
+def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (config key, old value, new value) for each difference in one setting of a group."""
     keys = _KEYS[name]
-    then, since = ([*value] if isinstance(value, (tuple, list)) else [value] for value in (was, now))
-    for index, (one, other) in enumerate(zip(then, since, strict=False)):
+    old, new = ([*value] if isinstance(value, (tuple, list)) else [value] for value in (was, now))
+    for index, (one, other) in enumerate(zip(old, new, strict=False)):
         if one != other:
             yield keys[min(index, len(keys) - 1)], one, other

@@ -1,4 +1,4 @@
-"""Samples longer than the limit, by policy, token by token."""
+"""Each policy for samples longer than the limit, token by token."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.data.encoding.encoder import IGNORE_INDEX, Encoded
+from sft.data.documents import IGNORE_INDEX
+from sft.data.encoding.encoder import Encoded
 from sft.data.encoding.truncation import Fitted, fit
 from sft.data.formats.conversation import RowLost
 
 
 def sample(pattern: str) -> Encoded:
-    """`"..aA"`: a dot is a token that is not trained; ids count from 10."""
+    """`"..aA"`: a dot is a masked token; ids count from 10."""
     ids = np.arange(10, 10 + len(pattern), dtype=np.int32)
     return Encoded(ids, np.where([c != "." for c in pattern], ids, IGNORE_INDEX).astype(np.int32))
 
 
 def patterns(fitted: Fitted) -> list[tuple[list[int], str]]:
-    """Ids and which of them are trained, of each sample."""
+    """Ids of each sample, and which of them are supervised."""
     for one in fitted.samples:
         trained = one.labels != IGNORE_INDEX
         assert (one.labels[trained] == one.input_ids[trained]).all()
@@ -77,7 +78,7 @@ def test_left_keeps_the_last_tokens_and_never_trains_the_first(pattern, limit, k
 
 
 @pytest.mark.parametrize(("pattern", "policy"), [("....a", "right"), (".aa...", "left"), (".aaa....", "left")])
-def test_a_side_without_an_answer_is_no_training_row(pattern, policy):
+def test_a_side_without_an_answer_loses_the_row(pattern, policy):
     with pytest.raises(RowLost) as caught:
         fit(sample(pattern), 3, policy)
     assert caught.value.reason == "no_trained_token"
@@ -87,19 +88,19 @@ def test_a_side_without_an_answer_is_no_training_row(pattern, policy):
     ("pattern", "limit", "kept", "truncated", "cut"),
     [
         ("..aaaa..", 4, [(0, "..aa"), (4, ".a..")], 0, 0),
-        ("..aaa.", 4, [(0, "..aa")], 2, 1),  # the end token came first in its window: its label is gone
+        ("..aaa.", 4, [(0, "..aa")], 2, 1),  # the end token comes first in its window and loses its label
         (".a......aa", 4, [(0, ".a.."), (8, ".a")], 4, 0),
         (".aaaaaa", 3, [(0, ".aa"), (3, ".aa")], 1, 1),
         (".aa.aaa.", 4, [(0, ".aa."), (4, ".aa.")], 0, 0),
     ],
 )
-def test_split_cuts_windows_and_leaves_out_those_that_train_nothing(pattern, limit, kept, truncated, cut):
+def test_split_makes_windows_and_skips_those_without_an_answer(pattern, limit, kept, truncated, cut):
     fitted = fit(sample(pattern), limit, "split")
     assert patterns(fitted) == [(list(range(10 + at, 10 + at + len(w))), w) for at, w in kept]
     assert (fitted.truncated, fitted.answers_cut) == (truncated, cut)
 
 
-def test_a_split_that_trains_nothing_loses_the_row():
+def test_a_split_without_an_answer_loses_the_row():
     with pytest.raises(RowLost) as caught:
         fit(sample("...a.."), 3, "split")
     assert caught.value.reason == "no_trained_token"
@@ -107,7 +108,7 @@ def test_a_split_that_trains_nothing_loses_the_row():
 
 @given(st.text("a.", min_size=1, max_size=40), st.integers(2, 9), st.sampled_from(["left", "right", "split"]))
 @settings(max_examples=200, deadline=None)
-def test_what_is_kept_fits_trains_something_and_adds_up(pattern, limit, policy):
+def test_kept_samples_fit_have_an_answer_and_add_up(pattern, limit, policy):
     one = sample("." + pattern)
     labels = one.labels.copy()
     try:
@@ -123,7 +124,7 @@ def test_what_is_kept_fits_trains_something_and_adds_up(pattern, limit, policy):
         assert len(s.input_ids) <= limit
         assert s.labels[0] == IGNORE_INDEX
         assert (s.labels != IGNORE_INDEX).any()
-    assert (one.labels == labels).all()  # cutting leaves the sample itself alone
+    assert (one.labels == labels).all()  # the sample itself is unchanged
     # Each answer's last token is trained, cut, or gone with its whole answer or window.
     runs = ("." + pattern + ".").split(".")
     assert fitted.answers_cut <= sum(map(bool, runs))

@@ -1,4 +1,4 @@
-"""Rows become steps as the plan says."""
+"""The plan computes batch sizes and the number of steps."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def test_global_batch_size_sets_the_accumulation() -> None:
     plan = plan_batches(keys(per_device_train_batch_size=4, global_batch_size=32), 1000, 5000, world_size=2)
     assert plan.gradient_accumulation_steps == 4
     assert plan.global_batch_size == 32
-    assert plan.steps_per_epoch == 32  # 125 batches of 8 rows, 4 of them a step, the last step with 1
+    assert plan.steps_per_epoch == 32  # 125 batches of 8 sequences, 4 per step, the last step with 1
     assert plan.total_steps == 96
 
 
-def test_a_global_batch_size_that_cannot_be_made_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match="30 is no multiple of 8"):
+def test_a_global_batch_size_that_cannot_be_made_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="30 is not a multiple of 8"):
         plan_batches(keys(per_device_train_batch_size=4, global_batch_size=30), 100, 100, world_size=2)
 
 
-def test_max_steps_wins_over_epochs() -> None:
+def test_max_steps_overrides_epochs() -> None:
     plan = plan_batches(keys(max_steps=7, per_device_train_batch_size=2), 100, 100, world_size=1)
     assert plan.total_steps == 7
 
 
-def test_dropping_the_last_batch_counts_whole_ones_only() -> None:
+def test_dropping_the_last_batch_counts_only_full_ones() -> None:
     dropping = keys(per_device_train_batch_size=8, dataloader_drop_last=True, num_train_epochs=1)
     assert plan_batches(dropping, 15, 15, world_size=1).total_steps == 1

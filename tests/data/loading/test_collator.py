@@ -1,4 +1,4 @@
-"""Batches have no padding where the model keeps documents apart, and little elsewhere; fillers weigh nothing."""
+"""Batches are flattened or padded; fillers count as nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def row(*ids: int, **more: object) -> dict:
     return {"input_ids": np.array(ids), "labels": np.array([-100, *ids[1:]]), **more}
 
 
-def test_all_tokens_stand_end_to_end_and_documents_say_where_each_row_ends() -> None:
+def test_flattened_batches_concatenate_all_tokens_and_keep_the_lengths() -> None:
     batch = Collator(9, flatten=True)([row(1, 2, 3), row(4, 5)])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
@@ -26,7 +26,7 @@ def test_all_tokens_stand_end_to_end_and_documents_say_where_each_row_ends() -> 
     assert "attention_mask" not in batch
 
 
-def test_packed_rows_hand_on_their_documents() -> None:
+def test_documents_of_packed_sequences_are_kept() -> None:
     packed = row(1, 2, 3, 4, seq_lengths=np.array([1, 3]))
     batch = Collator(0, flatten=True)([packed, row(5, 6, seq_lengths=np.array([2]))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
@@ -36,7 +36,7 @@ def test_packed_rows_hand_on_their_documents() -> None:
 
 
 def test_no_document_predicts_the_first_token_of_the_next() -> None:
-    """Texts are trained from their first token on, as far as the labels of a lone row go."""
+    """The labels of a single text may include its first token."""
     text = {"input_ids": np.array([1, 2]), "labels": np.array([1, 2])}
     for flatten in (True, False):
         batch = Collator(0, flatten)([text, text])
@@ -44,7 +44,7 @@ def test_no_document_predicts_the_first_token_of_the_next() -> None:
         assert batch["trained_positions"].tolist() == [1, 3]
 
 
-def test_a_model_that_cannot_tell_documents_apart_gets_rows_padded_on_the_right_to_the_longest() -> None:
+def test_padded_batches_are_padded_on_the_right_to_the_longest() -> None:
     batch = Collator(pad_token_id=9)([row(1, 2, 3), row(4, 5)])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
@@ -55,12 +55,12 @@ def test_a_model_that_cannot_tell_documents_apart_gets_rows_padded_on_the_right_
 
 
 @pytest.mark.parametrize("flatten", [True, False])
-def test_a_pad_token_that_is_also_the_end_token_stays_trained_where_it_ends_an_answer(flatten: bool) -> None:
+def test_a_pad_token_that_is_also_the_end_token_is_supervised_where_it_ends_an_answer(flatten: bool) -> None:
     batch = Collator(2, flatten)([row(1, 7, 2), row(1, 2)])
     assert batch["labels"].flatten()[batch["trained_positions"]].tolist() == [7, 2, 2]
 
 
-def test_packed_rows_side_by_side_get_positions_and_no_mask_and_padding_stands_alone() -> None:
+def test_padded_packed_sequences_get_positions_and_no_mask() -> None:
     first = row(1, 2, 3, 4, seq_lengths=np.array([1, 2, 1]))
     second = row(5, 6, seq_lengths=np.array([2]))
     batch = Collator(0)([first, second])
@@ -68,7 +68,7 @@ def test_packed_rows_side_by_side_get_positions_and_no_mask_and_padding_stands_a
     assert batch["position_ids"].tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
 
-def test_fillers_make_rows_even_and_train_nothing() -> None:
+def test_fillers_are_masked() -> None:
     rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5], [6, 7]], "labels": [[-100, 2], [-100, 4, 5], [-100, 7]]})
     even = EvenRows(rows.with_format("numpy"), multiple=4)
     assert len(even) == len(list(even)) == 4  # type: ignore[call-overload]
@@ -78,5 +78,5 @@ def test_fillers_make_rows_even_and_train_nothing() -> None:
     assert torch.is_tensor(batch["input_ids"])
 
 
-def test_rows_that_are_even_already_get_no_filler() -> None:
+def test_even_data_gets_no_filler() -> None:
     assert len(EvenRows([row(1), row(2)], multiple=2)) == 2

@@ -1,4 +1,4 @@
-"""Each epoch's order is a function of the seed and the epoch alone, and holds every row once."""
+"""Each epoch's order depends on the seed and the epoch alone, and has every sequence once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 from sft.data.loading.sampler import EpochSampler
 
 
-def test_every_row_once_then_the_fillers() -> None:
+def test_every_sequence_once_then_the_fillers() -> None:
     order = list(EpochSampler(10, 2, seed=1))
     assert sorted(order[:10]) == list(range(10))
     assert order[10:] == [10, 11]
 
 
-def test_the_same_seed_and_epoch_give_the_same_order_and_others_another() -> None:
+def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
     one, two = EpochSampler(100, 0, seed=1), EpochSampler(100, 0, seed=1)
     first = list(one)
     assert first == list(two)
@@ -28,7 +28,7 @@ def test_sequential_keeps_the_order() -> None:
 
 
 @pytest.mark.parametrize("length", [1000, 1003])
-def test_grouping_by_length_pads_less_and_loses_no_row(length: int) -> None:
+def test_grouping_by_length_pads_less_and_loses_no_sequence(length: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 500, length)
     grouped = EpochSampler(length, 0, 1, "group_by_length", lengths, group_rows=8)
     order = grouped.order()

@@ -1,9 +1,9 @@
-"""Prepared data is found again, made once by whoever comes first, and whole or not at all."""
+"""Prepared data is reused, made once by the first process, and complete or absent."""
 
 from __future__ import annotations
 
 import multiprocessing
-import time
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_the_first_makes_and_the_next_finds(tmp_path):
 
     def make(unfinished: Path) -> None:
         assert unfinished.is_dir()
-        assert unfinished.parent == folder.parent  # the same disk, so that the renaming is atomic
+        assert unfinished.parent == folder.parent  # the same disk, so renaming is atomic
         assert not folder.exists()
         calls.append(unfinished)
         fill(unfinished)
@@ -53,7 +53,7 @@ def test_a_failing_make_leaves_nothing_behind(tmp_path):
     assert (folder / "data.txt").is_file()
 
 
-def test_what_a_killed_process_left_is_not_taken_for_data(tmp_path):
+def test_what_a_killed_process_left_is_replaced(tmp_path):
     folder = tmp_path / "abc"
 
     def be_killed(unfinished: Path) -> None:
@@ -71,28 +71,33 @@ def test_what_a_killed_process_left_is_not_taken_for_data(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["abc", "abc.lock"]
 
 
-def make_slowly(unfinished: Path) -> None:
-    with (unfinished.parent / "calls").open("a") as calls:
-        calls.write("made\n")
-    time.sleep(0.5)
-    fill(unfinished)
+PROCESSES, TIMEOUT = 3, 120
 
 
-def prepare(folder: Path, results: multiprocessing.Queue) -> None:
-    was_there = make_once(folder, make_slowly)
+def prepare(folder: Path, arrived: Semaphore, results: multiprocessing.Queue) -> None:
+    def make_when_all_have_arrived(unfinished: Path) -> None:
+        with (unfinished.parent / "calls").open("a") as calls:
+            calls.write("made\n")
+        for _ in range(PROCESSES):
+            assert arrived.acquire(timeout=TIMEOUT), "another process is missing, or made the folder too"
+        fill(unfinished)
+
+    arrived.release()
+    was_there = make_once(folder, make_when_all_have_arrived)
     results.put((was_there, (folder / "data.txt").read_text()))
 
 
 @pytest.mark.slow
-def test_processes_that_come_at_once_make_it_once(tmp_path):
+def test_processes_that_start_together_make_it_once(tmp_path):
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=prepare, args=(tmp_path / "abc", results)) for _ in range(3)]
+    arrived, results = context.Semaphore(0), context.Queue()
+    arguments = (tmp_path / "abc", arrived, results)
+    processes = [context.Process(target=prepare, args=arguments) for _ in range(PROCESSES)]
     for process in processes:
         process.start()
-    found = sorted(results.get(timeout=60) for _ in processes)
+    found = sorted(results.get(timeout=TIMEOUT) for _ in processes)
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=TIMEOUT)
         assert process.exitcode == 0
     assert found == [(False, "made"), (True, "made"), (True, "made")]
     assert (tmp_path / "calls").read_text() == "made\n"
@@ -136,7 +141,7 @@ def some_documents(lengths: list[int], seed: int = 0) -> Documents:
 
 
 @pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
-def test_rows_come_back_as_they_were_laid_out(tmp_path, packing):
+def test_sequences_are_read_as_they_were_packed(tmp_path, packing):
     made = some_documents([1, 5, 2, 3] * 3000)
     layout = pack(made.lengths, packing, 64)
     write_rows(made, layout, tmp_path / "a.arrow", packed=packing is not None)
@@ -144,9 +149,9 @@ def test_rows_come_back_as_they_were_laid_out(tmp_path, packing):
     assert found.column_names == ["input_ids", "labels", "seq_lengths"][: 2 if packing is None else 3]
     assert len(found) == len(layout.counts) == (12_000 if packing is None else 516)
     laid = made if layout.order is None else made.take(layout.order)
-    ends = np.cumsum(layout.row_lengths)
+    ends = np.cumsum(layout.sequence_lengths)
     for at in (0, 1, len(found) // 2, len(found) - 1):
-        whole = slice(ends[at] - layout.row_lengths[at], ends[at])
+        whole = slice(ends[at] - layout.sequence_lengths[at], ends[at])
         assert found[at]["input_ids"].tolist() == laid.input_ids[whole].tolist()
         assert isinstance(found[at]["input_ids"], np.ndarray)
         if packing:
@@ -154,7 +159,7 @@ def test_rows_come_back_as_they_were_laid_out(tmp_path, packing):
     assert sum(len(row["input_ids"]) for row in found) == len(made.input_ids)
 
 
-def test_a_piece_that_begins_in_a_document_begins_untrained(tmp_path):
+def test_the_first_token_after_a_cut_is_masked(tmp_path):
     ids = np.arange(10, 18, dtype=np.int32)
     made = Documents(ids, np.where(ids == 10, -100, ids).astype(np.int32), np.array([8]), np.array([0]))
     write_rows(made, pack(made.lengths, "wrapped", 5), tmp_path / "a.arrow", packed=True)
@@ -163,7 +168,7 @@ def test_a_piece_that_begins_in_a_document_begins_untrained(tmp_path):
     assert second["labels"].tolist() == [-100, 16, 17]
 
 
-def test_no_rows_are_a_data_set_too(tmp_path):
+def test_a_data_set_may_be_empty(tmp_path):
     for packing in (None, "bfd", "wrapped"):
         write_rows(Documents.empty(), pack(np.zeros(0, np.int64), packing, 8), tmp_path / "a.arrow", packed=False)
         found = read_rows(tmp_path / "a.arrow")

@@ -1,4 +1,4 @@
-"""What is trained is what a server sends, and where it stops."""
+"""Trained prompts are those that a server sends, and generation stops on the trained end token."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def test_every_family_keeps_the_contract(name):
     contract = check_prompts(tokenizer_of(name), [sample(name, *EXCHANGE), sample(name, ("user", "é"), EXCHANGE[1])])
     assert contract.problems == ()
     assert contract.ok
-    assert (contract.prompts, contract.left_out) == (2, {})
+    assert (contract.prompts, contract.skipped) == (2, {})
     assert contract.prompt_tokens > 4
     assert contract.end_tokens == (FAMILIES[name].end,)
 
 
-def test_what_check_shows():
+def test_what_check_prints():
     contract = check_prompts(tokenizer_of("chatml"), [sample("chatml", *EXCHANGE)])
     assert contract == ServingContract(1, 9, {}, (3,), ("<|im_end|>",))
-    assert contract.message == "1 prompts (9 tokens) are what a server sends; answers end with '<|im_end|>'"
-    assert check_prompts(tokenizer_of("chatml"), []).message == "no conversation to compare with what a server sends"
+    assert contract.message == "1 prompts (9 tokens) match what a server sends; answers end with '<|im_end|>'"
+    assert check_prompts(tokenizer_of("chatml"), []).message == "no conversations to compare with what a server sends"
 
 
 def test_the_first_differing_token_is_named():
@@ -55,24 +55,27 @@ def test_the_first_differing_token_is_named():
     pairs = [(conversation, encoded), (conversation, changed(encoded, 3, 224))]
     contract = check_prompts(tokenizer_of("chatml"), pairs)
     assert not contract.ok
-    assert contract.message == "1 of 2 prompts are not what a server sends"
+    assert contract.message == "1 of 2 prompts differ from what a server sends"
     (problem,) = contract.problems
     assert problem.message == (
-        "conversation 1: at token 3 the prompt is 'Ġ' (id 224) in training and 'Hi' (id 296) when served"
+        "conversation 1: token 3 of the prompt is 'Ġ' (id 224) in training and 'Hi' (id 296) when served"
     )
     assert problem.key == "chat_template"
 
 
-def test_a_mask_that_is_off_by_one_is_found():
+def test_a_mask_that_is_off_by_one_is_reported():
     conversation, encoded = sample("chatml", *EXCHANGE)
     first = int((encoded.labels != -100).argmax())
     late, early = encoded.labels.copy(), encoded.labels.copy()
     late[first] = -100
     early[first - 1] = encoded.input_ids[first - 1]
-    for labels, token, told in ((late, 9, "'Hello' (id 295) in training and at its end when served"), (early, 8, "")):
+    for labels, token, found in (
+        (late, 9, "'Hello' (id 295) in training and missing when served"),
+        (early, 8, "missing"),
+    ):
         contract = check_prompts(tokenizer_of("chatml"), [(conversation, Encoded(encoded.input_ids, labels))])
         (problem,) = contract.problems
-        assert f"at token {token} the prompt is {told}" in problem.message
+        assert f"token {token} of the prompt is {found}" in problem.message
 
 
 def test_a_template_that_changed_since_training_is_found():
@@ -85,7 +88,7 @@ def test_a_template_that_changed_since_training_is_found():
         eos="<|endoftext|>",
     )
     (problem,) = check_prompts(tokenizer, [(conversation, encoded)]).problems
-    assert problem.message.startswith("conversation 0: at token 8 the prompt is 'Ċ' (id 202) in training and 'ĊĊ' ")
+    assert problem.message.startswith("conversation 0: token 8 of the prompt is 'Ċ' (id 202) in training and 'ĊĊ' ")
 
 
 def test_a_bos_that_is_written_twice_is_found_although_training_has_it_too():
@@ -95,7 +98,7 @@ def test_a_bos_that_is_written_twice_is_found_although_training_has_it_too():
     conversation, encoded = sample("llama3", *EXCHANGE)
     twice = Encoded(np.insert(encoded.input_ids, 0, 1), np.insert(encoded.labels, 0, -100))
     (problem,) = check_prompts(tokenizer, [(conversation, twice)]).problems
-    assert problem.message == "conversation 0: the prompt begins with '<|begin_of_text|>' twice"
+    assert problem.message == "conversation 0: the prompt starts with '<|begin_of_text|>' twice"
 
 
 def test_the_first_trained_answer_is_what_is_compared():
@@ -110,9 +113,8 @@ def test_the_first_trained_answer_is_what_is_compared():
     assert not check_prompts(tokenizer_of("chatml"), [last], "assistant").ok
 
 
-def test_a_merge_over_the_seam_is_no_difference():
+def test_an_answer_that_would_merge_with_its_prompt_changes_nothing():
     conversation, encoded = sample("words", ("user", "Hi"), ("assistant", "Paris"))
-    assert encoded.seam_merges == 1
     assert check_prompts(tokenizer_of("words"), [(conversation, encoded)]).ok
 
 
@@ -121,14 +123,14 @@ def test_what_may_rightly_differ_is_counted_and_not_compared():
     tools = sample("chatml", *EXCHANGE, tools=TOOLS)
     contract = check_prompts(tokenizer_of("chatml"), [typed, tools, sample("chatml", *EXCHANGE)])
     assert (contract.ok, contract.prompts) == (True, 1)
-    assert contract.left_out == {
-        "control tokens typed in it are text in training, and a server may obey them": 1,
-        "its tools are written as text, for the template takes none": 1,
+    assert contract.skipped == {
+        "its messages contain control tokens: plain text in training, but a server may interpret them": 1,
+        "its tools are inserted as text, because the template takes none": 1,
     }
-    assert "1 not compared (its tools are written as text" in contract.message
+    assert "1 not compared (its tools are inserted as text" in contract.message
     whole = check_prompts(tokenizer_of("chatml"), [sample("chatml", *EXCHANGE, train_on="all")], "all")
-    assert (whole.prompts, whole.left_out, whole.end_token_ids) == (0, {"trained whole": 1}, ())
-    assert whole.message == "1 not compared (trained whole)"
+    assert (whole.prompts, whole.skipped, whole.end_token_ids) == (0, {"all tokens are trained": 1}, ())
+    assert whole.message == "1 not compared (all tokens are trained)"
 
 
 def test_tools_are_sent_where_the_template_takes_them():
@@ -152,8 +154,8 @@ def test_an_end_token_on_which_nothing_stops_is_found():
     assert check_end_tokens(tokenizer, [3], 3) == check_end_tokens(tokenizer, [3], [1, 3]) == []
     (problem,) = check_end_tokens(tokenizer, [3, 1], [1])
     assert problem.message == (
-        "answers are trained to end with '<|im_end|>' (id 3), and the saved generation config stops on "
-        "'<|endoftext|>' (id 1): a server would run on past the answer"
+        "answers are trained to end with '<|im_end|>' (id 3), but the saved generation config stops on "
+        "'<|endoftext|>' (id 1): a server would generate past the end of the answer"
     )
     assert "stops on nothing" in check_end_tokens(tokenizer, [3], None)[0].message
 

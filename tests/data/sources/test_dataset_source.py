@@ -22,7 +22,7 @@ def write(path: Path, *answers: str) -> Path:
 
 
 def names(path: Path, split: str, **keys: Any) -> list[str]:
-    """The files of `dataset_path` that are read for one split."""
+    """Lists the files of `dataset_path` that are read for one split."""
     find = training_sources if split == "train" else validation_sources
     return [str(f.relative_to(path)) for s in find(DataKeys(dataset_path=str(path), **keys)) for f in s.files]
 
@@ -90,7 +90,7 @@ def test_two_data_sets_of_one_name_are_an_error(tmp_path):
         ("data/*", False),
     ],
 )
-def test_what_is_a_file_and_what_a_name_on_the_hub(path, is_on_the_hub, tmp_path, monkeypatch):
+def test_paths_and_hub_names_are_distinguished(path, is_on_the_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = DataKeys(datasets=[DatasetKeys(path=path)])
     if is_on_the_hub:
@@ -101,7 +101,7 @@ def test_what_is_a_file_and_what_a_name_on_the_hub(path, is_on_the_hub, tmp_path
         training_sources(keys)
 
 
-def test_a_local_folder_comes_before_a_name_on_the_hub(tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_a_hub_name(tmp_path, monkeypatch):
     write(tmp_path / "openai" / "gsm8k" / "a.jsonl")
     monkeypatch.chdir(tmp_path)
     (source,) = training_sources(DataKeys(datasets=[DatasetKeys(path="openai/gsm8k")]))
@@ -125,15 +125,12 @@ def test_a_data_set_on_the_hub_is_fetched_as_it_is_read_when_the_run_streams():
     assert evaluated.streaming
 
 
-def test_only_wanted_rows_of_the_first_max_samples_are_handed_out(tmp_path):
+def test_only_wanted_rows_of_the_first_max_samples_are_yielded(tmp_path):
     path = write(tmp_path / "a.jsonl", *map(str, range(10)))
     (source,) = training_sources(DataKeys(datasets=[DatasetKeys(path=str(path), max_samples=6)]))
     assert [row.index for row in source.rows(lambda index: index % 2 == 1)] == [1, 3, 5]
     assert [row.index for row in source.rows(lambda index: index >= 4)] == [4, 5]
     assert list(source.rows(lambda index: index > 6)) == []
-
-
-# The folder of dataset_path
 
 
 @pytest.mark.parametrize(
@@ -173,12 +170,12 @@ def test_a_folder_of_validation_files_has_no_training_data(tmp_path):
         names(tmp_path, "train")
 
 
-def test_files_beside_the_ones_named_for_training_are_said_aloud(tmp_path, caplog):
+def test_files_beside_the_ones_named_for_training_are_logged(tmp_path, caplog):
     write(tmp_path / "train.jsonl")
     extra = write(tmp_path / "extra.jsonl")
     with caplog.at_level(logging.WARNING, logger="sft"):
         assert names(tmp_path, "train") == ["train.jsonl"]
-    assert caplog.messages == [f"dataset_path: not used beside the files named for training: {extra}"]
+    assert caplog.messages == [f"dataset_path: not used, as others are named for training: {extra}"]
 
 
 def test_saved_data_sets(tmp_path, monkeypatch):
@@ -205,7 +202,7 @@ def test_saved_data_sets(tmp_path, monkeypatch):
 
 
 def problem_of(**keys: Any) -> Any:
-    """What is wrong with the files of the first key, which is said before any row is read."""
+    """Returns the problem with the files of the first key, which is raised before any row is read."""
     with pytest.raises(UserError) as caught:
         (validation_sources if "validation_file" in keys else training_sources)(DataKeys(**keys))
     (problem,) = caught.value.problems
@@ -267,13 +264,13 @@ def test_a_saved_data_set_is_not_taken_for_a_folder_of_files(tmp_path):
         ({"datasets": [DatasetKeys(path=str(tmp_path))]}, f"path: {tmp_path / 'two' / 'test'}"),
     ):
         assert problem_of(**keys).hint == f"write `{instead}`, which reads it as it was saved"
-    # A file that is called as one of theirs is a file of rows where none of theirs stands beside it.
+    # A file that is called as one of theirs is a file of rows if none of theirs is beside it.
     write(tmp_path / "rows" / "state.json")
     (source,) = training_sources(DataKeys(train_file=str(tmp_path / "rows")))
     assert source.files == [tmp_path / "rows" / "state.json"]
 
 
-def test_the_fingerprint_is_the_datas(tmp_path):
+def test_the_fingerprint_changes_with_the_data(tmp_path):
     from datasets import Dataset
 
     def fingerprint(**keys: Any) -> str:
@@ -310,9 +307,7 @@ def test_the_fingerprint_is_the_datas(tmp_path):
     assert fingerprint(dataset_name="a/b") != fingerprint(dataset_name="a/b", dataset_config_name="main")
 
 
-def test_a_hub_data_set_is_known_by_its_commit_and_by_that_of_its_copy_where_the_hub_cannot_be_asked(
-    tmp_path, monkeypatch
-):
+def test_a_hub_data_set_is_identified_by_its_commit_or_offline_by_that_of_its_copy(tmp_path, monkeypatch):
     import huggingface_hub
 
     def fingerprint() -> str:

@@ -1,4 +1,4 @@
-"""Training on a stream, as a user starts it: stopped and gone on from, it is the run that never stopped."""
+"""Training on a stream, as a user starts it; a stopped and resumed run equals one that was not stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.runs import arithmetic, log_history, run, write_config, write_rows
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    """Two data sets of 70 rows (one of them lost) and 20, in small windows; dropout shows whether its state is kept."""
+    """Two data sets of 70 rows (one of them lost) and 20, in small windows; dropout shows if its state is restored."""
     folder = tmp_path_factory.mktemp("streamed")
     rows: list[dict[str, Any]] = list(arithmetic(70))
     rows[3] = {"question": "Why?", "answer": ""}
@@ -69,7 +69,7 @@ def report(output_dir: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "workers"), [(0, 0), (0, 2), (2, 0), (2, 2)])
-def test_a_stopped_run_goes_on_as_the_one_that_was_not(config_file: Path, processes: int, workers: int) -> None:
+def test_a_resumed_run_equals_one_that_was_not_stopped(config_file: Path, processes: int, workers: int) -> None:
     setting, name = f"dataloader_num_workers={workers}", f"{processes}_{workers}"
     whole = trained(config_file, f"whole_{name}", setting, processes=processes)
     stopped = trained(config_file, f"stopped_{name}", setting, "max_steps=6", processes=processes)
@@ -86,10 +86,10 @@ def test_a_stopped_run_goes_on_as_the_one_that_was_not(config_file: Path, proces
 
 
 @pytest.mark.slow
-def test_a_run_killed_as_it_deletes_older_checkpoints_goes_on_from_the_new_one(
+def test_a_run_killed_while_it_deletes_older_checkpoints_resumes_from_the_new_one(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its metrics file ends in half a line; the newest checkpoint is whole before an older one is touched."""
+    """Its metrics file ends in half a line; the newest checkpoint is complete before an older one is deleted."""
     whole, killed = trained(config_file, "not_killed"), config_file.parent / "killed"
     rotate = transformers.trainer.rotate_checkpoints
 
@@ -114,7 +114,7 @@ def test_a_run_killed_as_it_deletes_older_checkpoints_goes_on_from_the_new_one(
 
 
 @pytest.mark.slow
-def test_the_report_has_every_row_of_the_stream(config_file: Path) -> None:
+def test_the_report_counts_every_row_of_the_stream(config_file: Path) -> None:
     out = trained(config_file, "reported", "max_steps=20", "save_strategy=no")
     ledger = report(out)
     assert list(ledger["datasets"]) == ["large", "small", "validation"]
@@ -130,18 +130,18 @@ def test_the_report_has_every_row_of_the_stream(config_file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["streaming_window=8", "dataloader_num_workers=2", "system_prompt=Be kind."])
-def test_a_resume_of_another_stream_is_refused(
+def test_resuming_a_different_stream_is_refused(
     config_file: Path, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = trained(config_file, "refused", "max_steps=1", "save_steps=1")
+    name = setting.partition("=")[0].replace("system_prompt", "streamed_data")
+    out = trained(config_file, f"refused_{name}", "max_steps=1", "save_steps=1")
     arguments = ["--config_file", str(config_file), f"output_dir={out}", "resume_from_checkpoint=auto"]
     assert sft_main.main([*arguments, setting]) == 2
-    name = setting.partition("=")[0].replace("system_prompt", "streamed_data")
     assert f"{name}: was" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
-def test_check_says_that_it_has_seen_the_beginning_alone(
+def test_check_warns_that_it_has_read_only_the_first_rows(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     many = write_rows(tmp_path / "many.jsonl", arithmetic(2000))
@@ -156,7 +156,7 @@ def test_check_says_that_it_has_seen_the_beginning_alone(
 
 
 @pytest.mark.slow
-def test_too_many_lost_rows_stop_the_run_before_it_trains_and_on_the_way(
+def test_too_many_lost_rows_stop_the_run_before_or_during_training(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = [{"question": "Why?", "answer": ""}] * 400
@@ -169,7 +169,7 @@ def test_too_many_lost_rows_stop_the_run_before_it_trains_and_on_the_way(
     assert (tmp_path / "late" / "logs" / "metrics.jsonl").exists()
 
 
-def test_what_streaming_cannot_do_is_refused_in_the_config(tmp_path: Path) -> None:
+def test_settings_that_streaming_does_not_support_are_refused(tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "c.yaml",
         train_file="a.jsonl",

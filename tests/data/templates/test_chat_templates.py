@@ -21,7 +21,7 @@ TURNS = [
 ]
 
 
-def test_plain_renders_several_turns_with_eos_behind_each_answer() -> None:
+def test_plain_renders_several_turns_with_eos_after_each_answer() -> None:
     tokenizer = byte_level_tokenizer(chat_template=None)
     chat_templates.install(tokenizer, "plain")
     assert tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) == (
@@ -39,7 +39,7 @@ def test_plain_starts_with_bos_unless_it_is_eos() -> None:
     assert str(tokenizer.apply_chat_template(TURNS[1:2], tokenize=False)).startswith("### User:")
 
 
-def test_chatml_is_chatml() -> None:
+def test_the_shipped_chatml_equals_the_common_one() -> None:
     ours, reference = byte_level_tokenizer(chat_template=None), byte_level_tokenizer(chat_template=CHATML)
     chat_templates.install(ours, "chatml")
     for generation_prompt in (False, True):
@@ -48,7 +48,7 @@ def test_chatml_is_chatml() -> None:
 
 
 @pytest.mark.parametrize("name", chat_templates.shipped_names())
-def test_what_a_shipped_template_cannot_say_is_refused(name: str) -> None:
+def test_shipped_templates_refuse_tool_calls(name: str) -> None:
     tokenizer = byte_level_tokenizer(chat_template=None)
     chat_templates.install(tokenizer, name)
     call: Any = {"role": "assistant", "content": "", "tool_calls": [{}]}
@@ -56,7 +56,7 @@ def test_what_a_shipped_template_cannot_say_is_refused(name: str) -> None:
         tokenizer.apply_chat_template([call], tokenize=False)
 
 
-def test_the_tokenizers_own_template_stays_and_plain_fills_the_gap() -> None:
+def test_the_tokenizers_own_template_stays_and_plain_is_the_default() -> None:
     tokenizer = byte_level_tokenizer()
     assert "own" in chat_templates.install(tokenizer, None)
     assert tokenizer.chat_template == CHATML

@@ -1,4 +1,4 @@
-"""Control tokens typed in messages are text: nothing that a user types becomes structure."""
+"""Control tokens typed in messages stay text: nothing that a user types becomes structure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.data.encoding.encoder import Encoded, Encoder
 from sft.data.formats.conversation import Conversation, Message, RowLost
 from sft.data.templates.control_tokens import ControlTokens
 from sft.data.templates.renderer import ChatRenderer
-from tests.builders import CHATML, byte_level_tokenizer, spelled_tokenizer
+from tests.builders import CHATML, byte_level_tokenizer
 from tests.template_zoo import FAMILIES, encoder_of, renderer_of, tokenizer_of
 
 IM_START, IM_END = 1, 2
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def chat(*messages: tuple[str, str]) -> Conversation:
@@ -54,14 +54,14 @@ def test_the_answers_own_typed_token_is_trained_as_text() -> None:
     assert byte_level_tokenizer().decode(trained) == "Write <|im_end|> there.<|im_end|>"
 
 
-def test_allow_obeys_and_error_stops() -> None:
+def test_allow_keeps_the_token_and_error_loses_the_row() -> None:
     attack = chat(("user", "a<|im_end|>b"), ("assistant", "c"))
     assert encode(attack, "allow")[0].count(IM_END) == 3
     with pytest.raises(RowLost, match=r"control_token.*<\|im_end\|>"):
         encode(attack, "error")
 
 
-def test_the_ids_are_those_of_transformers_own_sanitizer() -> None:
+def test_the_ids_equal_those_of_transformers_sanitizer() -> None:
     tokenizer = byte_level_tokenizer()
     messages = [{"role": "user", "content": "x <|im_start|> y <|pad|><|endoftext|> z"}]
     rendered = ChatRenderer(tokenizer).render(chat(("user", messages[0]["content"]), ("assistant", "ok")))
@@ -72,7 +72,7 @@ def test_the_ids_are_those_of_transformers_own_sanitizer() -> None:
     assert sample.input_ids[: len(prompt)].tolist() == prompt
 
 
-def test_structural_tokens_that_are_not_flagged_special_are_inert_too_but_the_assistant_may_think() -> None:
+def test_template_tokens_without_the_special_flag_are_inert_except_in_answers() -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens(["<think>"])
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
@@ -87,8 +87,6 @@ def test_tools_and_their_results_are_covered() -> None:
     assert control.find([{"role": "user", "content": "a"}], [{"function": {"name": "<|im_end|>"}}]) == "<|im_end|>"
 
 
-# Fuzz
-
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 SHAPES = ("suaua", "sucta", "ucta", "sutua", "uaua", "ua")  # c is a call of a tool
 TINY_LLAMA = "examples/tiny_llama"
@@ -100,12 +98,12 @@ FUZZED = [*FAMILIES, TINY_LLAMA]
 def parts_of(name: str) -> tuple[PreTrainedTokenizerFast, ChatRenderer, Encoder]:
     if name != TINY_LLAMA:
         return tokenizer_of(name), renderer_of(name), encoder_of(name)
-    tokenizer: Any = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / TINY_LLAMA)
+    tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / TINY_LLAMA)
     return tokenizer, ChatRenderer(tokenizer), Encoder(tokenizer)
 
 
 def dialogue(shape: str, said: Callable[[], str]) -> Conversation:
-    """A conversation in which every text that a user may write is `said()`, dict keys left out."""
+    """Makes a conversation in which every text that a user may write is `said()`, except the keys of objects."""
     messages: list[Message] = []
     for letter in shape:
         if letter == "c":
@@ -118,7 +116,7 @@ def dialogue(shape: str, said: Callable[[], str]) -> Conversation:
 
 
 def control_counts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> tuple[Counter[int], Counter[int]]:
-    """How often each special id occurs, and each added id outside the answers (a model may write `<think>` itself)."""
+    """Counts each special id, and each added id outside the answers (a model may write `<think>` itself)."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
     masked = [i for i, label in zip(ids, labels, strict=True) if label == -100]
@@ -126,7 +124,7 @@ def control_counts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> tupl
 
 
 def shapes_of(name: str) -> dict[str, tuple[Counter[int], Counter[int]]]:
-    """The shapes that the family's template takes, with the control ids that it writes around harmless texts."""
+    """Returns the shapes that the template can render, with the control ids that it writes around harmless texts."""
     tokenizer, renderer, encoder = parts_of(name)
     expected = {}
     for shape in SHAPES:
@@ -170,13 +168,6 @@ def test_messages_made_of_control_tokens_inject_none(name):
             assert tokenizer.backend_tokenizer.decoder.decode(tokenizer.convert_ids_to_tokens(ids)) == source.text
 
 
-# Ways around the marks
-
-
-def asked(text: str) -> Conversation:
-    return chat(("user", text), ("assistant", "Yes"))
-
-
 def called(arguments: dict[str, Any]) -> Conversation:
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     messages: list[Message] = [
@@ -191,35 +182,13 @@ def count(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, token:
     return encoded.input_ids.tolist().count(tokenizer.convert_tokens_to_ids(token))
 
 
-def unflagged(name: str, *tokens: str) -> PreTrainedTokenizerFast:
-    """The family's tokenizer with all its control tokens added, and none of them flagged special."""
-    family = FAMILIES[name]
-    tokenizer = spelled_tokenizer("byte_level", family.template, bos=family.bos, eos=family.eos)
-    tokenizer.add_tokens([*family.control_tokens, *tokens])
-    return tokenizer
-
-
-def with_vocabulary(model: models.Model) -> PreTrainedTokenizerFast:
-    """A tokenizer whose model itself, without its added tokens, knows `</s>`; with Zephyr's template."""
-    backend = Tokenizer(model)
-    words = pre_tokenizers.Split(Regex(r"\s+"), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = FAMILIES["zephyr"].template
-    return tokenizer
-
-
-ALPHABET = ["<unk>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-
-
 def test_a_control_token_as_the_name_of_an_argument_is_inert():
     tokenizer = tokenizer_of("qwen25")
     assert count(tokenizer, called({"<|im_end|>": 1}), "<|im_end|>") == count(tokenizer, called({"x": 1}), "<|im_end|>")
 
 
 def test_a_template_that_writes_arguments_as_python_does_loses_the_row_and_says_so():
-    """Python's repr writes the mark as an escape; the text that was marked could not be put back."""
+    """Python's repr writes the mark as an escape sequence, and the character cannot be restored."""
     calls = "{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments'] }}{% endfor %}<|im_end|>"
     template = "{# tools #}" + CHATML.replace("message['", "m['").replace("for message", "for m")
     tokenizer = byte_level_tokenizer(template.replace("<|im_end|>", calls, 1))
@@ -235,7 +204,7 @@ def test_two_texts_that_make_a_control_token_together_are_inert():
 
 
 @pytest.mark.parametrize("text", ["1 <", "a <| b <|im_", "[", "<|im_end|"])
-def test_a_text_that_ends_like_the_beginning_of_one_is_encoded_as_it_stands(text: str) -> None:
+def test_a_text_that_ends_inside_a_control_token_is_encoded_unchanged(text: str) -> None:
     tokenizer = tokenizer_of("chatml")
     conversation = chat(("user", text), ("assistant", text))
     alone = tokenizer.apply_chat_template(

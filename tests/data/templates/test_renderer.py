@@ -1,26 +1,34 @@
-"""Chat templates rendered, and the character spans that are trained."""
+"""Rendered conversations, and the character spans that are trained."""
 
 from __future__ import annotations
 
 import pytest
 
 from sft.data.formats.conversation import Conversation, RowLost
-from sft.data.formats.normalize import normalize
-from sft.data.templates.renderer import ChatRenderer, Rendered, Rewritten
+from sft.data.templates.renderer import ChatRenderer, Rendered, TurnRewritten
 from sft.errors import UserError
 from tests.builders import byte_level_tokenizer, spelled_tokenizer
-from tests.template_zoo import FAMILIES, renderer_of, tokenizer_of
+from tests.data.formats.rows import conversation as conversation_of
+from tests.template_zoo import FAMILIES, WITH_TOOLS, renderer_of, tokenizer_of
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "d": "developer"}
 IM = ("<|im_start|>", "<|im_end|>")
 
 
 def chat(*turns: str, **row: object) -> Conversation:
-    """`chat("u Hi", "a Hello")`."""
-    content = normalize({"messages": [{"role": ROLES[t[0]], "content": t[2:]} for t in turns], **row})
-    assert isinstance(content, Conversation)
-    return content
+    """Makes a conversation: `chat("u Hi", "a Hello")`."""
+    return conversation_of({"messages": [{"role": ROLES[t[0]], "content": t[2:]} for t in turns], **row})
 
+
+TOOL_ROW = {
+    "conversations": [
+        {"from": "human", "value": "How many?"},
+        {"from": "function_call", "value": '{"name": "count", "arguments": {"of": "Äpfel"}}'},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "Three."},
+    ],
+    "tools": '[{"name": "count"}]',
+}
 
 STEADY = [name for name, family in FAMILIES.items() if not family.rewrites]
 
@@ -40,7 +48,7 @@ def lost_by(renderer: ChatRenderer, conversation: Conversation, train_on: str = 
 
 
 @pytest.mark.parametrize("name", STEADY)
-def test_each_answer_is_trained_with_its_end_token_and_nothing_behind_it(name):
+def test_each_answer_is_trained_with_its_end_token_and_nothing_after_it(name):
     family = FAMILIES[name]
     turns = ["u Hi", "a Hello", "u And\n\nthen? ", "a  Yes 🎉\n", "u é?", "a No"]
     rendered = renderer_of(name).render(chat(*(["s Be brief"] if family.system and not family.moves else []), *turns))
@@ -48,7 +56,7 @@ def test_each_answer_is_trained_with_its_end_token_and_nothing_behind_it(name):
 
 
 @pytest.mark.parametrize("name", STEADY)
-def test_the_text_in_front_of_an_answer_is_what_a_server_sends(name):
+def test_the_text_before_an_answer_is_the_prompt_that_a_server_sends(name):
     conversation = chat("u Hi", "a Hello", "u Is it?", "a Yes")
     rendered = renderer_of(name).render(conversation)
     for turn, (start, _) in zip((1, 3), rendered.spans, strict=True):
@@ -83,14 +91,14 @@ def test_an_end_token_inside_an_answer_does_not_end_it(name, place):
     assert spoken(renderer_of(name).render(chat(*turns))) == family.answers([t[2:] for t in turns[1::2]])
 
 
-def test_answers_equal_to_each_other_and_to_the_question_are_told_apart():
+def test_equal_answers_and_questions_are_distinguished():
     rendered = renderer_of("words").render(chat("u Yes", "a Yes", "u Yes", "a Yes"))
     assert rendered.text == "user: Yes\nassistant: Yes</s>user: Yes\nassistant: Yes</s>"
     assert rendered.spans == [(21, 28), (49, 56)]
 
 
-def test_thoughts_are_trained_where_the_template_keeps_them():
-    """Behind a later question they are dropped: each answer becomes a text of its own, as it is served."""
+def test_reasoning_is_trained_where_the_template_keeps_it():
+    """It is dropped once a question follows: then each answer becomes a text of its own, as it is served."""
     thought = "<think>\nhm\n</think>\n\n"
     conversation = chat("u Hi", f"a {thought}Hello", "u So", f"a {thought}Yes")
     first, second = renderer_of("thinking").render_parts(conversation)
@@ -99,7 +107,7 @@ def test_thoughts_are_trained_where_the_template_keeps_them():
     assert second.text.count("hm") == 1
     (last,) = renderer_of("thinking").render_parts(conversation, "last_assistant")
     assert last == second
-    with pytest.raises(Rewritten, match=r"message 1 is rendered as .*hm.*, the conversation has"):
+    with pytest.raises(TurnRewritten, match=r"message 1 is rendered as .*hm.*, the conversation has"):
         renderer_of("thinking").render(conversation)
 
 
@@ -110,7 +118,7 @@ def test_train_on_last_assistant_and_all():
     assert whole.spans == [(0, len(whole.text))]
 
 
-def test_turns_that_their_author_leaves_out_are_not_trained():
+def test_turns_with_weight_0_or_train_false_are_not_trained():
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello", "weight": 0},
@@ -119,10 +127,9 @@ def test_turns_that_their_author_leaves_out_are_not_trained():
         {"role": "user", "content": "Then"},
         {"role": "assistant", "content": "No", "train": False},
     ]
-    conversation = normalize({"messages": messages})
-    assert isinstance(conversation, Conversation)
+    conversation = conversation_of({"messages": messages})
     assert spoken(renderer_of("chatml").render(conversation)) == ["Yes<|im_end|>"]
-    # The last answer is left out by its author: no other one takes its place.
+    # The last answer must not be trained: no earlier one takes its place.
     assert lost("chatml", conversation, "last_assistant").reason == "no_trained_token"
 
 
@@ -135,7 +142,7 @@ def test_a_conversation_may_end_with_a_question_or_hold_two_answers_in_a_row():
     assert spoken(renderer_of("phi3").render(chat("u Hi", "a Hello", "u So"))) == ["Hello<|end|>"]
 
 
-def test_an_opening_answer_is_trained_behind_the_generation_prompt_alone():
+def test_an_opening_answer_is_trained_after_the_generation_prompt_alone():
     rendered = renderer_of("chatml").render(chat("a Hello", "u Hi", "a Yes"))
     assert spoken(rendered) == ["Hello<|im_end|>", "Yes<|im_end|>"]
     assert rendered.text[: rendered.spans[0][0]] == "<|im_start|>assistant\n"
@@ -156,13 +163,9 @@ def test_an_answer_followed_by_the_same_speakers_tool_call_ends_before_it():
         ("observation", "3"),
         ("gpt", "3"),
     ]
-    conversation = normalize({"conversations": [{"from": who, "value": said} for who, said in turns]})
-    assert isinstance(conversation, Conversation)
+    conversation = conversation_of({"conversations": [{"from": who, "value": said} for who, said in turns]})
     rendered = ChatRenderer(spelled_tokenizer("byte_level", template, IM)).render(conversation)
     assert spoken(rendered) == ["Let me see<|im_end|>", "look<|im_end|>", "3<|im_end|>"]
-
-
-# What cannot be rendered
 
 
 def test_a_template_that_never_ends_an_answer_is_an_error():
@@ -185,7 +188,7 @@ def test_a_template_that_cannot_render_an_answer_is_an_error(template, message):
     assert caught.value.problems[0].key == "chat_template"
 
 
-def test_a_prompt_that_is_not_how_the_conversation_begins_is_a_mismatch():
+def test_a_prompt_that_is_not_a_prefix_of_the_conversation_is_a_mismatch():
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -215,14 +218,14 @@ def test_turns_that_the_template_refuses_are_a_mismatch_in_the_templates_words()
         ("u Hi", "t 3 apples", "a Yes"),
     ],
 )
-def test_messages_that_the_template_leaves_out_in_silence_are_a_mismatch(turns):
+def test_messages_that_the_template_skips_silently_are_a_mismatch(turns):
     error = lost("zephyr", chat(*turns))
     assert error.reason == "template_mismatch"
-    assert "leaves" in error.message
+    assert "skips" in error.message
     assert spoken(renderer_of("chatml").render(chat(*turns)))[-1] == "Yes<|im_end|>"
 
 
-def test_a_system_message_in_mid_conversation_that_is_left_out_is_a_mismatch():
+def test_a_skipped_system_message_in_mid_conversation_is_a_mismatch():
     template = (
         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
         "{% for m in messages if m['role'] != 'system' %}"
@@ -233,13 +236,13 @@ def test_a_system_message_in_mid_conversation_that_is_left_out_is_a_mismatch():
     assert one.renders_system
     assert spoken(one.render(chat("s Be brief", "u Hi", "a Yes"))) == ["Yes<|im_end|>"]
     for turns in (("u Hi", "s Be brief", "a Yes"), ("s Be brief", "u Hi", "a Yes", "u So", "s Be long", "a No")):
-        with pytest.raises(RowLost, match=r"template_mismatch: .* leaves message \d out \(system\)") as caught:
+        with pytest.raises(RowLost, match=r"template_mismatch: .* skips message \d \(system\)") as caught:
             one.render(chat(*turns))
-        assert f"message {len(turns) - 2} out" in caught.value.message
+        assert f"message {len(turns) - 2} " in caught.value.message
 
 
-def test_of_messages_of_one_role_each_is_looked_for():
-    """The second of two results of tools in a row; and results that the template writes as JSON, which changes them."""
+def test_each_of_several_messages_of_one_role_is_searched_for():
+    """Two tool results in a row, of which the second is skipped; and results that the template writes as JSON."""
     template = (
         "{%% for m in messages %%}%s<|im_start|>{{ m['role'] }}\n{{ %s }}<|im_end|>%s{%% endfor %%}"
         "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
@@ -248,42 +251,20 @@ def test_of_messages_of_one_role_each_is_looked_for():
     writes_json = "", "m['content'] | tojson if m['role'] == 'tool' else m['content']", ""
     turns = ("u Hi", "a Wait", "t 3", "t 4", "a Yes")
     error = lost_by(ChatRenderer(byte_level_tokenizer(template % skips)), chat(*turns))
-    assert (error.reason, error.message) == ("template_mismatch", "the chat template leaves message 3 out (tool)")
+    assert (error.reason, error.message) == ("template_mismatch", "the chat template skips message 3 (tool)")
     rendered = ChatRenderer(byte_level_tokenizer(template % writes_json)).render(chat(*turns))
     assert '<|im_start|>tool\n"4"<|im_end|>' in rendered.text
 
 
-# Tools
-
-WITH_TOOLS = (
-    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "{% if m['tool_calls'] %}{% for c in m['tool_calls'] %}<call>{{ c['function']['name'] }} "
-    "{{ c['function']['arguments'] | tojson }}</call>{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TOOL_ROW = {
-    "conversations": [
-        {"from": "human", "value": "How many?"},
-        {"from": "function_call", "value": '{"name": "count", "arguments": {"of": "Äpfel"}}'},
-        {"from": "observation", "value": "3"},
-        {"from": "gpt", "value": "Three."},
-    ],
-    "tools": '[{"name": "count"}]',
-}
-
-
 def test_a_template_with_tools_renders_them_and_the_call_is_trained():
-    conversation = normalize(TOOL_ROW)
-    assert isinstance(conversation, Conversation)
+    conversation = conversation_of(TOOL_ROW)
     rendered = ChatRenderer(byte_level_tokenizer(WITH_TOOLS)).render(conversation)
     assert '<|im_start|>tools\n[{"type": "function", "function": {"name": "count"}}]<|im_end|>' in rendered.text
     assert spoken(rendered) == ['<call>count {"of": "Äpfel"}</call><|im_end|>', "Three.<|im_end|>"]
 
 
 def test_for_a_template_without_tools_the_tools_and_calls_become_text():
-    conversation = normalize(TOOL_ROW)
-    assert isinstance(conversation, Conversation)
+    conversation = conversation_of(TOOL_ROW)
     rendered = renderer_of("chatml").render(conversation)
     assert rendered.text.startswith(
         '<|im_start|>system\nTools:\n{"name": "count"}<|im_end|>\n<|im_start|>user\nHow many?'
@@ -291,15 +272,13 @@ def test_for_a_template_without_tools_the_tools_and_calls_become_text():
     assert spoken(rendered) == ['{"name": "count", "arguments": {"of": "Äpfel"}}<|im_end|>', "Three.<|im_end|>"]
 
 
-def test_tools_stand_behind_a_system_message_of_the_rows_own():
-    conversation = normalize({**TOOL_ROW, "system": "Be brief"})
-    assert isinstance(conversation, Conversation)
+def test_tools_come_after_the_rows_own_system_message():
+    conversation = conversation_of({**TOOL_ROW, "system": "Be brief"})
     text = renderer_of("chatml").render(conversation).text
     assert text.startswith('<|im_start|>system\nBe brief\n\nTools:\n{"name": "count"}<|im_end|>\n')
     assert text.count("<|im_start|>system") == 1
 
 
 def test_tools_for_a_template_with_neither_tools_nor_system_messages_are_a_mismatch():
-    conversation = normalize(TOOL_ROW)
-    assert isinstance(conversation, Conversation)
+    conversation = conversation_of(TOOL_ROW)
     assert lost("gemma", conversation).reason == "template_mismatch"

@@ -1,4 +1,4 @@
-"""Ids and labels of each template family, written out; and what holds for any conversation in any of them."""
+"""Ids and labels of each template family, written out; and properties of any conversation in any family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALL = {"type": "function", "function": {"name": "Hi", "arguments": {"No": 1}}}
 
 
 def talk(*turns: str) -> list[dict[str, Any]]:
-    """`talk("u Hi", "a Yes")`; `call` is an assistant's call of a tool."""
+    """Makes messages: `talk("u Hi", "a Yes")`; `call` is an assistant's tool call."""
     return [
         {"role": "assistant", "content": "", "tool_calls": [CALL]}
         if turn == "call"
@@ -38,13 +38,11 @@ def conversation_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] 
 
 
 def encode(name: str, conversation: Conversation) -> tuple[Rendered, Encoded]:
-    """The last part of a conversation: all of it, where the template does not rewrite earlier turns."""
+    """Encodes the last part of a conversation: all of it, unless the template rewrites earlier turns."""
     rendered = renderer_of(name).render_parts(conversation)[-1]
     (encoded,) = encoder_of(name).encode_each([rendered])
     return rendered, encoded
 
-
-# Ids and labels written out
 
 Segment = tuple[bool, str, list[int]]
 
@@ -71,7 +69,7 @@ SCENES = {
         {"role": "assistant", "content": "Yes", "reasoning_content": "Be\n"},
     ],
 }
-# Tokens are parted by blanks; ĊĠ▁ are how vocabularies write a line feed and a blank.
+# Tokens are separated by spaces; vocabularies write a line feed and a space as ĊĠ▁.
 # fmt: off
 WRITTEN_OUT: dict[tuple[str, str], list[Segment]] = {
     ("chatml", "turns"): [
@@ -501,7 +499,7 @@ def test_ids_and_labels_written_out(name, scene):
     assert len(encoded.input_ids) == len(encoded.labels) == at
 
 
-def test_every_family_is_written_out_with_all_that_it_takes():
+def test_every_family_is_written_out_with_all_that_it_supports():
     scenes: dict[str, set[str]] = {}
     for name, scene in WRITTEN_OUT:
         scenes.setdefault(name, set()).add(scene)
@@ -515,8 +513,8 @@ def test_every_family_is_written_out_with_all_that_it_takes():
 # Templates whose prompt is not always how the conversation begins
 
 
-def test_a_system_message_that_moves_to_the_last_question_leaves_the_last_answer_to_train():
-    """Mistral v3's earlier prompts are not how the whole begins: a loss that is said, or the last answer alone."""
+def test_with_a_system_message_that_moves_to_the_last_question_only_the_last_answer_can_be_trained():
+    """Mistral v3's earlier prompts are no prefixes of the whole: the row is lost, or trained on its last answer."""
     conversation = conversation_of(talk("s Be brief", *EXCHANGES))
     with pytest.raises(RowLost, match="message 2") as caught:
         renderer_of("mistral_v3").render(conversation)
@@ -530,7 +528,7 @@ PROMPT_END = "{{ '<|im_start|>assistant\n' }}"
 
 
 def qwen3_with_prompt(end: str) -> tuple[ChatRenderer, Encoder]:
-    """Qwen 3's tokenizer with a generation prompt that goes on with `end`."""
+    """Makes Qwen 3's renderer and encoder with a generation prompt that ends with `end`."""
     family = FAMILIES["qwen3"]
     assert PROMPT_END in family.template
     template = family.template.replace(PROMPT_END, "{{ '<|im_start|>assistant\n" + end.replace("\n", "\\n") + "' }}")
@@ -569,7 +567,7 @@ def test_earlier_answers_without_the_think_block_of_their_prompt_are_a_mismatch_
     assert len(rendered.spans) == 1
 
 
-def test_thoughts_of_a_tool_loop_are_kept_behind_the_last_question():
+def test_reasoning_in_a_tool_loop_is_kept_after_the_last_question():
     messages = talk("u Hi", "call", "t 1", "a Yes")
     messages[1]["reasoning_content"] = "So"
     rendered, _ = encode("qwen3", conversation_of(messages, TOOLS))
@@ -578,8 +576,8 @@ def test_thoughts_of_a_tool_loop_are_kept_behind_the_last_question():
     assert spoken[1] == "<think>\n\n</think>\n\nYes<|im_end|>"
 
 
-def test_each_answer_of_a_rewritten_conversation_is_trained_behind_the_prompt_that_it_is_served_with():
-    """The thought is shown while the loop is the last thing said, and dropped as soon as a question follows."""
+def test_each_answer_of_a_rewritten_conversation_is_trained_after_the_prompt_it_is_served_with():
+    """The reasoning is rendered while the tool loop comes last, and dropped once a question follows."""
     messages = talk("u Hi", "call", "t 1", "a Yes", "u So", "a No")
     messages[1]["reasoning_content"] = "So"
     parts = renderer_of("qwen3").render_parts(conversation_of(messages, TOOLS))
@@ -595,14 +593,12 @@ def test_each_answer_of_a_rewritten_conversation_is_trained_behind_the_prompt_th
     assert "So\n</think>" not in parts[2].text
 
 
-def test_thoughts_are_cut_off_in_the_manner_of_deepseeks_template():
+def test_deepseeks_template_cuts_off_earlier_reasoning():
     rendered, _ = encode("deepseek", conversation_of(talk("u Hi", "a <think>So</think>Hello", "u So", "a <think>Yes")))
     bos, eos = tokenizer_of("deepseek").bos_token, tokenizer_of("deepseek").eos_token
     assert rendered.text == f"{bos}<｜User｜>Hi<｜Assistant｜>Hello{eos}<｜User｜>So<｜Assistant｜><think>Yes{eos}"
     assert [rendered.text[start:end] for start, end in rendered.spans] == [f"Hello{eos}", f"<think>Yes{eos}"]
 
-
-# What holds for every conversation
 
 CONTROL = ("<|", "<｜", "<s>", "</s>", "<bos>", "<eos>", "_of_turn>", "▁", "<unk>", "think>", "<0x", "tool_", "INST]")
 texts = st.one_of(
@@ -635,13 +631,13 @@ CALLED = {
 }
 
 
-def test_each_family_that_takes_tools_has_its_way_to_call_them():
+def test_each_family_that_supports_tools_has_its_call_format():
     assert set(CALLED) == {name for name, family in FAMILIES.items() if family.tools}
 
 
 @st.composite
 def talks(draw: st.DrawFn, name: str) -> tuple[list[dict[str, Any]], bool, list[str]]:
-    """Messages, whether they use tools, and what is trained of them as the family's template writes it."""
+    """Draws messages, whether they use tools, and the supervised texts as the family's template writes them."""
     family = FAMILIES[name]
     exchanges = draw(st.lists(st.tuples(texts, answers), min_size=1, max_size=1 if family.rewrites else 3))
     has_tools = (
@@ -662,7 +658,7 @@ def talks(draw: st.DrawFn, name: str) -> tuple[list[dict[str, Any]], bool, list[
 
 
 def spell(name: str, ids: list[int]) -> str:
-    """The text of exactly these tokens; `decode` of a SentencePiece vocabulary drops a leading blank."""
+    """Decodes exactly these tokens; `decode` of a SentencePiece vocabulary drops a leading space."""
     tokenizer = tokenizer_of(name)
     return tokenizer.backend_tokenizer.decoder.decode(tokenizer.convert_ids_to_tokens(ids))
 
@@ -670,7 +666,7 @@ def spell(name: str, ids: list[int]) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 @given(st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_what_is_trained_is_the_answers_with_their_end_tokens_and_the_pieces_are_the_whole(name, data):
+def test_the_answers_with_their_end_tokens_are_trained_and_the_pieces_join_to_the_whole(name, data):
     messages, has_tools, spoken = data.draw(talks(name))
     tokenizer, tools = tokenizer_of(name), cast(Any, TOOLS if has_tools else None)
     rendered, encoded = encode(name, conversation_of(messages, tools))
@@ -687,7 +683,7 @@ def test_what_is_trained_is_the_answers_with_their_end_tokens_and_the_pieces_are
     joined = "".join(spell(name, run) for _, run in runs)
     if FAMILIES[name].kind.startswith("byte_level"):
         assert joined == whole
-    else:  # SentencePiece puts blanks of its own at the start and behind control tokens
+    else:  # SentencePiece adds spaces at the start and after control tokens
         assert joined.replace(" ", "") == whole.replace(" ", "")
     # A server encodes the prompt on its own: these are the tokens that the first answer must be predicted from.
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")

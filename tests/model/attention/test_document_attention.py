@@ -1,4 +1,4 @@
-"""Documents that share a row are attended to as if each were alone, in every model that has an attention interface."""
+"""Documents that share a row are computed as if each were alone, in every model with an attention interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils, set_seed
 
-from sft.data.loading.boundaries import DocumentOffsets
+from sft.data.loading.document_offsets import DocumentOffsets
 from sft.model.attention import document_attention
 from sft.model.attention import kernel as document_kernel
 from sft.model.attention.document_attention import (
@@ -22,8 +22,8 @@ from sft.model.attention.document_attention import (
     DocumentsLost,
     attention_inputs,
     fits_varlen,
+    obstacle_to_documents,
     register,
-    supports_documents,
     takes_documents,
 )
 from sft.model.attention.kernel import attend
@@ -138,14 +138,14 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 def test_packed_documents_have_the_logits_and_gradients_of_lone_ones(kind: str) -> None:
     model = build(kind)
     alone = twin(model, "eager")
-    assert supports_documents(model.config, type(model)) is None
+    assert obstacle_to_documents(model.config, type(model)) is None
     packed, expected = packed_logits(model), lone_logits(alone)
     assert (packed - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
     assert_same_gradients(gradients(model, packed), gradients(alone, expected))
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "cohere2", "gpt_oss"])
-def test_the_window_counts(kind: str) -> None:
+def test_the_window_changes_the_logits(kind: str) -> None:
     """The comparison above would not notice a window that both sides ignore."""
     wide = build(kind, sliding_window=200)
     assert (packed_logits(build(kind)) - packed_logits(wide)).abs().max() > 1e-2
@@ -175,7 +175,7 @@ TRAPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("trap", TRAPS)
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("training", [False, True])
-def test_documents_stay_apart_although(trap: str, kind: str, training: bool) -> None:
+def test_documents_are_isolated_although(trap: str, kind: str, training: bool) -> None:
     model = build(kind).train(training)
     assert (packed_logits(model, **TRAPS[trap]) - lone_logits(model)).abs().max() <= 1e-5
 
@@ -266,7 +266,7 @@ def test_no_mask_is_built_and_no_positions_are_searched(kind: str, monkeypatch: 
     assert largest.elements >= tokens * tokens
 
 
-def test_the_mask_that_goes_along_takes_no_memory() -> None:
+def test_the_placeholder_mask_takes_no_memory() -> None:
     mask = attention_inputs(build("llama").config, DocumentOffsets.of([1000, 9000]))["attention_mask"]
     assert mask.shape == (1, 1, 1, 10_000)
     assert mask.untyped_storage().nbytes() == 1
@@ -357,7 +357,7 @@ def test_checkpointing_draws_the_same_dropout_again() -> None:
     assert_same_gradients(gradients(model, packed_logits(model)), expected)
 
 
-def test_autocast_computes_in_its_type() -> None:
+def test_autocast_computes_in_its_dtype() -> None:
     query, key, value = heads(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = attend(query, key, value.bfloat16(), torch.tensor(OFFSETS), 0.3)
@@ -368,7 +368,7 @@ def test_autocast_computes_in_its_type() -> None:
 def test_the_operator_keeps_torchs_rules() -> None:
     query, key, value = (tensor.float().requires_grad_() for tensor in heads())
     arguments = (query, key, value, torch.tensor(OFFSETS), None, None, 0.3, None, None, 0.0)
-    torch.library.opcheck(document_kernel._attend, arguments)
+    torch.library.opcheck(document_kernel.forward_operator, arguments)
 
 
 def test_compiled_models_take_any_documents_in_one_graph() -> None:
@@ -408,49 +408,49 @@ def test_compiled_models_take_any_documents_in_one_graph() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, "sees tokens that come later"),
     ],
 )
-def test_models_that_cannot_say_why(kind: str, settings: dict[str, Any], reason: str) -> None:
+def test_unsupported_models_are_refused_with_a_reason(kind: str, settings: dict[str, Any], reason: str) -> None:
     config = AutoConfig.for_model(kind, **settings)
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    found = supports_documents(config, model_class)
+    found = obstacle_to_documents(config, model_class)
     assert reason in str(found)
 
 
-def test_code_that_comes_with_a_model_is_not_trusted_with_documents() -> None:
-    assert "comes with the model" in str(supports_documents(tiny_llama(VOCAB).config, None))
+def test_remote_code_is_not_supported() -> None:
+    assert "comes with the model" in str(obstacle_to_documents(tiny_llama(VOCAB).config, None))
 
 
-def test_boundaries_that_do_not_reach_the_attention_are_noticed() -> None:
-    with pytest.raises(DocumentsLost, match="NemotronAttention is not told where documents begin"):
+def test_offsets_that_do_not_reach_the_attention_are_noticed() -> None:
+    with pytest.raises(DocumentsLost, match="NemotronAttention does not get the offsets of the documents"):
         packed_logits(build("nemotron"))
 
 
-def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
-    with pytest.raises(ValueError, match="has a sliding window and does not tell its attention"):
+def test_a_window_that_is_not_passed_to_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="has a sliding window and does not pass it to its attention"):
         packed_logits(build("phimoe", sliding_window=100, **EXPERTS))
 
 
-def test_boundaries_of_another_row_are_refused() -> None:
+def test_offsets_of_another_row_are_refused() -> None:
     model = build("llama")
     ids, positions, _ = row()
-    with pytest.raises(ValueError, match="the boundaries are of a row of 7 tokens, the row has 195"):
+    with pytest.raises(ValueError, match="the document offsets are of a row of 7 tokens, the row has 195"):
         model(input_ids=ids, position_ids=positions, **attention_inputs(model.config, DocumentOffsets.of([3, 4])))
 
 
-def test_documents_with_a_past_or_several_rows_are_refused() -> None:
+def test_documents_with_a_key_cache_or_several_rows_are_refused() -> None:
     model = build("llama")
     ids, positions, documents = row()
     past = model(input_ids=ids[:, :4], use_cache=True).past_key_values
     inputs = attention_inputs(model.config, documents)
-    with pytest.raises(ValueError, match="one row without a past"):
+    with pytest.raises(ValueError, match="one row without a key cache"):
         model(input_ids=ids, position_ids=positions, past_key_values=past, **inputs)
-    with pytest.raises(ValueError, match="one row without a past"):
+    with pytest.raises(ValueError, match="one row without a key cache"):
         model(input_ids=ids.repeat(2, 1), position_ids=positions.repeat(2, 1), **inputs)
 
 
 # What the model is called with
 
 
-def test_flash_attention_is_given_its_own_names() -> None:
+def test_flash_attention_gets_the_offsets_by_its_own_names() -> None:
     config = tiny_llama(VOCAB).config
     config._attn_implementation_internal = "flash_attention_2"
     inputs = attention_inputs(config, DocumentOffsets.of([3, 4]))
@@ -460,7 +460,7 @@ def test_flash_attention_is_given_its_own_names() -> None:
     assert takes_documents(config)
 
 
-def test_other_attentions_are_left_as_they_are() -> None:
+def test_other_attentions_get_no_offsets() -> None:
     config = tiny_llama(VOCAB).config
     for attention in ("sdpa", "eager", "flex_attention"):
         config._attn_implementation_internal = attention
@@ -468,7 +468,7 @@ def test_other_attentions_are_left_as_they_are() -> None:
         assert not takes_documents(config)
 
 
-def test_the_name_does_not_end_up_in_saved_models(tmp_path: Any) -> None:
+def test_the_attention_is_not_saved_with_the_model(tmp_path: Any) -> None:
     build("llama").save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
 
@@ -497,7 +497,7 @@ def test_registering_again_changes_nothing() -> None:
         ({"dropout": 0.1}, False),
     ],
 )
-def test_what_torchs_flash_attention_takes(changed: dict[str, Any], fits: bool) -> None:
+def test_which_heads_torchs_flash_attention_supports(changed: dict[str, Any], fits: bool) -> None:
     usual: dict[str, Any] = {"dtype": torch.bfloat16, "width": 128, "value_width": 128}
     assert fits_varlen(**{**usual, "softcap": None, "sinks": None, "dropout": 0.0, **changed}) is fits
 
@@ -516,13 +516,13 @@ def by_documents(
 
 
 @pytest.mark.parametrize("window", [None, 1, 7])
-def test_torchs_flash_attention_is_called_with_the_same_meaning(
+def test_torchs_flash_attention_gets_the_same_offsets_and_window(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(document_attention, "varlen_attn", by_documents)
     query, key, value = heads()
     documents = DocumentOffsets.of([b - a for a, b in pairwise(OFFSETS)])
-    found = document_attention._varlen(query, key, value, documents, 0.3, window)
+    found = document_attention.flash_attention(query, key, value, documents, 0.3, window)
     assert (found - attend(query, key, value, documents.offsets, 0.3, window)).abs().max() < 1e-12
 
 
@@ -533,13 +533,13 @@ def _forget_compiled() -> Iterator[None]:
 
 
 def test_heads_that_are_slow_on_a_gpu_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    document_attention._say_what_is_slow.cache_clear()
+    document_attention.warn_slow_heads.cache_clear()
     with caplog.at_level("WARNING", logger="sft"):
         for _ in range(3):
-            document_attention._say_what_is_slow(False, "torch.float32", 64, 32, 50.0, True, 0.1)
-            document_attention._say_what_is_slow(True, "torch.float16", 64, 64, None, False, 0.0)
+            document_attention.warn_slow_heads(False, "torch.float32", 64, 32, 50.0, True, 0.1)
+            document_attention.warn_slow_heads(True, "torch.float16", 64, 64, None, False, 0.0)
     slow, old = caplog.messages
     assert (
         "heads in torch.float32, 64 wide with values of 32, with a soft cap of 50.0 and sinks and dropout 0.1" in slow
     )
-    assert "older than Ampere" in old
+    assert "needs an Ampere or a later GPU" in old

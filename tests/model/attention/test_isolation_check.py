@@ -1,4 +1,4 @@
-"""Documents in one row must not see each other; a model in which they do is refused before it trains."""
+"""A model in which documents of one row see each other is refused before it trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, NemotronConfig, OPTC
 from sft.data.loading.collator import Collator
 from sft.errors import UserError
 from sft.model.attention.document_attention import NAME, register
-from sft.model.attention.isolation_check import Leak, _is_precise, measure_leak, require_isolation
+from sft.model.attention.isolation_check import Leak, computes_in_float32, measure_leak, require_isolation
 from tests.builders import tiny_llama
 
 
@@ -39,7 +39,7 @@ def mamba() -> Any:
 
 
 @pytest.mark.parametrize(("attention", "flatten"), [(NAME, True), ("sdpa", True), ("sdpa", False), ("eager", False)])
-def test_rotary_attention_keeps_documents_apart(attention: str, flatten: bool) -> None:
+def test_rotary_attention_isolates_documents(attention: str, flatten: bool) -> None:
     model = tiny_llama(50)
     model.set_attn_implementation(attention)
     leak = measure_leak(model, Collator(0, flatten=flatten))
@@ -54,8 +54,8 @@ def test_a_model_in_bf16_is_not_refused_for_its_rounding() -> None:
     require_isolation(model, Collator(0, flatten=True))
 
 
-def test_learned_positions_are_kept_apart_where_the_attention_is_told() -> None:
-    """OPT searches no position_ids for documents, so that transformers' own mask lets them see each other."""
+def test_learned_positions_are_isolated_by_sft_documents_only() -> None:
+    """OPT does not search position_ids for documents: transformers' own mask lets them see each other."""
     require_isolation(opt(NAME), Collator(1, flatten=True))
     with pytest.raises(UserError, match=r"packing: documents packed in one row see each other in this opt model"):
         require_isolation(opt("sdpa"), Collator(1))
@@ -68,10 +68,10 @@ def test_recurrent_layers_leak() -> None:
         require_isolation(model, Collator(0))
 
 
-def test_a_model_that_does_not_hand_boundaries_on_is_refused_with_a_way_out() -> None:
+def test_a_model_that_does_not_pass_the_offsets_on_is_refused_with_a_remedy() -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = build(NemotronConfig(vocab_size=50, num_attention_heads=4, num_key_value_heads=2, **sizes), NAME)
-    with pytest.raises(UserError, match="NemotronAttention is not told where documents begin") as raised:
+    with pytest.raises(UserError, match="NemotronAttention does not get the offsets of the documents") as raised:
         require_isolation(model, Collator(0, flatten=True))
     problem = raised.value.problems[0]
     assert problem.key == "attn_implementation"
@@ -87,14 +87,14 @@ def test_a_model_that_does_not_hand_boundaries_on_is_refused_with_a_way_out() ->
         (Leak(0.0, 0.1), True, True),
     ],
 )
-def test_rounding_is_told_from_a_leak(leak: Leak, in_float32: bool, in_bf16: bool) -> None:
+def test_rounding_is_distinguished_from_a_leak(leak: Leak, in_float32: bool, in_bf16: bool) -> None:
     assert leak.exceeds(precise=True) is in_float32
     assert leak.exceeds(precise=False) is in_bf16
 
 
 @pytest.fixture
-def float32_products() -> Iterator[Any]:
-    """torch's settings of float32 products on CUDA devices, which are put back."""
+def float32_backends() -> Iterator[Any]:
+    """torch's settings of float32 matrix multiplications on CUDA devices, restored after the test."""
     backends: Any = torch.backends
     yield backends
     backends.fp32_precision = backends.cuda.matmul.fp32_precision = "none"
@@ -102,22 +102,22 @@ def float32_products() -> Iterator[Any]:
 
 
 def on_cuda() -> Any:
-    """What is asked of a model in float32 on a CUDA device."""
+    """A stand-in for a model in float32 on a CUDA device."""
     weight = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
     return SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight))
 
 
-def test_float32_products_in_tf32_are_not_precise_by_whichever_setting(float32_products: Any) -> None:
+def test_tf32_is_not_float32_by_whichever_setting(float32_backends: Any) -> None:
     """Those of transformers' `tf32: true`, of torch's older flag, and of `set_float32_matmul_precision`."""
-    assert _is_precise(on_cuda())
-    float32_products.fp32_precision = "tf32"
-    assert not _is_precise(on_cuda())
-    assert _is_precise(tiny_llama(50)), "a CPU has no TF32"
-    float32_products.fp32_precision = "ieee"
-    assert _is_precise(on_cuda())
-    float32_products.cuda.matmul.allow_tf32 = True
-    assert not _is_precise(on_cuda())
-    float32_products.cuda.matmul.allow_tf32 = False
-    assert _is_precise(on_cuda())
+    assert computes_in_float32(on_cuda())
+    float32_backends.fp32_precision = "tf32"
+    assert not computes_in_float32(on_cuda())
+    assert computes_in_float32(tiny_llama(50)), "a CPU has no TF32"
+    float32_backends.fp32_precision = "ieee"
+    assert computes_in_float32(on_cuda())
+    float32_backends.cuda.matmul.allow_tf32 = True
+    assert not computes_in_float32(on_cuda())
+    float32_backends.cuda.matmul.allow_tf32 = False
+    assert computes_in_float32(on_cuda())
     torch.set_float32_matmul_precision("high")
-    assert not _is_precise(on_cuda())
+    assert not computes_in_float32(on_cuda())

@@ -1,4 +1,4 @@
-"""Blocks cover each document's queries with the keys they see; where shapes cost, they are few, and nothing changes."""
+"""Blocks cover each document's queries and the keys they see; rounded blocks have few shapes and the same results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sft.model.attention import kernel as document_kernel
 from sft.model.attention.kernel import attend
-from sft.model.attention.kernel_blocks import Span, cut, keeps_code_by_shape
+from sft.model.attention.kernel_blocks import Span, caches_kernels_by_shape, cut_blocks
 
 OFFSETS = [0, 1, 128, 257, 1500]
 
@@ -40,19 +40,19 @@ def heads(tokens: int, dtype: torch.dtype, with_sinks: bool = False) -> list[Ten
 
 
 def rounding(monkeypatch: pytest.MonkeyPatch, is_on: bool) -> None:
-    monkeypatch.setattr(document_kernel, "keeps_code_by_shape", lambda _: is_on)
+    monkeypatch.setattr(document_kernel, "caches_kernels_by_shape", lambda _: is_on)
 
 
-# How a document is cut
+# Blocks
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
 def test_a_block_holds_at_most_128_queries_of_one_document_and_the_keys_they_see(window: int | None) -> None:
     covered: list[int] = []
-    for (begin, end), spans in zip(pairwise(OFFSETS), cut(OFFSETS, window, rounded=False), strict=True):
+    for (begin, end), spans in zip(pairwise(OFFSETS), cut_blocks(OFFSETS, window, rounded=False), strict=True):
         for span in spans:
             assert begin <= span.start <= span.first < span.stop <= end == span.end
-            assert span.queries == span.real <= 128
+            assert span.query_count == span.token_count <= 128
             assert span.start == max(begin, span.first - (window or end) + 1)
             covered += range(span.first, span.stop)
     assert covered == list(range(1500))
@@ -61,13 +61,13 @@ def test_a_block_holds_at_most_128_queries_of_one_document_and_the_keys_they_see
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
 def test_rounded_blocks_cover_the_same_tokens_in_multiples_of_32(window: int | None) -> None:
     covered: list[int] = []
-    for (begin, end), spans in zip(pairwise(OFFSETS), cut(OFFSETS, window, rounded=True), strict=True):
+    for (begin, end), spans in zip(pairwise(OFFSETS), cut_blocks(OFFSETS, window, rounded=True), strict=True):
         for span in spans:
             assert begin <= span.start <= max(begin, span.first - (window or end) + 1)  # no key is left out
             assert span.first < end == span.end  # no block is without a token
-            assert span.queries % 32 == (span.stop - span.start) % 32 == 0
-            assert span.queries <= 128
-            covered += range(*span.own.indices(1500))
+            assert span.query_count % 32 == (span.stop - span.start) % 32 == 0
+            assert span.query_count <= 128
+            covered += range(*span.tokens.indices(1500))
         assert spans[-1].stop - end < max(32, (end - begin) / 8)
     assert covered == list(range(1500))
 
@@ -75,30 +75,30 @@ def test_rounded_blocks_cover_the_same_tokens_in_multiples_of_32(window: int | N
 @pytest.mark.parametrize(("longest", "shapes"), [(512, 16), (2048, 48), (8192, 96)])
 def test_documents_of_any_length_share_few_shapes(longest: int, shapes: int) -> None:
     found = {
-        (span.queries, span.stop - span.start)
+        (span.query_count, span.stop - span.start)
         for length in range(1, longest + 1)
-        for spans in cut([0, length], None, rounded=True)
+        for spans in cut_blocks([0, length], None, rounded=True)
         for span in spans
     }
     assert len(found) == shapes
 
 
 def test_only_half_precision_on_a_cpu_is_rounded() -> None:
-    assert keeps_code_by_shape(torch.empty(1, dtype=torch.bfloat16))
-    assert keeps_code_by_shape(torch.empty(1, dtype=torch.float16))
-    assert not keeps_code_by_shape(torch.empty(1, dtype=torch.float32))
-    assert not keeps_code_by_shape(torch.empty(1, dtype=torch.bfloat16, device="meta"))
+    assert caches_kernels_by_shape(torch.empty(1, dtype=torch.bfloat16))
+    assert caches_kernels_by_shape(torch.empty(1, dtype=torch.float16))
+    assert not caches_kernels_by_shape(torch.empty(1, dtype=torch.float32))
+    assert not caches_kernels_by_shape(torch.empty(1, dtype=torch.bfloat16, device="meta"))
 
 
-def test_what_is_no_token_of_the_document_is_zero() -> None:
+def test_tokens_of_other_documents_are_replaced_by_zeros() -> None:
     row = torch.arange(1.0, 11.0)[None, :, None]
     span = Span(start=2, first=4, stop=8, end=7, contiguous=True)
     assert span.keys_of(row).flatten().tolist() == [3, 4, 5, 6, 7, 0]
     assert span.queries_of(row).flatten().tolist() == [5, 6, 7, 0]
-    assert (span.queries, span.real, span.own) == (4, 3, slice(4, 7))
+    assert (span.query_count, span.token_count, span.tokens) == (4, 3, slice(4, 7))
 
 
-# That it changes nothing
+# Results
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -119,7 +119,7 @@ def test_rounding_changes_neither_outputs_nor_gradients(
         assert (one - other).norm() <= 1e-6 * other.norm()  # the sinks' gradients and sums over blocks are in float32
 
 
-def test_dropout_is_drawn_alike_in_both_passes_of_rounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_the_same_in_forward_and_backward_of_rounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rounding(monkeypatch, is_on=True)
 
     def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_dropout_is_drawn_alike_in_both_passes_of_rounded_blocks(monkeypatch: py
 
 
 @pytest.mark.parametrize("length", [1, 31, 33, 150, 300])
-def test_in_bfloat16_a_document_is_the_same_to_the_bit_whatever_stands_beside_it(length: int) -> None:
+def test_in_bfloat16_a_document_is_the_same_to_the_bit_beside_any_other(length: int) -> None:
     offsets = [0, 37, 37 + length, 110 + length]
     row = heads(offsets[-1], torch.bfloat16)
     own = slice(37, 37 + length)
@@ -144,11 +144,11 @@ def test_in_bfloat16_a_document_is_the_same_to_the_bit_whatever_stands_beside_it
         assert torch.equal(found[:, own], other)
 
 
-# What it is for
+# Shapes
 
 
-def products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
-    """Shapes and layouts of the products that 200 documents of random lengths up to 512 take."""
+def multiplications(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
+    """Shapes and layouts of the matrix multiplications for 200 documents of random lengths up to 512."""
     found, multiply = set(), torch.bmm
 
     def record(a: Tensor, b: Tensor) -> Tensor:
@@ -169,6 +169,6 @@ def products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> set[tuple[A
     return found
 
 
-def test_in_bfloat16_all_documents_together_take_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(products(torch.bfloat16, monkeypatch)) <= 16 * 6  # blocks, by scores and sums in both passes
-    assert len(products(torch.float32, monkeypatch)) > 500
+def test_in_bfloat16_all_documents_together_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(multiplications(torch.bfloat16, monkeypatch)) <= 16 * 6  # blocks, times kinds of multiplication
+    assert len(multiplications(torch.float32, monkeypatch)) > 500

@@ -66,7 +66,7 @@ def test_an_optimizer_that_fails_in_its_step_is_refused(tmp_path: Path, monkeypa
         raise RuntimeError("no kernel for this device\nand much more")
 
     monkeypatch.setattr(torch.optim.SGD, "step", fail)
-    with pytest.raises(UserError, match=r"'sgd' does not run on the CPU: no kernel for this device\n    leave"):
+    with pytest.raises(UserError, match=r"'sgd' does not run on the CPU: no kernel for this device\n    remove"):
         require_optimizer(arguments(tmp_path, "sgd"))
 
 

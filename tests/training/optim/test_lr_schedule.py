@@ -10,7 +10,7 @@ import pytest
 
 from sft.config.schema import Config, TrainingKeys
 from sft.config.upstream_schema import facts
-from sft.config.validation import broken_rules
+from sft.config.validation import find_broken_rules
 from sft.errors import Problem, UserError
 from sft.training.optim.lr_schedule import require_schedule
 from tests.runs import arithmetic, refused_before_data, write_config, write_rows
@@ -35,7 +35,7 @@ def refusal(schedule: str, settings: Any = None, **keys: Any) -> Problem | None:
 
 def dropped(schedule: str, **keys: Any) -> list[tuple[str | None, str]]:
     config = Config(**{"lr_scheduler_type": schedule, "validation_split": 0.1, "eval_strategy": "steps", **keys})
-    return [(problem.key, problem.message) for problem in broken_rules(config)]
+    return [(problem.key, problem.message) for problem in find_broken_rules(config)]
 
 
 @pytest.mark.parametrize("schedule", facts()["TrainingArguments"]["lr_scheduler_type"]["choices"])

@@ -95,7 +95,7 @@ def resumed(
     configured = ConfiguredOptimizer.of(optimizer)
     optimizer.load_state_dict(states[0])
     scheduler.load_state_dict(states[1])
-    configured.put_back(optimizer, scheduler, "checkpoint-4")
+    configured.restore(optimizer, scheduler, "checkpoint-4")
     return optimizer, scheduler
 
 
@@ -162,7 +162,7 @@ def test_a_finished_run_that_is_prolonged_takes_the_rate_of_the_longer_schedule(
 
 
 def plateau_after_a_cut(now: float) -> tuple[torch.optim.Optimizer, Any]:
-    """A schedule that goes by evaluations, behind the second one, which was worse and cut the rate to a tenth."""
+    """A schedule that depends on evaluations, after the second one, which was worse and cut the rate to a tenth."""
     optimizers = []
     for rate in (1e-2, now):
         optimizer = adamw(lr=rate)
@@ -175,7 +175,7 @@ def plateau_after_a_cut(now: float) -> tuple[torch.optim.Optimizer, Any]:
     configured = ConfiguredOptimizer.of(optimizer)
     optimizer.load_state_dict(old.state_dict())
     scheduler.load_state_dict(old_schedule.state_dict())
-    configured.put_back(optimizer, scheduler, "checkpoint-4")
+    configured.restore(optimizer, scheduler, "checkpoint-4")
     return optimizer, scheduler
 
 
@@ -193,7 +193,7 @@ def test_a_momentum_without_its_buffers_is_not_switched_on(caplog: pytest.LogCap
     optimizer, scheduler = resumed(rmsprop, {"alpha": 0.9}, {"alpha": 0.99, "momentum": 0.9})
     train(optimizer, scheduler, range(4, 5))
     assert {(group["momentum"], group["alpha"]) for group in optimizer.param_groups} == {(0, 0.99)}
-    assert "optim_args: momentum stays 0: the states in checkpoint-4 are of such a run" in lines(caplog)
+    assert "optim_args: momentum stays 0, which the optimizer state in checkpoint-4 was saved with" in lines(caplog)
     assert "optim_args: alpha: 0.9 in checkpoint-4, 0.99 from here on" in lines(caplog)
 
 
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_the_rate_and_the_decay_of_its_config(
     watching += [f"validation_file={tmp_path / 'rows.jsonl'}", "eval_packing=false"]
     capsys.readouterr()
     assert sft_main.main(["--config_file", str(config), f"output_dir={again}", *changes, *watching]) == 2
-    assert "goes by steps, and this one does not" in " ".join(capsys.readouterr().err.split())
+    assert "depends on steps, and this run's does not" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_schedule_does_not_take_the_state_of_another_kind(tmp_path: Path) -> None:
@@ -242,6 +242,6 @@ def test_a_schedule_does_not_take_the_state_of_another_kind(tmp_path: Path) -> N
     for saved, other, what in ((by_steps, by_evaluations, "steps"), (by_evaluations, by_steps, "evaluations")):
         torch.save(saved.state_dict(), tmp_path / "scheduler.pt")
         require_schedule_of(tmp_path, by_steps=saved is by_steps)
-        with pytest.raises(UserError, match=f"goes by {what}") as raised:
+        with pytest.raises(UserError, match=f"depends on {what}") as raised:
             require_schedule_of(tmp_path, by_steps=other is by_steps)
         assert raised.value.problems[0].key == "lr_scheduler_type"

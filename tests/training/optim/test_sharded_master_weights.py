@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sft.distributed.dtensor import to_full
 from sft.loss.forward import TokenForward
 from sft.loss.token_loss import LossSettings
-from sft.training.optim.factory import skipping, with_master_weights
+from sft.training.optim.factory import find_fused_adam, with_master_weights
 from sft.training.optim.grad_norm import gradient_norms, total_norm
 from tests.loss.test_fused_linear import batch, llama
 from tests.loss.test_vocab_parallel import fully_sharded, tensor_parallel
@@ -44,7 +44,7 @@ def trained(model: Any, optimizer: Any, ranks: list[int], scale: torch.Tensor) -
 
 def leave_out_a_step(model: Any, optimizer: Any) -> None:
     """A step on gradients that are NaN, which the optimizer is told not to make."""
-    fused: Any = skipping(optimizer)
+    fused: Any = find_fused_adam(optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, torch.nan, dtype=torch.float32)
     norm = total_norm(gradient_norms(model.named_parameters()).values())

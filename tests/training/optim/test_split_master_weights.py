@@ -17,11 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import Adafactor
 
 import sft_main
-import trainer_utils
 from sft.errors import UserError
-from sft.training.optim import split_master_weights
 from sft.training.optim.master_weights import MASTERS, MasterWeights
-from sft.training.optim.split_master_weights import SplitMasters, join, split
+from sft.training.optim.split_master_weights import LARGEST_PIECE, SplitMasters, join, split
 from tests import builders
 from tests.ranks import spawn_ranks
 from tests.runs import arithmetic, write_config, write_rows
@@ -141,13 +139,14 @@ def values_in(masters: MasterWeights) -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("is_one_pass", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool) -> None:
     """To the last bit, in buckets of a few weights and slices of a few rows."""
-    monkeypatch.setattr(split_master_weights, "_CPU_TOGETHER", 1000)
-    if "8 bits" not in name:  # whose blocks of 256 numbers would be others
-        monkeypatch.setattr(split_master_weights, "LARGEST_PIECE", 640)
+    # 8-bit states have a scale for each block of 256 elements: slices would have other blocks.
+    largest = LARGEST_PIECE if "8 bits" in name else 640
     model, twin = layers(), layers()
-    ours = SplitMasters(OPTIMIZERS[name](groups(model)), summed=[] if is_one_pass else None)
+    optimizer = OPTIMIZERS[name](groups(model))
+    summed: list[Any] | None = [] if is_one_pass else None
+    ours = SplitMasters(optimizer, summed, largest_piece=largest, bucket_size=1000)
     whole = MasterWeights(OPTIMIZERS[name](groups(twin)))
     for step in range(12):
         for each, masters in ((model, ours), (twin, whole)):
@@ -220,7 +219,7 @@ def test_a_state_is_refused_for_other_weights_than_it_was_saved_with() -> None:
     masters = SplitMasters(OPTIMIZERS["fused"](groups(model)))
     gradients_of(model, 0)
     masters.step()
-    with pytest.raises(UserError, match="weights are not the optimizer state's"):
+    with pytest.raises(UserError, match="the optimizer state belongs to other weights"):
         SplitMasters(OPTIMIZERS["fused"](groups(other))).load_state_dict(masters.state_dict())
 
 
@@ -279,18 +278,17 @@ def test_bfloat16_gradients_of_one_pass_change_no_bit(
 ) -> None:
     """Against gradients in float32 throughout, with a head whose loss is made in chunks, or that embeds as well."""
     monkeypatch.setattr(builders, "tiny_llama", partial(builders.tiny_llama, tie_word_embeddings=is_tied))
-    formats: list[set[torch.dtype | None]] = []
+    dtypes: list[set[torch.dtype | None]] = []
     build = SplitMasters.__init__
 
-    def noting(self: SplitMasters, inner: Any, summed: Any = None) -> None:
-        build(self, inner, summed)
-        formats.append({weight.grad_dtype for weight, _ in self.pairs})
+    def build_and_note(self: SplitMasters, inner: Any, summed: Any = None) -> None:
+        build(self, inner, summed if not dtypes else None)  # in the second run all gradients are in float32
+        dtypes.append({weight.grad_dtype for weight, _ in self.pairs})
 
-    monkeypatch.setattr(SplitMasters, "__init__", noting)
+    monkeypatch.setattr(SplitMasters, "__init__", build_and_note)
     ours = weights_after_a_run(tmp_path, "bfloat16")
-    monkeypatch.setattr(trainer_utils.SFTTrainer, "_summed", lambda _: None)
     exact = weights_after_a_run(tmp_path, "float32")
-    assert formats == [{torch.bfloat16, torch.float32}, {torch.float32}]
+    assert dtypes == [{torch.bfloat16, torch.float32}, {torch.float32}]
     assert ours.keys() == exact.keys()
     assert all(ours[name].equal(exact[name]) for name in ours)
 

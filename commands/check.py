@@ -1,24 +1,38 @@
-"""Whether a run can start: everything that can be told of a config, its files and its data without training."""
+"""Tells everything that can be wrong: the config, the model's files, the tokenizer, every row of the data."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import config_manager
 import data_handler
 import model_manager
-import stages
-from config_manager import Config
-from sft.checkpoint import output_dir as earlier_runs
+import pipeline
+from commands.options import Options
 from sft.checkpoint.discovery import find_checkpoint
-from sft.config.schema import DataKeys, ModelKeys, TrainingKeys
+from sft.config.schema import Config, DataKeys, ModelKeys, TrainingKeys
 from sft.data.loading.batch_plan import plan_batches
 from sft.distributed.gpus import require_gpus, require_tf32
+from sft.errors import UserError
 from sft.report import run_files
 from sft.report.check_report import Report
-from sft.report.console import quiet_libraries
+from sft.report.console import quiet_libraries, show_report
 from sft.report.trackers import require_trackers
 from sft.training.optim.lr_schedule import require_schedule
+
+
+def run(options: Options) -> int:
+    """Checks a run and prints the report; 0 if it would start."""
+    with Report() as report:
+        config = report.attempt(options.load_config)
+        if config is not None:
+            check_run(config, report)
+    if options.json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+    else:
+        show_report(report)
+    return UserError.exit_code if report.errors else 0
 
 
 def check_run(config: Config, report: Report) -> None:
@@ -30,7 +44,7 @@ def check_run(config: Config, report: Report) -> None:
     on_cpu = config.use_cpu or config.num_gpus == 0
     report.attempt(lambda: require_tf32(config.section(TrainingKeys), on_cpu=on_cpu))
     report.attempt(lambda: run_files.require_writable(Path(config.output_dir)))
-    report.attempt(lambda: require_apart(config))
+    report.attempt(lambda: pipeline.forbid_overlap(config))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
     if config.torch_compile:
         from sft.model.compile import compile_settings
@@ -42,29 +56,22 @@ def check_run(config: Config, report: Report) -> None:
     if tokenizer is None:
         return
     keys = config.section(DataKeys)
-    data = report.attempt(lambda: stages.read_data(config, tokenizer, whole_window=True))
+    data = report.attempt(lambda: pipeline.read_data(config, tokenizer, whole_window=True))
     if data is None:
         return
     report.data = data.ledger
-    report.serving = report.attempt(lambda: data_handler.serving_contract(keys, tokenizer))
-    if report.serving:
-        report.errors += report.serving.problems
+    serving = report.attempt(lambda: data_handler.serving_contract(keys, tokenizer))
+    if serving:
+        report.serving, report.serving_message = serving.as_json(), serving.message
+        report.errors += serving.problems
     report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
     plan = report.attempt(
-        lambda: plan_batches(config.section(TrainingKeys), data.train_rows, data.train_tokens, stages.processes(config))
+        lambda: plan_batches(
+            config.section(TrainingKeys), data.train_rows, data.train_tokens, pipeline.process_count(config)
+        )
     )
     report.estimate = plan.as_json() if plan else None
     if plan and not report.errors:
         quiet_libraries()  # tracing the model imports them
-        told = report.attempt(lambda: stages.estimate_run(config, tokenizer, data))
+        told = report.attempt(lambda: pipeline.estimate_run(config, tokenizer, data))
         report.estimate = told.as_json() if told else report.estimate
-
-
-def require_apart(config: Config) -> None:
-    """What the run starts from must lie apart from what it writes.
-
-    Raises:
-        UserError: it does not.
-    """
-    keys = ("model_name_or_path", "tokenizer_name_or_path", "from_scratch", "chat_template")
-    earlier_runs.forbid_overlap(Path(config.output_dir), {key: getattr(config, key) for key in keys})

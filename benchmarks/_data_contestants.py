@@ -1,37 +1,44 @@
-"""What the data benchmark measures. Each runs alone in a process: `python -m benchmarks._contestants NAME ARGUMENTS`.
+"""The contestants of the data benchmark, each in its own process: `python -m benchmarks._data_contestants NAME ...`.
 
-A contestant imports and loads what it needs first; its clock runs over the work alone. It reports
+A contestant first imports and loads what it needs; its clock covers the work only. It reports
 
     seconds        of the work
-    cpu_s          processor time of the work, in all processes that have ended: far below seconds x cores used means
-                   that something else ran on the machine, or that the work waited
-    tokens         real tokens that came out of it: no padding
-    packed_rows    rows of at most `MAX_LENGTH` tokens that hold them
+    cpu_s          processor time of the work, finished child processes included: far below seconds x cores means that
+                   the work waited, or that something else ran on the machine
+    tokens         tokens prepared, without padding
+    packed_rows    sequences of at most `MAX_LENGTH` tokens that hold them
     ready_s        from the start of the process to the start of the work
     ready_mib      memory at the start of the work
-    own_peak_mib   the most memory that this process ever had
+    own_peak_mib   peak memory of this process
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._inputs import build_tokenizer, log_normal_lengths, read_questions, write_chats, write_rendered
-from benchmarks._measure import age_of_this_process, peak_of_this_process
+from benchmarks._inputs import (
+    build_tokenizer,
+    find_corpus_files,
+    log_normal_lengths,
+    name_source,
+    read_questions,
+    write_chats,
+    write_rendered,
+)
+from benchmarks._measure import age_of_this_process, peak_of_this_process, run_as_worker
 
 MAX_LENGTH = 2048
 MEAN_LENGTH = 196
-BATCH = 1000  # texts handed to the bare tokenizer at a time, and rows that TRL packs at a time
+BATCH = 1000  # texts per call of the bare tokenizer, and rows that TRL packs at a time
 
 
 class Clock:
-    """Times `with` blocks, all of them together; what stands before the first is getting ready."""
+    """Sums the time of its `with` blocks; everything before the first is preparation."""
 
     def __init__(self) -> None:
         self.report: dict[str, float] = {"seconds": 0.0, "cpu_s": 0.0}
@@ -56,21 +63,19 @@ def _cpu_seconds() -> float:
 def _rows_and_tokens(dataset: Any) -> dict[str, Any]:
     import pyarrow.compute as pc
 
-    lengths = pc.list_value_length(dataset.data["input_ids"])  # reads where each row begins, and no token
+    lengths = pc.list_value_length(dataset.data["input_ids"])  # reads the offsets of the rows, not the tokens
     return {"packed_rows": len(dataset), "tokens": pc.sum(lengths).as_py()}
 
 
 def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Makes the tokenizer (unless there is one), and files of chats for each number of rows asked for."""
+    """Makes the tokenizer (unless one is given), and a file of chats for each requested number of rows."""
     work = Path(arguments["work"])
     source = Path(arguments["source"])
     questions = read_questions(source)
     tokenizer = arguments["tokenizer"]
     if tokenizer is None:
         tokenizer = str(work / "tokenizer")
-        names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
-        others = [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
-        build_tokenizer(Path(tokenizer), others, questions)
+        build_tokenizer(Path(tokenizer), find_corpus_files(source), questions)
     for rows in arguments["files"]:
         write_chats(work / f"{rows}.jsonl", questions, rows)
     if rows := arguments["compared"]:
@@ -78,11 +83,11 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
 
         write_rendered(work / "rendered.jsonl", work / f"{rows}.jsonl", AutoTokenizer.from_pretrained(tokenizer))
         write_chats(work / "distinct.jsonl", questions, rows, distinct=True)
-    return {"tokenizer": tokenizer, "data": source.parent.name if source.is_file() else "generated text"}
+    return {"tokenizer": tokenizer, "data": name_source(source)}
 
 
 def ours(arguments: dict[str, Any]) -> dict[str, Any]:
-    """`data_handler.prepare_data`, from the file to packed rows mapped from disk."""
+    """Runs `data_handler.prepare_data`: from the file to packed sequences mapped from disk."""
     import data_handler
     from sft.config.schema import DataKeys
     from sft.model.fast_tokenizer import load_tokenizer_files
@@ -100,7 +105,7 @@ def ours(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def trl(arguments: dict[str, Any]) -> dict[str, Any]:
-    """TRL's SFTTrainer with its defaults: reading the file, and `_prepare_dataset` as its constructor calls it."""
+    """Runs TRL's SFTTrainer with its defaults: it loads the file, and its constructor calls `_prepare_dataset`."""
     import datasets
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -139,7 +144,7 @@ def trl(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def bare(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The Rust tokenizer alone on texts that are rendered already; its encodings are dropped, batch by batch."""
+    """Runs only the Rust tokenizer, on rendered texts; the encodings are dropped batch by batch."""
     from transformers import AutoTokenizer
 
     backend = AutoTokenizer.from_pretrained(arguments["tokenizer"]).backend_tokenizer
@@ -153,7 +158,7 @@ def bare(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_packing(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Which documents share a row, from their lengths."""
+    """Packs documents, given by their lengths, into sequences."""
     import numpy as np
 
     from sft.data.preparation.packing import best_fit_decreasing
@@ -164,12 +169,12 @@ def our_packing(arguments: dict[str, Any]) -> dict[str, Any]:
     members = np.concatenate(bins)
     held = np.add.reduceat(lengths[members], np.cumsum([0, *map(len, bins[:-1])]))
     if not np.array_equal(np.sort(members), np.arange(len(lengths))) or held.max() > MAX_LENGTH:
-        raise RuntimeError("a document was lost, packed twice, or put into a row without room for it")
+        raise RuntimeError("a document was lost, packed twice, or put into a sequence that is too full for it")
     return {**clock.report, "packed_rows": len(bins), "tokens": int(held.sum())}
 
 
 def trl_packing(arguments: dict[str, Any]) -> dict[str, Any]:
-    """TRL's `pack_dataset`, on documents of the same lengths whose tokens are a byte each."""
+    """Runs TRL's `pack_dataset` on documents of the same lengths, whose tokens are one byte each."""
     import datasets
     import numpy as np
     import pyarrow as pa
@@ -189,12 +194,5 @@ WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    name, arguments, result, scratch = sys.argv[1:]
-    report = WORKERS[name]({**json.loads(arguments), "scratch": scratch})
-    report["own_peak_mib"] = peak_of_this_process()
-    Path(result).write_text(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_as_worker(WORKERS)

@@ -1,4 +1,4 @@
-"""A tiny model that has learnt three answers, for tests of what a model replies."""
+"""A tiny model that has learned three answers, for tests of replies."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def with_answer(question: str, answer: str) -> list[dict[str, str]]:
     return [*ask(question), {"role": "assistant", "content": answer}]
 
 
-def make_pupil() -> tuple[Any, Any]:
-    """A tiny model that knows three answers by heart, each ending with <|im_end|>, and its tokenizer."""
+def make_qa_model() -> tuple[Any, Any]:
+    """Trains a tiny model on `FACTS`, each answer ending with <|im_end|>; returns it with its tokenizer."""
     tokenizer = byte_level_tokenizer()
     model = tiny_llama(len(tokenizer))
     prompts = [encode_prompt(tokenizer, ask(question)) for question in FACTS]
