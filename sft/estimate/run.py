@@ -127,7 +127,6 @@ def estimate_run(
         summed=find_summed_weights(model) if is_single and splits_masters(name) else None,
     )
     total_tokens = _total_tokens(plan)
-    base = without_adapter(model)
     estimate = RunEstimate(
         memory=memory,
         plan=plan,
@@ -137,9 +136,7 @@ def estimate_run(
         tokens=int(batch["lengths"].sum()),
         trained_tokens=len(batch["trained_positions"]),
         total_tokens=total_tokens,
-        seconds_at_least=_least_seconds(
-            flops_per_token(base), total_tokens, plan, device, _autocast(arguments) or base.dtype
-        ),
+        seconds_at_least=_least_seconds(without_adapter(model), total_tokens, plan, arguments),
         assumes_batch_size=assumes_batch_size,
     )
     _log_notes(estimate)
@@ -194,22 +191,21 @@ def _log_notes(estimate: RunEstimate) -> None:
         )
 
 
-def _least_seconds(
-    operations: int, total_tokens: int | None, plan: BatchPlan, device: torch.device, dtype: torch.dtype
-) -> float | None:
-    """Returns the seconds that `operations` per token take if nothing else takes any.
+def _least_seconds(model: Any, total_tokens: int | None, plan: BatchPlan, arguments: TrainingArguments) -> float | None:
+    """Returns the seconds that the floating point operations of all tokens take if nothing else takes any.
 
     On a CPU the clock counts the processor time of this process, so that other programs do not raise the bound.
     """
     if total_tokens is None:
         return None
-    if device.type == "cpu":
+    if arguments.device.type == "cpu":
+        dtype = _autocast(arguments) or model.dtype
         speed: float | None = measure_flops_per_second(dtype, lambda: time.process_time() / torch.get_num_threads())
     else:
-        speed = peak_flops(device)
+        speed = peak_flops(arguments.device)
     if speed is None:
         return None
-    return operations * total_tokens / (speed * plan.world_size)
+    return flops_per_token(model) * total_tokens / (speed * plan.world_size)
 
 
 def _total_tokens(plan: BatchPlan) -> int | None:
