@@ -13,7 +13,7 @@ import distributed_utils as distributed
 import model_manager
 import pipeline
 from commands.options import Options
-from sft.checkpoint.discovery import find_checkpoint, where_to_go_on
+from sft.checkpoint.discovery import describe_resume, find_checkpoint
 from sft.checkpoint.output_dir import archive_previous_run
 from sft.config.schema import Config, ModelKeys, TrainingKeys
 from sft.data.preparation.serving_check import check_end_tokens
@@ -58,7 +58,7 @@ def run(options: Options) -> int:
     try:
         _train_and_evaluate(config, trainer, tokenizer, data, checkpoint, started)
     except KeyboardInterrupt as stop:
-        stop.add_note(where_to_go_on(output_dir))
+        stop.add_note(describe_resume(output_dir))
         raise
     distributed.barrier()
     distributed.destroy_process_group()

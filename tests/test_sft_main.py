@@ -148,7 +148,7 @@ def test_only_adapter_weights_are_saved_and_the_model_stops_on_the_trained_token
 
 @pytest.mark.parametrize(
     ("stopped_at", "told"),
-    [(2, "; no checkpoint was written yet"), (3, "; --resume_from_checkpoint auto goes on from {out}/checkpoint-2")],
+    [(2, "; no checkpoint was written yet"), (3, "; --resume_from_checkpoint auto resumes from {out}/checkpoint-2")],
 )
 def test_ctrl_c_tells_where_to_go_on(
     config_file: Path,

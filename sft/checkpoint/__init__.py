@@ -1,1 +1,1 @@
-"""Finding, checking and matching checkpoints; the output folder; the state of a stream."""
+"""Checkpoints: finding and checking them, whether a run may resume from one; the output folder; a stream's state."""

@@ -1,6 +1,6 @@
-"""What a checkpoint must agree on with the run that goes on from it, beside what the Trainer saves.
+"""What a run must have in common with a checkpoint to resume from it, and the counts that it continues.
 
-The position in the data is derived from the step, so the steps of both runs must mean the same rows.
+The position in the data is derived from the step, so a step must mean the same samples in both runs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ logger = logging.getLogger("sft")
 FILE = RUN_SHAPE
 
 _ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")
-# Of an adapter's config, what changes neither what its weights mean nor which there are. Dropout is a setting of
-# training as the learning rate is. The base is told apart by itself.
-_NO_MATTER = (
+# Settings of an adapter that change neither its weights nor the function of the model. Dropout is a setting of training
+# as the learning rate is. The base model is compared by itself.
+_NOT_COMPARED = (
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -38,7 +38,7 @@ _NO_MATTER = (
     "revision",
     "task_type",
 )
-# What decides the numbers that a quantized base holds; what it computes in is chosen for the machine.
+# Settings that decide the values of a quantized base. Its compute dtype is chosen for the machine.
 _BITS = ("load_in_4bit", "load_in_8bit")
 _QUANTIZATION = (
     "bnb_4bit_quant_type",
@@ -51,10 +51,13 @@ _QUANTIZATION = (
 
 @dataclass(frozen=True)
 class ResumeFingerprint:
-    """What decides which rows a step trains and which weights.
+    """What decides which samples and which weights a step trains.
 
-    `row_lengths` stands for the data, as a digest; for data that is streamed `dataloader_num_workers`,
-    `streaming_window` and `streamed_data` stand for them. `adapter_facts` is what `adapter` leaves out.
+    Attributes:
+        row_lengths: a digest that identifies the data; streamed data is identified by `dataloader_num_workers`,
+            `streaming_window` and `streamed_data` instead.
+        adapter: from `describe_adapter`.
+        adapter_facts: the adapter's other settings, from `adapter_facts`.
     """
 
     world_size: int
@@ -73,12 +76,12 @@ class ResumeFingerprint:
 
 
 def digest_lengths(lengths: np.ndarray) -> str:
-    """A few characters that differ when the rows' lengths (N,) do."""
+    """Returns a digest of the samples' lengths, (N,)."""
     return hashlib.blake2b(lengths.astype(np.int64).tobytes(), digest_size=8).hexdigest()
 
 
 def describe_adapter(model: Any) -> str | None:
-    """What decides the shapes of an adapter's weights; None for a model without one."""
+    """Describes the settings that decide the shapes of an adapter's weights; None for a model without one."""
     config = getattr(model, "peft_config", {}).get("default")
     if config is None:
         return None
@@ -88,14 +91,14 @@ def describe_adapter(model: Any) -> str | None:
 
 
 def adapter_facts(model: Any) -> dict[str, Any] | None:
-    """What decides the function of an adapter's weights, by config key, as JSON has it; None for a model without one.
+    """Returns the settings that decide the function of an adapter's weights, by config key; None without an adapter.
 
-    Weights of the same shapes on another base, or scaled by another rule, are another model without anything to notice.
+    Weights of the same shapes load without an error on another base or with another scaling, but are another model.
     """
     config = getattr(model, "peft_config", {}).get("default")
     if config is None:
         return None
-    settings = {n: v for n, v in config.to_dict().items() if n not in (*_ADAPTER_SHAPE, *_NO_MATTER)}
+    settings = {n: v for n, v in config.to_dict().items() if n not in (*_ADAPTER_SHAPE, *_NOT_COMPARED)}
     facts = {f"lora_config.{name}": value for name, value in settings.items()}
     base = model.get_base_model()
     facts["model_name_or_path"] = base.name_or_path
@@ -116,11 +119,11 @@ def save(
     ranks: Sequence[int] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Writes into a checkpoint the shape, the counts since the last log, and the steps left out since the start.
+    """Writes the fingerprint, the counts since the last log, and the number of skipped steps into a checkpoint.
 
     Args:
-        ranks: those that write their random state into `folder`, by which a missing one is found; None for all.
-        dtype: of the weights at rest, which a run with `dtype: auto` keeps when it goes on.
+        ranks: those that write their random state into `folder`, so that a missing file is noticed; None for all.
+        dtype: of the stored weights, which a resumed run with `dtype: auto` keeps.
     """
     content = {"shape": asdict(shape), "counts": asdict(counts), "skipped": skipped}
     content["ranks"] = list(range(shape.world_size) if ranks is None else ranks)
@@ -129,9 +132,9 @@ def save(
 
 
 def dtype_of_checkpoint(checkpoint: Path) -> str | None:
-    """The format of the weights of the run that left this checkpoint; None where it does not tell.
+    """Returns the dtype of the weights in the checkpoint's run; None where it is not known.
 
-    An older version wrote none. Where it trained all weights, its optimizer tells whether they were bfloat16.
+    Older versions did not write it. Of a run that trained all weights the optimizer shows whether they were bfloat16.
     """
     file = checkpoint / FILE
     if not file.is_file():
@@ -145,14 +148,14 @@ def dtype_of_checkpoint(checkpoint: Path) -> str | None:
 
 
 def load(folder: Path, shape: ResumeFingerprint) -> tuple[TokenCounts, int]:
-    """The counts since the last log and the steps left out so far, from a checkpoint of a run of the same shape.
+    """Reads the counts since the last log and the number of skipped steps from a checkpoint.
 
     Raises:
-        UserError: the run that goes on would train other rows than the one that was stopped, or another function.
+        UserError: the resumed run would train other samples than the stopped one, or another model.
     """
     file = folder / FILE
     if not file.is_file():
-        logger.warning("%s has no %s: whether its steps mean the same rows is not known", folder, FILE)
+        logger.warning("%s has no %s: it is not known whether its steps mean the same rows", folder, FILE)
         return TokenCounts.zero(), 0
     saved = json.loads(file.read_text())
     differing = [
@@ -170,7 +173,7 @@ def load(folder: Path, shape: ResumeFingerprint) -> tuple[TokenCounts, int]:
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, then, now) of what differs; a fact that one side does not tell, as an older version, is no difference."""
+    """Yields (name, value then, value now) of what differs; a name that one side lacks, as older versions, does not."""
     for name, value in now.items():
         was = saved.get(name, value)
         if name == "adapter_facts":
@@ -180,7 +183,7 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[t
 
 
 def _master_weights_differ(folder: Path, was: bool) -> Problem:
-    """No key has this name: what decides it is `dtype`."""
+    """Explains the difference by `dtype`, which decides it: there is no config key of this name."""
     dtype, held = ("bfloat16", "kept") if was else ("float32", "kept no")
     return Problem(
         f"the optimizer in {folder} {held} float32 values of bfloat16 weights", f"set `dtype: {dtype}`", "dtype"
@@ -188,8 +191,8 @@ def _master_weights_differ(folder: Path, was: bool) -> Problem:
 
 
 def _has_moved(base: Any) -> bool:
-    """Whether a base that was a folder is gone from there: then it is moved, as far as can be told by its name."""
+    """Returns whether the base was a folder that no longer exists, and so has probably been moved."""
     gone = isinstance(base, str) and os.path.isabs(base) and not os.path.isdir(base)
     if gone:
-        logger.warning("The base model of the checkpoint is not at %s any more: taken for the one given now", base)
+        logger.warning("The base model of the checkpoint is no longer at %s: assumed to be the one given now", base)
     return gone

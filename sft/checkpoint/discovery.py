@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from; one that is missing or not whole is said, never stepped over in silence."""
+"""Finds the checkpoint to resume from; one that is missing or incomplete is reported, never skipped silently."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sft.errors import Problem, UserError
 logger = logging.getLogger("sft")
 
 _STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-RUN_SHAPE, STREAM_STATE = "run_shape.json", "stream_state.json"  # their modules import torch; `check` does without
+RUN_SHAPE, STREAM_STATE = "run_shape.json", "stream_state.json"  # here because `check` must not import torch
 
 
 def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from, or None to start fresh.
+    """Finds the checkpoint to resume from; None to start at step 0.
 
     Args:
-        wanted: a path; `auto` or True for the newest whole one in `output_dir`; False or None for a fresh start.
+        wanted: a path; `auto` or True for the newest complete one in `output_dir`; False or None for step 0.
 
     Raises:
-        UserError: the path does not exist, or the checkpoint there is not whole.
+        UserError: the path does not exist, or its checkpoint or all in `output_dir` are incomplete.
     """
     if not wanted:
         return None
@@ -33,43 +33,42 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
         path = Path(wanted)
         if not path.is_dir():
             there = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
-            hint = f"checkpoints in {output_dir}: {there}; `auto` takes the newest whole one"
+            hint = f"checkpoints in {output_dir}: {there}; `auto` takes the newest complete one"
             raise UserError(Problem(f"no such checkpoint: {wanted!r}", hint, "resume_from_checkpoint"))
         if damage := find_damage(path):
-            hint = "give an earlier checkpoint, or `auto` for the newest whole one"
-            raise UserError(
-                Problem(f"the checkpoint {wanted!r} is not whole: {damage}", hint, "resume_from_checkpoint")
-            )
+            hint = "give an earlier checkpoint, or `auto` for the newest complete one"
+            message = f"the checkpoint {wanted!r} is incomplete: {damage}"
+            raise UserError(Problem(message, hint, "resume_from_checkpoint"))
         return path
     damaged = []
     for path in reversed(checkpoints(output_dir)):
         damage = find_damage(path)
         if damage is None:
             return path
-        logger.warning("%s is not whole (%s) and is passed over", path, damage)
+        logger.warning("%s is incomplete (%s) and is skipped", path, damage)
         damaged.append(path.name)
     if damaged:
-        hint = "to start from step 0 all the same, remove resume_from_checkpoint"
+        hint = "to start from step 0, remove resume_from_checkpoint"
         message = f"none of the checkpoints in {output_dir} can be resumed: {', '.join(damaged)}"
         raise UserError(Problem(message, hint, "resume_from_checkpoint"))
     logger.info("resume_from_checkpoint: no checkpoint in %s yet: starting from step 0", output_dir)
     return None
 
 
-def where_to_go_on(output_dir: Path) -> str:
-    """What to tell of a run that is stopped: which of its checkpoints `auto` will find.
+def describe_resume(output_dir: Path) -> str:
+    """Describes how to resume a run that is stopped: the checkpoint that `auto` will find.
 
-    The newest with all files; `find_damage`, which reads them, would take minutes where they are large.
+    It is the newest with all files; `find_damage` reads them, which takes minutes where they are large.
     """
     for path in reversed(checkpoints(output_dir)):
         if all((path / name).is_file() for name in _STATE_FILES):
-            return f"--resume_from_checkpoint auto goes on from {path}"
+            return f"--resume_from_checkpoint auto resumes from {path}"
     return "no checkpoint was written yet"
 
 
 def require_best(checkpoint: Path) -> Path:
-    """`checkpoint`, the best of a run that is finished. Raises `UserError` where it is gone or not whole."""
-    damage = find_damage(checkpoint) if checkpoint.is_dir() else "it does not exist any more"
+    """Returns `checkpoint`, the best of a finished run; raises `UserError` where it is gone or incomplete."""
+    damage = find_damage(checkpoint) if checkpoint.is_dir() else "it no longer exists"
     if damage:
         message = f"the run is finished, and its best checkpoint {str(checkpoint)!r} cannot be loaded: {damage}"
         raise UserError(Problem(message, "set it to false to keep the last weights", "load_best_model_at_end"))
@@ -77,28 +76,28 @@ def require_best(checkpoint: Path) -> Path:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The `checkpoint-N` folders in `output_dir`, by N."""
+    """Lists the `checkpoint-N` folders in `output_dir`, by N."""
     found = [p for p in output_dir.glob("checkpoint-*") if step_of(p) is not None and p.is_dir()]
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The N of a folder named `checkpoint-N`; None where it is named otherwise."""
+    """Returns the N of a folder named `checkpoint-N`; None for other names."""
     named = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(named[1]) if named else None
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is missing or cut short in a checkpoint; None when it is whole.
+    """Describes what is missing or truncated in a checkpoint; None where it is complete.
 
-    Weights are checked by their file's length, all else by its checksums: enough to find every interrupted write.
+    Weights are checked by their file's length, the other files by their checksums: this finds every interrupted write.
     """
     for name in _STATE_FILES:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     state = _read_json(checkpoint / "trainer_state.json")
     if not isinstance(state, dict) or "global_step" not in state:
-        return "trainer_state.json does not tell the step"
+        return "trainer_state.json has no step"
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
         return "no weights (*.safetensors)"
@@ -106,22 +105,22 @@ def find_damage(checkpoint: Path) -> str | None:
     if index.is_file():
         content = _read_json(index)
         if not isinstance(content, dict) or "weight_map" not in content:
-            return f"{index.name} does not name the shards"
+            return f"{index.name} has no list of shards"
         if missing := sorted({n for n in content["weight_map"].values() if not (checkpoint / n).is_file()}):
             return f"{missing[0]} is missing"
-    if damage := _damage_of_records(checkpoint) or _missing_random_state(checkpoint):
+    if damage := _find_damage_of_records(checkpoint) or _find_missing_random_state(checkpoint):
         return damage
     for file in weights:
-        if not _safetensors_is_whole(file):
-            return f"{file.name} is cut short"
+        if not _is_complete_safetensors(file):
+            return f"{file.name} is truncated"
     for file in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("*.pth")):
-        if not _zip_is_whole(file):
+        if not _is_complete_zip(file):
             return f"{file.name} is damaged"
     return None
 
 
-def _damage_of_records(checkpoint: Path) -> str | None:
-    """What is wrong with the files that are ours; a checkpoint of another trainer has none of them."""
+def _find_damage_of_records(checkpoint: Path) -> str | None:
+    """Describes what is wrong with this pipeline's own files; a checkpoint of another trainer has none of them."""
     if not (checkpoint / RUN_SHAPE).is_file():
         return None
     content = _read_json(checkpoint / RUN_SHAPE)
@@ -134,11 +133,11 @@ def _damage_of_records(checkpoint: Path) -> str | None:
     return None if isinstance(_read_json(checkpoint / STREAM_STATE), dict) else f"{STREAM_STATE} is damaged"
 
 
-def _missing_random_state(checkpoint: Path) -> str | None:
-    """Which rank's random state is not there: each rank writes its own, and one that finds none goes on without."""
+def _find_missing_random_state(checkpoint: Path) -> str | None:
+    """Describes which rank's random state is missing. The Trainer resumes without it and draws other numbers."""
     content = _read_json(checkpoint / RUN_SHAPE) if (checkpoint / RUN_SHAPE).is_file() else {"shape": {}}
     world_size = content["shape"].get("world_size")
-    if world_size is None:  # another trainer's: how many ranks it had is not told
+    if world_size is None:  # another trainer's: the number of its ranks is not known
         return None if any(checkpoint.glob("rng_state*.pth")) else "rng_state.pth is missing"
     ranks = content.get("ranks", range(world_size))
     names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
@@ -146,15 +145,15 @@ def _missing_random_state(checkpoint: Path) -> str | None:
 
 
 def _read_json(file: Path) -> Any:
-    """The content, or None when it is not JSON."""
+    """Returns the content, or None if it is not JSON."""
     try:
         return json.loads(file.read_text())
     except ValueError:
         return None
 
 
-def _zip_is_whole(file: Path) -> bool:
-    """Whether a file of torch.save, which is a zip, has every part with the checksum that it was written with."""
+def _is_complete_zip(file: Path) -> bool:
+    """Returns whether all parts of a file of torch.save, which is a zip archive, match their checksums."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
@@ -162,8 +161,8 @@ def _zip_is_whole(file: Path) -> bool:
         return False
 
 
-def _safetensors_is_whole(file: Path) -> bool:
-    """Whether the file is as long as its header says (8 bytes of header length, the header, the tensors)."""
+def _is_complete_safetensors(file: Path) -> bool:
+    """Returns whether the file is as long as its header says (8 bytes of header length, the header, the tensors)."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

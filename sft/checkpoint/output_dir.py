@@ -1,7 +1,7 @@
-"""What an earlier run left in the output folder makes room for the next one: moved aside, said aloud, never deleted.
+"""Moves what an earlier run left in the output folder aside before the next one; nothing is deleted.
 
-Left there, its checkpoints would count for `save_total_limit`, a later `auto` would go on from them, and its model
-would lie beside the next one: a folder with both an adapter and a whole model loads as the adapter.
+Otherwise its checkpoints would count for `save_total_limit`, a later `auto` would resume from them, and its model would
+lie beside the next one: a folder with both an adapter and a whole model loads as the adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sft.errors import Problem, UserError
 
 logger = logging.getLogger("sft")
 
-# What alone makes a folder load as a model or an adapter.
+# Files that make a folder load as a model or an adapter.
 _WEIGHTS = (
     "config.json",
     "model*.safetensors",
@@ -29,8 +29,8 @@ _WEIGHTS = (
     "adapter_config.json",
     "adapter_model.*",
 )
-# What lies beside them and would be read with the next model's: a tokenizer that has no chat template, say, does not
-# overwrite an older one. The card, the state and the config belong to the model that they describe.
+# Files beside them that would be read with the next model: a tokenizer without a chat template, for example, does not
+# overwrite an older template. The card, the state and the config belong to the model that they describe.
 _COMPANIONS = (
     "base_model.json",
     "generation_config.json",
@@ -49,19 +49,19 @@ _COMPANIONS = (
     "trainer_state.json",
     "config.yaml",
 )
-# What a run writes anew in its folder of logs. `training_log.txt` is the folder's own, which each run goes on in; what
-# else lies there is not the pipeline's, as the output of the job that runs it.
+# Logs that each run writes from the start. To `training_log.txt` all runs append; other files there are not the
+# pipeline's, as the output of the job that runs it.
 _LOGS = ("metrics.jsonl", "eval_results.json", "data_report.json", "tensorboard")
 
 
 def forbid_overlap(output_dir: Path, named: Mapping[str, Any]) -> None:
-    """Makes sure that a run writes over nothing that it starts from, and moves nothing of it aside.
+    """Makes sure that a run neither overwrites nor moves aside what it starts from.
 
     Args:
-        named: by key, what the config names the model and its parts with; values that are no text are passed over.
+        named: by config key, the paths of the model and its parts; values that are no text are ignored.
 
     Raises:
-        UserError: one of them is the output folder, or a model's file or a checkpoint at its top level.
+        UserError: one of them is the output folder, or a model's file or a checkpoint in it.
     """
     here = os.path.realpath(output_dir)
     problems = []
@@ -71,9 +71,9 @@ def forbid_overlap(output_dir: Path, named: Mapping[str, Any]) -> None:
         place = os.path.realpath(value)
         folder, name = os.path.split(place)
         if place == here:
-            message = f"is {key} too: the run would write over what it starts from"
+            message = f"is also {key}: the run would overwrite what it starts from"
         elif folder == here and (_is_any(name, _WEIGHTS + _COMPANIONS) or step_of(Path(name)) is not None):
-            message = f"holds {key}, {name}: the run would move it aside or write over it"
+            message = f"holds {key}, {name}: the run would move it aside or overwrite it"
         else:
             continue
         problems.append(Problem(message, "name another folder", "output_dir"))
@@ -82,13 +82,13 @@ def forbid_overlap(output_dir: Path, named: Mapping[str, Any]) -> None:
 
 
 def archive_previous_run(output_dir: Path, checkpoint: Path | None) -> None:
-    """Moves what an earlier run left at the top of `output_dir` into a folder of its own, `earlier-run-N`.
+    """Moves what an earlier run left in `output_dir` into a folder of its own, `earlier-run-N`.
 
     Args:
-        checkpoint: the one that the run goes on from; None for a fresh start. Where it is one of this folder's, the
-            older ones are the run's own past and stay. Newer ones are of a branch that it leaves, from which a later
-            `auto` would go on: they make room with the model that the branch may have ended in. Of the logs, which
-            both have in common up to the checkpoint, the branch gets a copy.
+        checkpoint: the one that the run resumes from; None for a start at step 0. Where it is in this folder, the
+            older ones belong to the run and stay. Newer ones belong to the steps that are discarded, and a later
+            `auto` would resume from them: they are moved, with the model that those steps may have ended in. The logs
+            belong to both up to the checkpoint, so they are copied.
     """
     old = checkpoints(output_dir)
     own = [path for path in old if checkpoint is not None and checkpoint.samefile(path)]
@@ -99,8 +99,8 @@ def archive_previous_run(output_dir: Path, checkpoint: Path | None) -> None:
     entries = sorted(output_dir.iterdir())
     model = [path for path in entries if _is_any(path.name, _WEIGHTS)]
     logs = [path for name in _LOGS if (path := output_dir / "logs" / name).exists()]
-    was_run = output_dir / "logs" / "metrics.jsonl" in logs  # one that ended before it left a model, too
-    if not (old or model or was_run):
+    has_run = output_dir / "logs" / "metrics.jsonl" in logs  # also one that ended before it saved a model
+    if not (old or model or has_run):
         return
     companions = [path for path in entries if _is_any(path.name, _COMPANIONS)]
     number = 1
@@ -112,13 +112,13 @@ def archive_previous_run(output_dir: Path, checkpoint: Path | None) -> None:
     if logs:
         (folder / "logs").mkdir()
     for path in logs:
-        _hand_over(path, folder / "logs" / path.name, copied=bool(own))
+        _move_or_copy(path, folder / "logs" / path.name, is_copy=bool(own))
     what = [*(["the model"] if model else []), *(path.name for path in old), *(["its logs"] if logs else [])]
-    logger.warning("Left by an earlier run, and now in %s: %s", folder, ", ".join(what))
+    logger.warning("Moved from an earlier run to %s: %s", folder, ", ".join(what))
 
 
-def _hand_over(path: Path, to: Path, *, copied: bool) -> None:
-    if not copied:
+def _move_or_copy(path: Path, to: Path, *, is_copy: bool) -> None:
+    if not is_copy:
         path.rename(to)
     elif path.is_dir():
         shutil.copytree(path, to)

@@ -1,4 +1,4 @@
-"""How far a streaming run has trained: saved with each checkpoint, gathered from all ranks, and gone on from."""
+"""The position of a run in its stream: gathered from all ranks, saved with each checkpoint, restored on resume."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sft.distributed.collectives import gather_objects
 from sft.errors import Problem, UserError
 
 FILE = STREAM_STATE
-_ENOUGH_TO_JUDGE = 1000  # rows; before that, a few bad ones at the start would look like many
+_ENOUGH_TO_JUDGE = 1000  # rows; with fewer, a few bad ones at the start would be a large share
 
 
 class StreamProgress(TrainerCallback):
-    """What this rank has trained of its stream; rank 0's account goes on from that of all ranks after a resume.
+    """Tracks what this rank has trained of its stream. After a resume rank 0 continues the account of all ranks.
 
     Args:
-        stream: the rows that are trained.
+        stream: the training rows.
         end_token_ids: those that are known before the first row is read.
-        eval_ledgers: of the evaluation sets, which stand beside the stream's in the document.
+        eval_ledgers: of the evaluation sets, for the LEDGER.
 
     Attributes:
-        stream: the rows that are trained.
-        places: where each shard stands behind the rows that were trained.
-        batches: that this rank has trained.
+        stream: the training rows.
+        places: the position of each shard after the rows that were trained.
+        batches: the number that this rank has trained.
         account: of the rows that were read for them.
     """
 
@@ -49,18 +49,18 @@ class StreamProgress(TrainerCallback):
         self.rewind()
 
     def rewind(self) -> None:
-        """Goes back to what was loaded last, or to the start, and has the stream begin there."""
+        """Restarts the stream at the loaded state, or at the beginning."""
         self.places: dict[int, Place] = {}
         self.batches, self.account = 0, Account(end_token_ids=list(self._end_token_ids))
         if self._loaded is not None:
-            self._take(self._loaded)
+            self._restore(self._loaded)
         self.stream.start_from(self.places, self.batches)
 
     def consume(self, step: Step) -> None:
-        """Notes a batch that is about to be trained.
+        """Counts a batch that is about to be trained.
 
         Raises:
-            UserError: too many rows were lost, of a thousand or of all that there are.
+            UserError: too many rows were lost, of at least a thousand or of all.
         """
         self.places[step.place.shard] = step.place
         self.batches += 1
@@ -69,47 +69,47 @@ class StreamProgress(TrainerCallback):
         self.account.add(step.account)
         for ledger in self.account.ledgers.values():
             _keep_few_examples(ledger)
-        self.judge(self.account, is_whole=step.account.ends_epoch and self.stream.plan.world_size == 1)
+        self.require_enough_rows(self.account, is_whole=step.account.ends_epoch and self.stream.plan.world_size == 1)
 
-    def judge(self, account: Account, is_whole: bool = False) -> None:
-        """Raises `UserError` for data sets of which too many rows were lost; few rows are judged if they are all."""
+    def require_enough_rows(self, account: Account, is_whole: bool = False) -> None:
+        """Raises `UserError` for data sets of which too many rows were lost; few rows count only if they are all."""
         enough = {n: one for n, one in account.ledgers.items() if is_whole or one.rows_read >= _ENOUGH_TO_JUDGE}
         require_enough_rows(self.stream.keys, as_document(enough))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The epoch in the logs is the number of times that all rows have been read; how long one is, is not known."""
+        """Sets the epoch of the logs to the number of times that all rows were read: its length is not known."""
         state.epoch = float(min(place.epoch for place in self.places.values()))
 
     def gather(self) -> dict[str, Any]:
-        """The state of all ranks together, as it is saved. All ranks must call it."""
+        """Collects the state of all ranks, in the form that is saved. All ranks must call it."""
         places = [asdict(self.places[shard]) for shard in sorted(self.places)]
         mine = {"batches": self.batches, "places": places, **_account_as_json(self.account)}
-        everybodys = gather_objects(mine)
-        if len(everybodys) == 1:
+        states = gather_objects(mine)
+        if len(states) == 1:
             return mine
         account = Account()
-        for one in everybodys:
-            account.add(account_in(one))
+        for state in states:
+            account.add(account_in(state))
         for ledger in account.ledgers.values():
             _keep_few_examples(ledger)
         return {
             "batches": self.batches,
-            "places": sorted((place for one in everybodys for place in one["places"]), key=lambda p: p["shard"]),
+            "places": sorted((place for state in states for place in state["places"]), key=lambda p: p["shard"]),
             **_account_as_json(account),
         }
 
     def load(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint. Raises `UserError` when it is of no streaming run, or its state is damaged."""
+        """Restores a checkpoint's state. Raises `UserError` where it is not of a streaming run, or is damaged."""
         file = checkpoint / FILE
         try:
             self._loaded = json.loads(file.read_text())
             self.rewind()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            message = f"cannot go on from {checkpoint}: where its stream stood is not known ({error})"
+            message = f"cannot resume from {checkpoint}: the position in its stream is not known ({error})"
             hint = "take another checkpoint; or start from its weights: model_name_or_path, and another output_dir"
             raise UserError(Problem(message, hint, "resume_from_checkpoint", str(file))) from None
 
-    def _take(self, saved: dict[str, Any]) -> None:
+    def _restore(self, saved: dict[str, Any]) -> None:
         for entry in saved["places"]:
             place = Place(**{**entry, "cursors": tuple(Cursor(**cursor) for cursor in entry["cursors"])})
             if self.stream.owns(place.shard):
@@ -119,7 +119,7 @@ class StreamProgress(TrainerCallback):
         self.account = account if self.stream.owns(0) else Account(end_token_ids=account.end_token_ids)
 
     def document(self, gathered: dict[str, Any]) -> dict[str, Any]:
-        """SPEC's LEDGER of what `gather` gave, beside that of the evaluation sets."""
+        """Makes the LEDGER of what `gather` returned, with those of the evaluation sets."""
         account = account_in(gathered)
         read = account.ledgers
         for name, rows in account.again.items():
@@ -134,7 +134,7 @@ class StreamProgress(TrainerCallback):
 
 
 def save(folder: Path, gathered: dict[str, Any]) -> None:
-    """Writes what `StreamProgress.gather` gave into a checkpoint."""
+    """Writes what `StreamProgress.gather` returned into a checkpoint."""
     (folder / FILE).write_text(json.dumps(gathered) + "\n")
 
 
@@ -154,6 +154,6 @@ def _account_as_json(account: Account) -> dict[str, Any]:
 
 
 def account_in(saved: dict[str, Any]) -> Account:
-    """The account in what `StreamProgress.gather` gave."""
+    """Reads the account from what `StreamProgress.gather` returned."""
     ledgers = {name: from_state(state) for name, state in saved["ledgers"].items()}
     return Account(ledgers, Counter(saved["again"]), list(saved["end_token_ids"]))

@@ -1,8 +1,8 @@
-"""`per_device_train_batch_size: auto`: how many rows a pass may have, found by running the longest real ones.
+"""`per_device_train_batch_size: auto`: the size of a micro-batch, found by running the longest real samples.
 
-A pass costs a part that is there for any number of rows and a part that grows with them. So a pass of one row and one
-of the next size foretell the others, and none is run that is foretold not to fit: a GPU's allocator raises an error
-that can be caught, but on a CPU the kernel kills a process whose memory is gone, without asking it.
+The memory of a micro-batch has a constant part and a part that grows with its size. So the peaks of two sizes predict
+that of the next, and no size is run that is predicted not to fit: a GPU's allocator raises an error that can be caught,
+but on a CPU the kernel kills a process that runs out of memory.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from sft.distributed.oom import is_out_of_memory
 from sft.errors import Problem, UserError
 
 _KEY = "per_device_train_batch_size"
-_WORTH = 1.03  # a larger pass must be faster by this; less is noise, and its memory is better left free
-_UNFRUITFUL = 2  # sizes in a row that were not worth it, after which larger ones are not tried
+_MIN_GAIN = 1.03  # a larger size must be faster by this; less is noise, and its memory is better left free
+_MAX_WITHOUT_GAIN = 2  # sizes in a row without that gain, after which larger ones are not tried
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a pass of `rows` rows took, on the rank where it took most.
+    """Measurements of a micro-batch of `rows` samples, the largest of all ranks.
 
     Attributes:
-        seconds: forward and backward, once everything had been allocated before.
+        seconds: of forward and backward pass, once all memory had been allocated before.
         peak: bytes; of what the allocator held on a CUDA device, of resident memory elsewhere.
-        fits: it did not run out of memory, on any rank.
+        fits: no rank ran out of memory.
     """
 
     rows: int
@@ -45,13 +45,13 @@ class Probe:
 
     @property
     def speed(self) -> float:
-        """Rows a second on one rank."""
+        """Samples per second of one rank."""
         return self.rows / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class BatchChoice:
-    """The size that was chosen, what all probes took, and why no larger one was taken."""
+    """The chosen size, all probes, and why no larger size was chosen."""
 
     rows: int
     probes: tuple[Probe, ...]
@@ -59,12 +59,12 @@ class BatchChoice:
 
 
 def candidate_sizes(rows_per_step: int | None, longest: int) -> list[int]:
-    """The sizes that a pass may have, rising.
+    """Lists the possible sizes of a micro-batch, ascending.
 
     Args:
-        rows_per_step: rows of an optimizer step on one rank (`global_batch_size` / ranks), which every size divides,
-            so that accumulation makes up for a smaller one exactly; None for powers of two.
-        longest: no size is larger, e.g. the rows there are.
+        rows_per_step: samples of an optimizer step on one rank (`global_batch_size` / ranks), which every size divides,
+            so that gradient accumulation gives exactly the same step; None for powers of two.
+        longest: the largest size, e.g. the number of samples.
     """
     if rows_per_step is None:
         return [2**power for power in range(max(1, longest).bit_length())]
@@ -72,7 +72,7 @@ def candidate_sizes(rows_per_step: int | None, longest: int) -> list[int]:
 
 
 def longest_rows(lengths: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` longest rows, longest first: (count,). No batch of that size takes more memory."""
+    """Returns the indices of the `count` longest samples, longest first: (count,). No other batch takes more memory."""
     return np.argsort(-np.asarray(lengths), kind="stable")[:count]
 
 
@@ -86,64 +86,77 @@ def choose_batch_size(
     device: torch.device,
     seconds: float = 20.0,
     clock: Callable[[], float] = time.perf_counter,
+    peak: Callable[[torch.device], int] = peak_bytes,
 ) -> BatchChoice:
-    """The size that is fastest among those that fit; of sizes equally fast (within 3 %) the smallest.
+    """Chooses the fastest size that fits in memory; of sizes equally fast (within 3 %) the smallest.
 
-    On CPUs larger passes soon stop paying, for a few rows keep all cores busy and fewer stay in their caches. All
-    ranks must call it, with the same candidates: they go through the same probes together and take the worst of each.
-    Parameters, gradients, buffers and random numbers are afterwards what they were before.
+    On CPUs larger sizes soon are no faster: a few samples keep all cores busy and stay in their caches. All ranks must
+    call it with the same candidates: they make the same probes together and take the worst measurement of each.
+    Afterwards parameters, gradients, buffers and random number generators are as before.
 
     Args:
         model: whose gradients `run_pass` fills.
-        run_pass: the trainer's forward and backward pass over that many of its longest rows.
-        candidates: rising, from `candidate_sizes`.
-        budget: bytes that the process may hold at its peak: a share of `memory_limit`. The smallest of all ranks' is
-            everybody's.
+        run_pass: the trainer's forward and backward pass over that many of its longest samples.
+        candidates: ascending, from `candidate_sizes`.
+        budget: bytes that the process may hold at its peak: a share of `memory_limit`. All ranks take the smallest.
         reserve: bytes that training will hold and a probe does not: optimizer states not yet made, DDP's buckets.
         seconds: no further size is tried once the probes have taken that long.
-        clock: tells the seconds since some moment.
+        clock: returns seconds.
+        peak: returns the bytes that a probe held at the most.
 
     Raises:
         UserError: the smallest size does not fit.
     """
     started = clock()
-    room = -round(max_over_ranks([float(reserve - budget)])[0])
+    available = -round(max_over_ranks([float(reserve - budget)])[0])
+    limit = f"than the {available / 2**30:.2f} GiB that are available"
     probes: list[Probe] = []
-    best: Probe | None = None
-    unfruitful, reason = 0, "no larger size divides the rows of a step, or there are no more rows"
+    reason = "no larger size divides the samples of a step, or there are no more samples"
     with undisturbed(model):
         for rows in candidates:
-            if probes and _foretold(probes, rows) > room:
-                reason = f"{rows} rows would take more than the {room / 2**30:.2f} GiB that a pass may bring it to"
+            if probes and _predict_peak(probes, rows) > available:
+                reason = f"{rows} samples would take more {limit}"
                 break
-            probes.append(_probe(model, run_pass, rows, device, clock))
-            if not probes[-1].fits or probes[-1].peak > room:
-                reason = f"{rows} rows take more than the {room / 2**30:.2f} GiB that a pass may bring it to"
+            probes.append(_probe(model, run_pass, rows, device, clock, peak))
+            if not _fits(probes[-1], available):
+                reason = f"{rows} samples take more {limit}"
                 break
-            if best is None or probes[-1].speed > best.speed * _WORTH:
-                best, unfruitful = probes[-1], 0
-            else:
-                unfruitful += 1
-            if unfruitful == _UNFRUITFUL:
-                reason = "larger passes are not faster"
+            if _fastest(probes)[1] == _MAX_WITHOUT_GAIN:
+                reason = "larger micro-batches are not faster"
                 break
             if max_over_ranks([clock() - started])[0] > seconds:
-                reason = "the time for probing was over"
+                reason = "the time for probing is over"
                 break
-    if best is None:
-        raise _nothing_fits(probes[-1], room)
-    return BatchChoice(best.rows, tuple(probes), reason)
+    fitting = [probe for probe in probes if _fits(probe, available)]
+    if not fitting:
+        raise _nothing_fits(probes[-1], available)
+    return BatchChoice(_fastest(fitting)[0].rows, tuple(probes), reason)
 
 
-def _nothing_fits(probe: Probe, room: int) -> UserError:
+def _fits(probe: Probe, available: int) -> bool:
+    return probe.fits and probe.peak <= available
+
+
+def _fastest(probes: Sequence[Probe]) -> tuple[Probe, int]:
+    """Returns the fastest probe, and how many were made since."""
+    best, since = probes[0], 0
+    for probe in probes[1:]:
+        best, since = (probe, 0) if probe.speed > best.speed * _MIN_GAIN else (best, since + 1)
+    return best, since
+
+
+def _nothing_fits(probe: Probe, available: int) -> UserError:
     needed = f"brings the process to {probe.peak / 2**30:.2f} GiB" if probe.fits else "runs out of memory"
-    message = f"auto: a pass of {probe.rows} of the longest rows {needed}, and {room / 2**30:.2f} GiB are left for it"
+    message = (
+        f"auto: a micro-batch of {probe.rows} of the longest samples {needed}, "
+        f"and {available / 2**30:.2f} GiB are available for it"
+    )
     hint = "shorten max_seq_length, set gradient_checkpointing: true, or train an adapter (lora_config)"
     return UserError(Problem(message, hint, _KEY))
 
 
-def _foretold(probes: Sequence[Probe], rows: int) -> int:
-    """The peak of a pass of `rows` rows on the line through the last two probes; 0 before there are two."""
+def _predict_peak(probes: Sequence[Probe], rows: int) -> int:
+    """Predicts the peak of `rows` samples from the line through the last two probes; 0 before there are two."""
     if len(probes) < 2:
         return 0
     one, two = probes[-2:]
@@ -157,10 +170,11 @@ def _probe(
     rows: int,
     device: torch.device,
     clock: Callable[[], float],
+    peak: Callable[[torch.device], int],
 ) -> Probe:
-    """Two passes, the second with the gradients of the first in place, as in accumulation; that one is timed."""
+    """Runs the micro-batch twice, the second time with the gradients of the first, as in accumulation, and timed."""
     model.zero_grad(set_to_none=True)
-    release(device)
+    _free_unused(device)
     reset_peak(device)
     fits, seconds = True, 0.0
     try:
@@ -174,8 +188,8 @@ def _probe(
         if not is_out_of_memory(error):
             raise
         fits = False
-    seconds, peak, failed = max_over_ranks([seconds, peak_bytes(device), float(not fits)])
-    return Probe(rows, max(seconds, 1e-9), int(peak), not failed)
+    seconds, most, failed = max_over_ranks([seconds, peak(device), float(not fits)])
+    return Probe(rows, max(seconds, 1e-9), int(most), not failed)
 
 
 def _wait(device: torch.device) -> None:
@@ -183,8 +197,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def release(device: torch.device) -> None:
-    """Gives back what nothing refers to any more, so that the next pass finds it free."""
+def _free_unused(device: torch.device) -> None:
+    """Frees what nothing refers to any more, for the next probe."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -192,7 +206,7 @@ def release(device: torch.device) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Passes run inside leave no trace: gradients, buffers, mode and all random number generators are put back."""
+    """Restores gradients, buffers, training mode and all random number generators at its end."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""`per_device_train_batch_size: auto` for a model and its data: real passes over its longest rows decide."""
+"""`per_device_train_batch_size: auto` for a model and its data, decided by running its longest samples."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _KEY = "per_device_train_batch_size"
 
 
 def with_rows(keys: TrainingKeys, rows: int) -> TrainingKeys:
-    """The keys with a number in the place of `auto`."""
+    """Returns the keys with a number in the place of `auto`."""
     return keys.model_copy(update={_KEY: rows})
 
 
 def rows_of_checkpoint(checkpoint: Path) -> int | None:
-    """The rows of a pass that the run which left this checkpoint had chosen: a run that goes on keeps them."""
+    """Returns the batch size that the run of this checkpoint had chosen: a resumed run keeps it."""
     file = checkpoint / compatibility.FILE
     return int(json.loads(file.read_text())["shape"][_KEY]) if file.is_file() else None
 
@@ -49,39 +49,39 @@ def probe_batch_size(
     world_size: int,
     local_world_size: int,
 ) -> int:
-    """The rows of a pass that are fastest and fit, said aloud with all that were tried; every rank must call it.
+    """Chooses the fastest batch size that fits, and logs all sizes that were tried; every rank must call it.
 
-    The model is what it was before but for being on the device where it will be trained.
+    The model is moved to the device where it will be trained, and otherwise unchanged.
 
     Args:
         model: as it is trained, with its adapter.
-        rows: the training rows.
+        rows: the training samples.
         loss: how it is computed in training.
-        world_size, local_world_size: processes that train together, and those of them that share this machine's memory.
+        world_size, local_world_size: processes that train together, and those of them on this machine.
 
     Raises:
-        UserError: the rows of a step cannot be shared out among the ranks, or a single row does not fit.
+        UserError: the samples of a step cannot be divided among the ranks, or a single sample does not fit.
     """
     device = training_device()
     per_rank, rest = divmod(keys.global_batch_size or world_size, world_size)
     if rest:
-        message = f"{keys.global_batch_size} rows a step cannot be shared out among {world_size} processes"
+        message = f"{keys.global_batch_size} samples per step cannot be divided among {world_size} processes"
         raise UserError(keys.problem("global_batch_size", message, f"take a multiple of {world_size}"))
     candidates = candidate_sizes(per_rank if keys.global_batch_size else None, max(1, len(rows) // world_size))
     longest = longest_rows(row_lengths(rows), candidates[-1]).tolist()
-    if not getattr(model, "is_quantized", False):  # those stand there already
+    if not getattr(model, "is_quantized", False):  # such a model is there already
         model.to(device)
-    # There and not before: flash attention does not run in main memory, so that no head would be found to be fused.
+    # After the move: flash attention does not run in main memory, and finding the head would fail there.
     forward = TokenForward(model, loss)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if precision.master_weights:
-        for parameter in trainable:  # as the optimizer will have it
+        for parameter in trainable:  # as the optimizer will set it
             parameter.grad_dtype = torch.float32 if parameter.dtype == torch.bfloat16 else parameter.dtype
     optimizer = optimizer_memory(str(keys.optim), trainable, device=device, master_weights=precision.master_weights)
     buckets = sum(p.numel() * p.element_size() for p in trainable) if world_size > 1 else 0
     choice = choose_batch_size(
         model,
-        _pass_of(model, rows, longest, collator, forward, precision, device),
+        _make_run_pass(model, rows, longest, collator, forward, precision, device),
         candidates,
         budget=round(keys.auto_batch_memory_fraction * memory_limit(device, local_world_size)),
         reserve=optimizer.states + buckets,
@@ -92,7 +92,7 @@ def probe_batch_size(
     return choice.rows
 
 
-def _pass_of(
+def _make_run_pass(
     model: Any,
     rows: Any,
     longest: list[int],
@@ -101,7 +101,7 @@ def _pass_of(
     precision: Precision,
     device: torch.device,
 ) -> Callable[[int], None]:
-    """Forward and backward over that many of the longest rows."""
+    """Returns a function that runs forward and backward pass over that many of the longest samples."""
     half = torch.float16 if precision.fp16 else torch.bfloat16
     autocasts = precision.fp16 or precision.bf16
 
@@ -119,6 +119,6 @@ def _pass_of(
 def _table(choice: BatchChoice) -> list[str]:
     lines = [f"{_KEY}: auto is {choice.rows}: {choice.reason}"]
     for probe in choice.probes:
-        took = f"{probe.seconds:.3g} s, {probe.speed:.3g} rows/s" if probe.fits else "out of memory"
-        lines.append(f"  {probe.rows:>5} rows a pass: {took}, peak {probe.peak / 2**30:.2f} GiB")
+        took = f"{probe.seconds:.3g} s, {probe.speed:.3g} sequences/s" if probe.fits else "out of memory"
+        lines.append(f"  {probe.rows:>5} sequences per micro-batch: {took}, peak {probe.peak / 2**30:.2f} GiB")
     return lines

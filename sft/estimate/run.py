@@ -1,8 +1,8 @@
-"""What a run takes, told before it starts: the peak of each rank's memory, its passes, tokens, steps, and a least time.
+"""The estimate of a run before it starts: peak memory of each rank, micro-batches, tokens, steps, and a minimum time.
 
-The time is a floor, not a forecast: the operations of all tokens (`sft.training.mfu`) at the speed of one large
-product, which is measured on a CPU and read from the data sheet of a GPU that is known. Attention, the loss, the
-optimizer, padding, recomputation, evaluation and the start of the process come on top of it.
+The time is a lower bound and no forecast: the operations of all tokens (`sft.training.mfu`) at the speed of one large
+matrix multiplication, which is measured on a CPU and read from the data sheet of a known GPU. Attention, the loss, the
+optimizer, padding, recomputation, evaluation and the start of the process are not in it.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from sft.training.optim.split_master_weights import find_summed_weights
 
 logger = logging.getLogger("sft")
 
-_EPOCHS = 20  # whose passes are looked through for the longest one; later ones hardly find a longer
+_EPOCHS = 20  # in which the longest micro-batch is searched; later ones hardly have a longer one
 
 
 @dataclass(frozen=True, slots=True)
 class RunEstimate:
-    """What `estimate` tells.
+    """The result of `estimate`.
 
     Attributes:
         memory: of one rank, in bytes.
-        plan: rows, passes and steps.
+        plan: samples, micro-batches and steps.
         device: where a rank computes, e.g. `cpu` or `cuda`.
-        limit: bytes that a rank may come to hold there now.
-        rows, tokens, trained_tokens: of the longest pass that the run will make; of a stream, of one as long as any.
+        limit: bytes that a rank may hold there now.
+        rows, tokens, trained_tokens: of the run's longest micro-batch; of a stream, of the longest possible one.
         total_tokens: of the run, padding not counted; None when they are streamed.
-        seconds_at_least: of its passes; None where the tokens or the device's speed are not known.
-        assumes_batch_size: the rows of a pass stand for `auto`, which real passes decide when the run starts.
+        seconds_at_least: of all steps; None where the tokens or the device's speed are not known.
+        assumes_batch_size: the batch size is a number in the place of `auto`, which is chosen when the run starts.
     """
 
     memory: MemoryEstimate
@@ -67,7 +67,7 @@ class RunEstimate:
     assumes_batch_size: bool
 
     def as_json(self) -> dict[str, Any]:
-        """All numbers by name; memory in bytes."""
+        """Returns all numbers by name; memory in bytes."""
         return {
             "memory": self.memory.as_json(),
             "device": self.device,
@@ -93,28 +93,28 @@ def estimate_run(
     max_seq_length: int,
     assumes_batch_size: bool,
 ) -> RunEstimate:
-    """The estimate for each rank of a run in which every rank holds a whole model.
+    """Estimates each rank of a run in which every rank holds a whole model.
 
-    The pass is the longest of those that the run will really make, collated as in training, and goes through the
-    trainer's own forward.
+    The micro-batch is the longest that the run will really have, collated as in training, and runs through the
+    trainer's own forward pass.
 
     Args:
         model: on the meta device, with its adapter.
-        rows: the training rows, or a stream of them.
+        rows: the training samples, or a stream of them.
         arguments: of the Trainer.
         loss: how it is computed.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
-        max_seq_length: the length that is counted for the rows of a stream.
+        max_seq_length: the assumed length of the samples of a stream.
         assumes_batch_size: `plan` has a number in the place of `per_device_train_batch_size: auto`.
     """
     device = arguments.device
     process = 0 if device.type == "cuda" else held_bytes(device)  # a GPU's memory holds no libraries
-    batch = collator(_longest_pass(rows, arguments, plan, collator, max_seq_length))
+    batch = collator(_longest_micro_batch(rows, arguments, plan, collator, max_seq_length))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    run_forward = _on_fakes(model, batch, mode, arguments, loss)
+    run_forward = _fake_forward(model, batch, mode, arguments, loss)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = str(getattr(arguments.optim, "value", arguments.optim))
-    is_one_pass = plan.gradient_accumulation_steps == plan.world_size == 1 and not assumes_batch_size
+    is_single = plan.gradient_accumulation_steps == plan.world_size == 1 and not assumes_batch_size
     memory = estimate_memory(
         model,
         run_forward,
@@ -124,10 +124,9 @@ def estimate_run(
         accumulation_steps=plan.gradient_accumulation_steps,
         world_size=plan.world_size,
         master_weights=master_weights,
-        summed=find_summed_weights(model) if is_one_pass and splits_masters(name) else None,
+        summed=find_summed_weights(model) if is_single and splits_masters(name) else None,
     )
     total_tokens = _total_tokens(plan)
-    beneath = without_adapter(model)
     estimate = RunEstimate(
         memory=memory,
         plan=plan,
@@ -137,23 +136,21 @@ def estimate_run(
         tokens=int(batch["lengths"].sum()),
         trained_tokens=len(batch["trained_positions"]),
         total_tokens=total_tokens,
-        seconds_at_least=_least_seconds(
-            flops_per_token(beneath), total_tokens, plan, device, _autocast(arguments) or beneath.dtype
-        ),
+        seconds_at_least=_least_seconds(without_adapter(model), total_tokens, plan, arguments),
         assumes_batch_size=assumes_batch_size,
     )
     _log_notes(estimate)
     return estimate
 
 
-def _on_fakes(
+def _fake_forward(
     model: Any,
     batch: dict[str, Any],
     mode: FakeTensorMode,
     arguments: TrainingArguments,
     loss: LossSettings,
 ) -> Callable[[], torch.Tensor]:
-    """The trainer's own forward over the batch, with the model and the batch made of fake tensors; returns the loss."""
+    """Makes model and batch fake; returns a function that runs the trainer's forward pass and returns the loss."""
     device, half = arguments.device, _autocast(arguments)
     as_fake(model, mode, device).train()
     forward = TokenForward(model, loss, assume_output_head(without_adapter(model)))
@@ -168,7 +165,7 @@ def _on_fakes(
 
 
 def _autocast(arguments: TrainingArguments) -> torch.dtype | None:
-    """The dtype that matrix products are cast to; None is that of their weights."""
+    """Returns the dtype of autocast; None without."""
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
@@ -177,7 +174,8 @@ def _log_notes(estimate: RunEstimate) -> None:
     plan, peak = estimate.plan, estimate.memory.peak
     if estimate.assumes_batch_size:
         logger.info(
-            "per_device_train_batch_size: auto is chosen when the run starts; counted here: %d rows a pass, %d a step",
+            "per_device_train_batch_size: auto is chosen when the run starts; "
+            "assumed here: %d sequences per micro-batch, %d per step",
             plan.per_device_train_batch_size,
             plan.global_batch_size,
         )
@@ -193,22 +191,21 @@ def _log_notes(estimate: RunEstimate) -> None:
         )
 
 
-def _least_seconds(
-    operations: int, total_tokens: int | None, plan: BatchPlan, device: torch.device, dtype: torch.dtype
-) -> float | None:
-    """Seconds that `operations` for each token take if nothing else takes any.
+def _least_seconds(model: Any, total_tokens: int | None, plan: BatchPlan, arguments: TrainingArguments) -> float | None:
+    """Returns the seconds that the floating point operations of all tokens take if nothing else takes any.
 
-    On a CPU the clock is that of the process's work: what other programs hold up does not make the bound too high.
+    On a CPU the clock counts the processor time of this process, so that other programs do not raise the bound.
     """
     if total_tokens is None:
         return None
-    if device.type == "cpu":
+    if arguments.device.type == "cpu":
+        dtype = _autocast(arguments) or model.dtype
         speed: float | None = measure_flops_per_second(dtype, lambda: time.process_time() / torch.get_num_threads())
     else:
-        speed = peak_flops(device)
+        speed = peak_flops(arguments.device)
     if speed is None:
         return None
-    return operations * total_tokens / (speed * plan.world_size)
+    return flops_per_token(model) * total_tokens / (speed * plan.world_size)
 
 
 def _total_tokens(plan: BatchPlan) -> int | None:
@@ -217,14 +214,14 @@ def _total_tokens(plan: BatchPlan) -> int | None:
     return round(plan.tokens_per_epoch * plan.total_steps / plan.steps_per_epoch)
 
 
-def _longest_pass(
+def _longest_micro_batch(
     rows: Any, arguments: TrainingArguments, plan: BatchPlan, collator: Collator, max_seq_length: int
 ) -> list[dict[str, Any]]:
-    """The rows of the pass with the most tokens, padding included, in the order that the run's sampler will give."""
+    """Returns the samples of the run's micro-batch with the most tokens, padding included, in the sampler's order."""
     size = plan.per_device_train_batch_size
     if isinstance(rows, TrainingStream):
-        tokens = np.zeros(max_seq_length, dtype=np.int64)
-        return [{"input_ids": tokens, "labels": tokens} for _ in range(size)]
+        ids = np.zeros(max_seq_length, dtype=np.int64)
+        return [{"input_ids": ids, "labels": ids} for _ in range(size)]
     lengths = row_lengths(rows)
     seed = arguments.data_seed if arguments.data_seed is not None else arguments.seed
     strategy = str(getattr(arguments.train_sampling_strategy, "value", arguments.train_sampling_strategy))
@@ -232,9 +229,9 @@ def _longest_pass(
     longest, most = sampler.order()[:size], 0
     for epoch in range(min(_EPOCHS, math.ceil(plan.total_steps / (plan.steps_per_epoch or 1)))):
         sampler.set_epoch(epoch)
-        passes = np.array_split(sampler.order(), range(size, len(rows), size))
-        sizes = [lengths[p].sum() if collator.flatten else len(p) * lengths[p].max() for p in passes]
-        at = int(np.argmax(sizes))
-        if sizes[at] > most:
-            longest, most = passes[at], sizes[at]
+        batches = np.array_split(sampler.order(), range(size, len(rows), size))
+        tokens = [lengths[b].sum() if collator.flatten else len(b) * lengths[b].max() for b in batches]
+        at = int(np.argmax(tokens))
+        if tokens[at] > most:
+            longest, most = batches[at], tokens[at]
     return [rows[int(row)] for row in longest]

@@ -75,7 +75,7 @@ class CheckpointFiles:
         if progress and self._streamed:
             if writes:
                 write_ledger(Path(str(self._args.output_dir)), progress.document(self._streamed))
-            progress.judge(stream_state.account_in(self._streamed))
+            progress.require_enough_rows(stream_state.account_in(self._streamed))
 
     def load(self, checkpoint: Path) -> tuple[TokenCounts, int]:
         """Returns the counts since the last log and the skipped steps of `checkpoint`; sets a stream to its place.

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that made it."""
+"""Whether a run may resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_whole_model_has_no_adapter() -> None:
     assert adapter_facts(object()) is None
 
 
-def test_what_is_counted_comes_back(tmp_path: Path) -> None:
+def test_counts_are_restored(tmp_path: Path) -> None:
     shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, None, "random")
     counts = TokenCounts(1.5, 1.25, 7, 3, 2, 1, 30)
     compatibility.save(tmp_path, shape, counts, skipped=4)
@@ -47,7 +47,7 @@ def test_what_is_counted_comes_back(tmp_path: Path) -> None:
     assert compatibility.load(tmp_path, shape) == (TokenCounts.zero(), 0)
 
 
-def test_the_format_of_the_weights_comes_back(tmp_path: Path) -> None:
+def test_the_dtype_of_the_weights_is_restored(tmp_path: Path) -> None:
     shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, "r=4", "random")
     compatibility.save(tmp_path, shape, TokenCounts.zero(), 0, dtype="bfloat16")
     assert compatibility.dtype_of_checkpoint(tmp_path) == "bfloat16"
@@ -62,7 +62,7 @@ def test_the_format_of_the_weights_comes_back(tmp_path: Path) -> None:
         ({"adapter": "r=4", "master_weights": False}, None),
     ],
 )
-def test_an_older_checkpoint_tells_the_format_by_its_optimizer(tmp_path: Path, shape: Any, dtype: str | None) -> None:
+def test_the_optimizer_of_an_older_checkpoint_shows_the_dtype(tmp_path: Path, shape: Any, dtype: str | None) -> None:
     assert compatibility.dtype_of_checkpoint(tmp_path) is None, "another trainer's"
     (tmp_path / compatibility.FILE).write_text(json.dumps({"shape": shape, "counts": {}}))
     assert compatibility.dtype_of_checkpoint(tmp_path) == dtype
@@ -79,7 +79,7 @@ def test_an_optimizer_that_does_not_fit_names_the_key_to_set(tmp_path: Path, was
     ]
 
 
-def test_lengths_are_told_apart_by_their_order_too() -> None:
+def test_the_digest_depends_on_the_order_of_the_lengths() -> None:
     assert digest_lengths(np.array([3, 5])) == digest_lengths(np.array([3, 5], dtype=np.int32))
     assert digest_lengths(np.array([3, 5])) != digest_lengths(np.array([5, 3]))
 
@@ -131,7 +131,7 @@ def test_dropout_is_a_setting_of_training(tmp_path: Path) -> None:
     assert refused(tmp_path, adapted(), adapted(lora_dropout=0.1)) == []
 
 
-def test_an_adapter_is_refused_on_another_base_but_not_on_one_that_moved(tmp_path: Path) -> None:
+def test_another_base_is_an_error_but_not_a_moved_one(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
@@ -142,12 +142,12 @@ def test_an_adapter_is_refused_on_another_base_but_not_on_one_that_moved(tmp_pat
     assert [key for key, _ in refused(tmp_path, adapted("org/a"), adapted("org/b"))] == ["model_name_or_path"]
 
 
-def test_a_hub_base_is_known_by_its_commit_where_one_is_known(tmp_path: Path) -> None:
+def test_a_hub_base_is_compared_by_its_commit_if_known(tmp_path: Path) -> None:
     assert [key for key, _ in refused(tmp_path, adapted(commit="a1"), adapted(commit="b2"))] == ["model_revision"]
     assert refused(tmp_path, adapted(commit="a1"), adapted(commit=None)) == []
 
 
-def test_a_base_held_in_other_bits_is_another_base_and_what_it_computes_in_does_not_matter(tmp_path: Path) -> None:
+def test_the_quantization_of_the_base_is_compared_but_not_its_compute_dtype(tmp_path: Path) -> None:
     def bits(**settings: Any) -> Any:
         return adapted(quantization=BitsAndBytesConfig(load_in_4bit=True, **settings))
 
@@ -159,7 +159,7 @@ def test_a_base_held_in_other_bits_is_another_base_and_what_it_computes_in_does_
     assert refused(tmp_path, adapted(), bits()) == told
 
 
-def test_what_an_older_checkpoint_does_not_tell_is_not_compared(tmp_path: Path) -> None:
+def test_what_an_older_checkpoint_lacks_is_not_compared(tmp_path: Path) -> None:
     content = {"world_size": 1, "seed": 0, "adapter": "r=4", "adapter_facts": {"lora_config.use_rslora": False}}
     now = replace(SHAPE, adapter_facts=adapter_facts(adapted(use_dora=True)))
     for facts in (content, {k: v for k, v in content.items() if k != "adapter_facts"}):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Finding the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sft.checkpoint import compatibility
 from sft.checkpoint.compatibility import ResumeFingerprint
-from sft.checkpoint.discovery import checkpoints, find_checkpoint, find_damage, require_best, where_to_go_on
+from sft.checkpoint.discovery import checkpoints, describe_resume, find_checkpoint, find_damage, require_best
 from sft.errors import UserError
 from sft.loss.metrics import TokenCounts
 
@@ -47,12 +47,12 @@ def test_auto_takes_the_newest_by_number_not_by_name(tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-90", "checkpoint-100"]
 
 
-def test_a_run_that_is_stopped_tells_the_newest_checkpoint_that_was_written(tmp_path: Path) -> None:
-    assert where_to_go_on(tmp_path) == "no checkpoint was written yet"
+def test_a_stopped_run_names_its_newest_checkpoint(tmp_path: Path) -> None:
+    assert describe_resume(tmp_path) == "no checkpoint was written yet"
     for step in (90, 100):
         make_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-100" / "trainer_state.json").unlink()  # which is written last
-    assert where_to_go_on(tmp_path) == f"--resume_from_checkpoint auto goes on from {tmp_path / 'checkpoint-90'}"
+    assert describe_resume(tmp_path) == f"--resume_from_checkpoint auto resumes from {tmp_path / 'checkpoint-90'}"
 
 
 def overwrite(file: Path) -> None:
@@ -86,17 +86,17 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_auto_steps_over_a_damaged_checkpoint_and_a_path_to_it_is_refused(tmp_path: Path, damage: str) -> None:
+def test_auto_skips_a_damaged_checkpoint_and_a_path_to_it_is_an_error(tmp_path: Path, damage: str) -> None:
     whole, broken = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
     assert find_damage(broken) is None
     DAMAGE[damage](broken)
     assert find_damage(broken) is not None
     assert find_checkpoint("auto", tmp_path) == whole
-    with pytest.raises(UserError, match="is not whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         find_checkpoint(str(broken), tmp_path)
 
 
-def test_a_checkpoint_needs_the_state_of_a_stream_only_where_it_trained_one(tmp_path: Path) -> None:
+def test_only_a_streaming_run_needs_the_state_of_a_stream(tmp_path: Path) -> None:
     plain, foreign = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
     write_shape(plain, world_size=1, streamed_data=None)
     (plain / "stream_state.json").unlink()
@@ -110,7 +110,9 @@ def test_a_checkpoint_needs_the_random_state_of_every_rank_that_wrote_into_it(tm
     checkpoint = make_checkpoint(tmp_path, 10)
     state = checkpoint / "rng_state.pth"
     write_shape(checkpoint, world_size=3)
-    assert find_damage(checkpoint) == "rng_state_0.pth is missing", "that of one process is none of three"
+    assert find_damage(checkpoint) == "rng_state_0.pth is missing", (
+        "the state of a single process does not count for three"
+    )
     for rank in (0, 2):
         shutil.copy(state, checkpoint / f"rng_state_{rank}.pth")
     state.rename(tmp_path / "rng_state.pth")
@@ -120,10 +122,10 @@ def test_a_checkpoint_needs_the_random_state_of_every_rank_that_wrote_into_it(tm
     write_shape(checkpoint, world_size=1)
     assert find_damage(checkpoint) == "rng_state.pth is missing"
     (checkpoint / "run_shape.json").unlink()
-    assert find_damage(checkpoint) is None, "another trainer's does not tell its ranks"
+    assert find_damage(checkpoint) is None, "the number of another trainer's ranks is not known"
 
 
-def test_nodes_without_a_common_disk_each_hold_the_random_states_of_their_own_ranks(tmp_path: Path) -> None:
+def test_nodes_without_a_shared_disk_hold_the_random_states_of_their_own_ranks(tmp_path: Path) -> None:
     """As with `save_on_each_node`: the second of two nodes with two ranks each."""
     checkpoint = make_checkpoint(tmp_path, 10)
     shape = ResumeFingerprint(4, 2, 3, 40, "3f", 0, None, "random")
@@ -136,31 +138,31 @@ def test_nodes_without_a_common_disk_each_hold_the_random_states_of_their_own_ra
     assert find_damage(checkpoint) == "rng_state_0.pth is missing"
 
 
-def test_a_path_to_nowhere_is_an_error_that_names_what_there_is(tmp_path: Path) -> None:
+def test_a_missing_path_is_an_error_that_names_the_checkpoints(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 10)
     with pytest.raises(UserError, match=r"no such checkpoint.*(\n.*)*checkpoint-10"):
         find_checkpoint(str(tmp_path / "checkpoint-11"), tmp_path)
 
 
-def test_nothing_to_resume_starts_fresh(tmp_path: Path) -> None:
+def test_without_a_checkpoint_a_run_starts_at_step_0(tmp_path: Path) -> None:
     assert find_checkpoint("auto", tmp_path) is None
     assert find_checkpoint(False, tmp_path) is None
     shutil.rmtree(make_checkpoint(tmp_path, 5))
     assert find_checkpoint("auto", tmp_path) is None
 
 
-def test_auto_with_nothing_but_damaged_checkpoints_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
+def test_auto_with_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     (make_checkpoint(tmp_path, 5) / "optimizer.pt").unlink()
     with pytest.raises(UserError, match="none of the checkpoints"):
         find_checkpoint("auto", tmp_path)
 
 
-def test_a_best_checkpoint_that_is_gone_or_not_whole_is_an_error(tmp_path: Path) -> None:
+def test_a_best_checkpoint_that_is_missing_or_incomplete_is_an_error(tmp_path: Path) -> None:
     best = make_checkpoint(tmp_path, 5)
     assert require_best(best) == best
     cut(best / "model.safetensors")
-    with pytest.raises(UserError, match=r"best checkpoint .*checkpoint-5.* model.safetensors is cut short"):
+    with pytest.raises(UserError, match=r"best checkpoint .*checkpoint-5.* model.safetensors is truncated"):
         require_best(best)
     shutil.rmtree(best)
-    with pytest.raises(UserError, match=r"load_best_model_at_end: .* it does not exist any more"):
+    with pytest.raises(UserError, match=r"load_best_model_at_end: .* it no longer exists"):
         require_best(best)

@@ -1,4 +1,4 @@
-"""What an earlier run left in the output folder makes room for the next one."""
+"""Moving what an earlier run left in the output folder aside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> None:
+def test_a_new_run_moves_earlier_checkpoints_aside(tmp_path: Path) -> None:
     leave(tmp_path, [], steps=(8,))
     archive_previous_run(tmp_path, None)
     leave(tmp_path, [], steps=(4,))
@@ -41,7 +41,7 @@ def test_a_fresh_run_moves_an_earlier_runs_checkpoints_aside(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("model", [ADAPTER + BOTH, MODEL + BOTH], ids=["adapter", "whole model"])
-def test_a_fresh_run_moves_an_earlier_model_aside_with_its_checkpoints_and_says_so(
+def test_a_new_run_moves_an_earlier_model_aside_with_its_checkpoints_and_logs_it(
     tmp_path: Path, model: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     leave(tmp_path, model, steps=(8, 12))
@@ -56,7 +56,7 @@ def test_a_fresh_run_moves_an_earlier_model_aside_with_its_checkpoints_and_says_
     assert is_adapter(earlier) == (model[0] == ADAPTER[0])
     assert is_model(earlier) == (model[0] == MODEL[0])
     assert caplog.messages == [
-        f"Left by an earlier run, and now in {earlier}: the model, checkpoint-8, checkpoint-12, its logs"
+        f"Moved from an earlier run to {earlier}: the model, checkpoint-8, checkpoint-12, its logs"
     ]
 
 
@@ -70,8 +70,8 @@ def keep_logs(output_dir: Path) -> None:
     leave(output_dir / "logs", [*LOGS[:3], "training_log.txt", "slurm-7.out"])
 
 
-def test_a_fresh_run_moves_what_it_would_write_over_among_the_logs(tmp_path: Path) -> None:
-    """The log as text is one for all runs; a run that left nothing else, as it was stopped early, counts as well."""
+def test_a_new_run_moves_the_logs_that_it_would_overwrite(tmp_path: Path) -> None:
+    """The text log is one for all runs; a run that was stopped early and left nothing else counts as well."""
     keep_logs(tmp_path)
     leave(tmp_path, ["config.yaml", "trainer_state.json"])
     archive_previous_run(tmp_path, None)
@@ -84,7 +84,7 @@ def test_a_fresh_run_moves_what_it_would_write_over_among_the_logs(tmp_path: Pat
     assert names_in(tmp_path) == ["earlier-run-1", "logs"], "nothing is left to move"
 
 
-def test_a_run_that_goes_on_keeps_its_logs_and_leaves_a_branch_a_copy(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_logs_and_copies_them_for_the_discarded_steps(tmp_path: Path) -> None:
     keep_logs(tmp_path)
     leave(tmp_path, [], steps=(8, 12))
     archive_previous_run(tmp_path, tmp_path / "checkpoint-12")
@@ -96,22 +96,22 @@ def test_a_run_that_goes_on_keeps_its_logs_and_leaves_a_branch_a_copy(tmp_path: 
     assert names_in(tmp_path / "earlier-run-1" / "logs" / "tensorboard") == ["events"]
 
 
-def test_a_folder_that_no_run_was_in_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_does_not_change(tmp_path: Path) -> None:
     leave(tmp_path, [*NOT_OF_A_MODEL, "README.md", "config.yaml"])
     before = names_in(tmp_path)
     archive_previous_run(tmp_path, None)
     assert names_in(tmp_path) == before
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_with_their_model(tmp_path: Path) -> None:
-    """Else a later `auto` would go on from the newest of them: from the branch that was left."""
+def test_resuming_from_an_older_checkpoint_moves_the_newer_ones_with_their_model(tmp_path: Path) -> None:
+    """Otherwise a later `auto` would resume from the newest of them: from the discarded steps."""
     leave(tmp_path, ADAPTER, steps=(8, 12, 90, 100))
     archive_previous_run(tmp_path, tmp_path / "checkpoint-12")
     assert names_in(tmp_path) == ["checkpoint-12", "checkpoint-8", "earlier-run-1"]
     assert names_in(tmp_path / "earlier-run-1") == sorted([*ADAPTER, "checkpoint-90", "checkpoint-100"])
 
 
-def test_a_run_that_goes_on_from_the_newest_checkpoint_moves_nothing(tmp_path: Path) -> None:
+def test_resuming_from_the_newest_checkpoint_moves_nothing(tmp_path: Path) -> None:
     leave(tmp_path, ADAPTER, steps=(8, 12))
     (tmp_path / "link").symlink_to(tmp_path / "checkpoint-12")
     before = names_in(tmp_path)
@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_from_the_newest_checkpoint_moves_nothing(tmp_path: P
         assert names_in(tmp_path) == before
 
 
-def test_a_run_that_goes_on_from_another_folders_checkpoint_is_no_run_of_this_one(tmp_path: Path) -> None:
+def test_resuming_from_another_folders_checkpoint_moves_this_folders_run(tmp_path: Path) -> None:
     there, here = tmp_path / "there", tmp_path / "here"
     for folder in (there, here):
         folder.mkdir()
@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_from_another_folders_checkpoint_is_no_run_of_this_on
 @pytest.mark.parametrize(
     ("inside", "refused"),
     [
-        ("", "is model_name_or_path too"),
+        ("", "is also model_name_or_path"),
         ("checkpoint-8", "holds model_name_or_path, checkpoint-8"),
         ("config.json", "holds model_name_or_path, config.json"),
         ("earlier-run-1", None),
@@ -142,7 +142,7 @@ def test_a_run_that_goes_on_from_another_folders_checkpoint_is_no_run_of_this_on
         ("../other", None),
     ],
 )
-def test_what_a_run_starts_from_is_neither_moved_nor_written_over(
+def test_what_a_run_starts_from_is_neither_moved_nor_overwritten(
     tmp_path: Path, inside: str, refused: str | None
 ) -> None:
     output_dir, link = tmp_path / "out", tmp_path / "link"

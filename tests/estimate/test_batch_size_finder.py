@@ -1,8 +1,7 @@
-"""The size of a pass is found by real passes, in real memory, and the search leaves nothing behind."""
+"""The batch size finder, with counted memory and time."""
 
 from __future__ import annotations
 
-import mmap
 import random
 from pathlib import Path
 from typing import Any
@@ -10,67 +9,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from sft.distributed.memory import held_bytes
 from sft.errors import UserError
 from sft.estimate.batch_size_finder import BatchChoice, candidate_sizes, choose_batch_size, longest_rows, undisturbed
 from tests.builders import tiny_llama
 from tests.ranks import spawn_ranks
 
 CPU = torch.device("cpu")
-ROW = 32 * 2**20  # bytes that a row of `Hungry` takes in the forward pass
+ROW = 2**25  # bytes per row that `Counted` says to hold
+PROCESS = 2**30  # bytes that it says to hold besides
 
 
-class _Keep(torch.autograd.Function):
-    """Returns the weight and keeps `ROW` bytes for each row until the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, rows: int) -> torch.Tensor:
-        # From the system itself: malloc may have as much left over from an earlier test, and then nothing grows.
-        ctx.kept = torch.frombuffer(mmap.mmap(-1, rows * ROW + 1), dtype=torch.uint8).fill_(1)
-        return weight.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.kept = None
-        return grads[0].expand(1), None
-
-
-class Hungry(nn.Module):
-    """One weight whose passes take `ROW` bytes a row, in real memory, and a tenth of a second on a clock of its own."""
+class Counted(nn.Module):
+    """One weight, whose passes count the memory and the time that they would take."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0.0
         self.weight = nn.Parameter(torch.ones(1))
-        self.run_pass(1)  # whatever a first pass and a first clearing load is there before anybody measures
-        self.zero_grad()
+        self.now, self.held = 0.0, PROCESS
 
     def run_pass(self, rows: int, seconds: float = 0.1) -> None:
-        loss = _Keep.apply(self.weight, rows)
-        loss.backward()
+        self.weight.sum().backward()
         self.now += seconds
+        self.held = PROCESS + rows * ROW
 
-    def clock(self) -> float:
-        return self.now
-
-
-def search(candidates: list[int], room: int, seconds_of: list[float] | None = None, seconds: float = 20) -> BatchChoice:
-    """Chooses for passes that take memory; or for such that only take time, as much as `seconds_of` says for each."""
-    model = Hungry()
-
-    def run_pass(rows: int) -> None:
-        if seconds_of:
-            model.run_pass(0, seconds_of[candidates.index(rows)])
-        else:
-            model.run_pass(rows)
-
-    budget = held_bytes(CPU) + room
-    return choose_batch_size(
-        model, run_pass, candidates, budget=budget, reserve=0, device=CPU, seconds=seconds, clock=model.clock
-    )
+    def choose(self, candidates: list[int], room: int, **options: Any) -> BatchChoice:
+        """Chooses where `room` bytes are free."""
+        options = {"run_pass": self.run_pass, "reserve": 0, **options}
+        run_pass = options.pop("run_pass")
+        counted: dict[str, Any] = {"clock": lambda: self.now, "peak": lambda _: self.held}
+        return choose_batch_size(self, run_pass, candidates, budget=PROCESS + room, device=CPU, **counted, **options)
 
 
 @pytest.mark.parametrize(
@@ -92,47 +61,63 @@ def test_the_longest_rows_come_first() -> None:
 
 
 def test_the_largest_size_that_fits_is_taken_where_larger_is_faster() -> None:
-    """Room for 5 rows and a half: 4 of 1, 2, 4, 8, which is never run because 1, 2 and 4 foretell it."""
-    choice = search([1, 2, 4, 8], room=11 * ROW // 2)
+    """Room for 5 rows and a half: 4 of 1, 2, 4, 8, which is never run because 2 and 4 predict its memory."""
+    choice = Counted().choose([1, 2, 4, 8], room=11 * ROW // 2)
     assert choice.rows == 4
+    assert [(probe.rows, probe.peak) for probe in choice.probes] == [(n, PROCESS + n * ROW) for n in (1, 2, 4)]
+    assert "8 samples would take more" in choice.reason
+
+
+def test_a_size_that_does_not_fit_against_the_prediction_is_not_taken() -> None:
+    model = Counted()
+
+    def run_pass(rows: int) -> None:
+        model.run_pass(rows)
+        model.held += (rows == 4) * 2 * ROW
+
+    choice = model.choose([1, 2, 4], room=5 * ROW, run_pass=run_pass)
+    assert choice.rows == 2
     assert [probe.rows for probe in choice.probes] == [1, 2, 4]
-    assert "8 rows would take more" in choice.reason
-    grown = [b.peak - a.peak for a, b in zip(choice.probes, choice.probes[1:], strict=False)]
-    assert grown == pytest.approx([ROW, 2 * ROW], rel=0.25)
+    assert "4 samples take more" in choice.reason
+
+
+def test_a_size_that_runs_out_of_memory_is_not_taken() -> None:
+    model = Counted()
+
+    def run_pass(rows: int) -> None:
+        model.run_pass(rows)
+        if rows == 2:
+            raise torch.OutOfMemoryError
+
+    choice = model.choose([1, 2, 4], room=99 * ROW, run_pass=run_pass)
+    assert choice.rows == 1
+    assert [(probe.rows, probe.fits) for probe in choice.probes] == [(1, True), (2, False)]
 
 
 def test_a_larger_size_that_is_no_faster_is_not_taken() -> None:
-    """Rows a second: 10, 20, 10, 10; the two that do not pay end the search before 16."""
-    choice = search([1, 2, 4, 8, 16], room=2**40, seconds_of=[0.1, 0.1, 0.4, 0.8, 1.6])
+    """Rows per second: 10, 20, 10, 10; the two without a gain end the search before 16."""
+    model, candidates = Counted(), [1, 2, 4, 8, 16]
+    seconds = dict(zip(candidates, [0.1, 0.1, 0.4, 0.8, 1.6], strict=True))
+    choice = model.choose(candidates, room=2**40, run_pass=lambda rows: model.run_pass(rows, seconds[rows]))
     assert choice.rows == 2
     assert [probe.rows for probe in choice.probes] == [1, 2, 4, 8]
-    assert choice.reason == "larger passes are not faster"
+    assert choice.reason == "larger micro-batches are not faster"
 
 
-def test_what_the_optimizer_will_hold_is_left_free() -> None:
-    model = Hungry()
-    choice = choose_batch_size(
-        model,
-        model.run_pass,
-        [1, 2, 4],
-        budget=held_bytes(CPU) + 11 * ROW // 2,
-        reserve=2 * ROW,
-        device=CPU,
-        clock=model.clock,
-    )
-    assert choice.rows == 2
+def test_the_optimizers_memory_is_left_free() -> None:
+    assert Counted().choose([1, 2, 4], room=11 * ROW // 2, reserve=2 * ROW).rows == 2
 
 
-def test_a_pass_that_does_not_fit_at_all_is_the_users_to_change() -> None:
-    with pytest.raises(UserError, match=r"1 of the longest rows brings the process to .* GiB") as raised:
-        search([1, 2], room=ROW // 2)
+def test_a_single_row_that_does_not_fit_is_an_error_of_the_user() -> None:
+    with pytest.raises(UserError, match=r"1 of the longest samples brings the process to .* GiB") as raised:
+        Counted().choose([1, 2], room=ROW // 2)
     assert raised.value.problems[0].key == "per_device_train_batch_size"
 
 
 def test_the_search_ends_when_its_time_is_over() -> None:
-    choice = search([1, 2, 4], room=2**40, seconds=0.01)
+    choice = Counted().choose([1, 2, 4], room=2**40, seconds=0.01)
     assert [probe.rows for probe in choice.probes] == [1]
-    assert choice.reason == "the time for probing was over"
+    assert choice.reason == "the time for probing is over"
 
 
 def random_numbers() -> list[object]:
@@ -171,8 +156,8 @@ def test_nothing_of_the_model_or_the_random_numbers_changes() -> None:
         assert parameter.grad.equal(gradient)
 
 
-def test_everything_is_put_back_after_a_mistake_as_well() -> None:
-    model = Hungry()
+def test_everything_is_restored_after_an_error_as_well() -> None:
+    model = Counted()
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
@@ -193,13 +178,7 @@ def test_everything_is_put_back_after_a_mistake_as_well() -> None:
 
 
 def _choose_on_rank(rank: int, folder: Path) -> None:
-    model = Hungry()
-    held = torch.tensor(held_bytes(CPU))
-    dist.all_reduce(held, dist.ReduceOp.MAX)  # the ranks' processes are not equally large
-    budget = int(held) + (100 if rank == 0 else 5) * ROW
-    choice = choose_batch_size(
-        model, model.run_pass, [1, 2, 8], budget=budget, reserve=0, device=CPU, clock=model.clock
-    )
+    choice = Counted().choose([1, 2, 8], room=(100 if rank == 0 else 5) * ROW)
     (folder / str(rank)).write_text(str(choice.rows))
 
 

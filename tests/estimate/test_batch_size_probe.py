@@ -1,4 +1,4 @@
-"""`per_device_train_batch_size: auto` in real runs: found, said, without a trace, kept by a resume, and survived."""
+"""`per_device_train_batch_size: auto` in real runs: chosen, logged, kept by a resume, and reduced without memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sft.data.loading.collator import Collator
 from sft.estimate import batch_size_probe
 from sft.loss.token_loss import LossSettings
 from sft.model.precision import Precision
-from tests.builders import byte_level_tokenizer, tiny_llama
+from tests.builders import tiny_llama
 from tests.runs import arithmetic, losses, run, write_config, write_rows
 
 
@@ -54,12 +54,12 @@ def chosen(stderr: str) -> int:
 def test_a_run_is_that_of_the_number_it_chose(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To the last bit, with dropout, whose random numbers the probes would have moved on."""
+    """To the last bit, with dropout, whose random numbers the probes must not advance."""
     assert sft_main.main(["--config_file", str(config_file)]) == 0
     said = capsys.readouterr().err
     rows = chosen(said)
     assert 8 % rows == 0
-    assert "1 rows a pass: " in said
+    assert "1 sequences per micro-batch: " in said
     sizes = f"{rows} sequences per micro-batch × {8 // rows} accumulation steps × 1 processes"
     assert f"{sizes} = 8 sequences per step" in said
     curve = losses(tmp_path / "out")
@@ -81,8 +81,8 @@ def test_a_resumed_run_keeps_the_number(config_file: Path, tmp_path: Path, capsy
     assert losses(tmp_path / "resumed")[-2:] == losses(tmp_path / "out")[-2:]
 
 
-def test_the_head_is_looked_for_where_the_model_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention that a GPU alone has would refuse the nine tokens in main memory, and all logits would be probed."""
+def test_the_head_is_searched_on_the_device_where_the_model_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that only a GPU has would fail in main memory, and the head would not be fused."""
 
     class HeadFoundError(Exception):
         pass
@@ -98,7 +98,7 @@ def test_the_head_is_looked_for_where_the_model_trains(monkeypatch: pytest.Monke
     with pytest.raises(HeadFoundError, match="meta"):
         batch_size_probe.probe_batch_size(tiny_llama(9), *given, **options)
     quantized: Any = tiny_llama(9)
-    quantized.is_quantized = True  # bitsandbytes has put it where it trains, and it refuses to move
+    quantized.is_quantized = True  # bitsandbytes has moved it to its device already, and it cannot move
     with pytest.raises(HeadFoundError, match="cpu"):
         batch_size_probe.probe_batch_size(quantized, *given, **options)
 
@@ -108,10 +108,10 @@ def test_the_head_is_looked_for_where_the_model_trains(monkeypatch: pytest.Monke
     [
         (["--streaming", "true"], "auto needs all rows at once"),
         (["--per_device_train_batch_size", "most"], "per_device_train_batch_size"),
-        (["--auto_batch_memory_fraction", "0.000001"], "of the longest rows brings the process to"),
+        (["--auto_batch_memory_fraction", "0.000001"], "of the longest samples brings the process to"),
     ],
 )
-def test_what_does_not_go_together_is_told(
+def test_settings_that_contradict_auto_are_errors(
     config_file: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     assert sft_main.main(["--config_file", str(config_file), *overrides]) == 2
@@ -131,36 +131,32 @@ def test_all_ranks_take_the_same_number(config_file: Path, tmp_path: Path) -> No
 # Running out of memory all the same
 
 RUN = """
-import os, resource, sys
+import os, sys
 import sft.estimate.batch_size_probe
-import sft.loss.chunked
 import distributed_utils
 import sft_main
+import torch
 import trainer_utils
+from sft.loss.forward import TokenForward
 from transformers import TrainerCallback
 
-share = float(sys.argv.pop(1)) * (os.environ.get("RANK", "0") == "0")
-sft.estimate.batch_size_probe.probe_batch_size = lambda *args, **options: 8 // int(os.environ.get("WORLD_SIZE", "1"))
-most = 0
+size = 8 // int(os.environ.get("WORLD_SIZE", "1"))
+fitting = float(sys.argv.pop(1)) * size  # sequences of which the first rank has the memory, from the fourth step on
+sft.estimate.batch_size_probe.probe_batch_size = lambda *args, **options: size
+is_limited = False
 
-def held():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
-
-def scored(*args, **options):
-    global most
-    most = max(most, held())  # all logits of the pass are there
-    return score(*args, **options)
+def limited_forward(self, model, inputs, *args, **options):
+    sums = forward(self, model, inputs, *args, **options)
+    if is_limited and model.training and len(inputs["input_ids"]) > fitting:
+        torch.empty(2**50, dtype=torch.uint8)  # more than an address space has: torch's own error
+    return sums
 
 class Limit(TrainerCallback):
     def on_step_begin(self, args, state, control, **options):
-        global most
-        if state.global_step < 3:
-            most = 0
-        elif share and state.global_step == 3:
-            room = held() + round(share * (most - held()))
-            resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        global is_limited
+        is_limited = state.global_step >= 3 and os.environ.get("RANK", "0") == "0"
 
-score, sft.loss.chunked.score_in_place = sft.loss.chunked.score_in_place, scored
+forward, TokenForward.__call__ = TokenForward.__call__, limited_forward
 make = trainer_utils.SFTTrainer.__init__
 
 def with_limit(self, *args, **options):
@@ -173,31 +169,24 @@ distributed_utils.end_process(sft_main.main(sys.argv[1:]))
 
 
 @pytest.fixture
-def large_head(config_file: Path, tmp_path: Path) -> Path:
-    """Most memory of a pass is in its logits."""
-    tokenizer = byte_level_tokenizer()
-    tiny_llama(64_000).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def padded_config(config_file: Path) -> Path:
+    """Trains all weights, with a sequence in each row of a batch."""
     keys: dict[str, Any] = yaml.safe_load(config_file.read_text())
-    keys |= {"model_name_or_path": str(tmp_path / "model"), "global_batch_size": 16, "max_steps": 6, "train_on": "all"}
+    keys |= {"global_batch_size": 16, "max_steps": 6, "train_on": "all", "attn_implementation": "eager"}
     return write_config(config_file, **{name: value for name, value in keys.items() if name != "lora_config"})
 
 
 def trained(config: Path, output_dir: Path, share: float, processes: int = 0) -> subprocess.CompletedProcess:
-    """The run whose first rank is left `share` of the memory that its passes have taken; 0 leaves it all."""
-    # Blocks from 64 kB on are mapped and unmapped one by one, and no thread reserves 64 MiB for itself when it first
-    # asks for memory: so the address space is what is in use.
-    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    env = {**malloc, "OMP_NUM_THREADS": "1"}
+    """Runs the config; from step 4 on the first rank's memory is enough for `share` of its micro-batch."""
     script = output_dir.with_suffix(".py")
     script.write_text(RUN)
     arguments: list[str | Path] = [str(share), "--config_file", config, "--output_dir", output_dir]
-    return run(*arguments, processes=processes, env=env, script=script)
+    return run(*arguments, processes=processes, env={"OMP_NUM_THREADS": "1"}, script=script)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_out_of_memory_goes_on_in_halves_with_the_same_losses(large_head: Path, tmp_path: Path) -> None:
-    free, limited = (trained(large_head, tmp_path / name, share) for name, share in (("free", 0), ("limited", 0.6)))
+def test_a_run_out_of_memory_continues_in_halves_with_the_same_losses(padded_config: Path, tmp_path: Path) -> None:
+    free, limited = (trained(padded_config, tmp_path / name, share) for name, share in (("free", 1), ("limited", 0.6)))
     assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
     assert "is run again in micro-batches of 1/2 of the samples" in limited.stderr
     assert "is run again" not in free.stderr
@@ -216,9 +205,9 @@ def test_a_run_that_is_out_of_memory_goes_on_in_halves_with_the_same_losses(larg
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_out_of_memory_keeps_the_others(large_head: Path, tmp_path: Path) -> None:
-    shares = (("free", 0), ("limited", 0.8))
-    free, limited = (trained(large_head, tmp_path / name, share, 2) for name, share in shares)
+def test_one_rank_out_of_memory_changes_nothing_for_the_others(padded_config: Path, tmp_path: Path) -> None:
+    shares = (("free", 1), ("limited", 0.8))
+    free, limited = (trained(padded_config, tmp_path / name, share, 2) for name, share in shares)
     assert free.returncode == limited.returncode == 0, limited.stderr[-3000:]
     assert limited.stderr.count("is run again in micro-batches of 1/2 of the samples") == 1
     assert "is run again" not in free.stderr
@@ -228,18 +217,18 @@ def test_a_rank_that_is_out_of_memory_keeps_the_others(large_head: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_single_row_that_does_not_fit_stops_the_run(large_head: Path, tmp_path: Path) -> None:
-    done = trained(large_head, tmp_path / "out", 0.08)
+def test_a_single_row_that_does_not_fit_stops_the_run(padded_config: Path, tmp_path: Path) -> None:
+    done = trained(padded_config, tmp_path / "out", 0.08)
     assert done.returncode == 3, done.stderr[-3000:]
     assert "memory runs out on a micro-batch of a single sample" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_rank_whose_single_row_does_not_fit_asks_nothing_of_the_others(large_head: Path, tmp_path: Path) -> None:
-    """They wait for its gradients; of the steps since the last log it cannot hear what they trained."""
-    keys: dict[str, Any] = yaml.safe_load(large_head.read_text())
-    done = trained(write_config(large_head, **(keys | {"logging_steps": 10})), tmp_path / "out", 0.08, 2)
+def test_a_rank_whose_single_row_does_not_fit_asks_nothing_of_the_others(padded_config: Path, tmp_path: Path) -> None:
+    """They wait for its gradients, so it cannot gather their counts since the last log."""
+    keys: dict[str, Any] = yaml.safe_load(padded_config.read_text())
+    done = trained(write_config(padded_config, **(keys | {"logging_steps": 10})), tmp_path / "out", 0.08, 2)
     assert "memory runs out on a micro-batch of a single sample" in done.stderr
     assert "exitcode  : 3" in done.stderr, done.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())

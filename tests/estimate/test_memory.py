@@ -43,7 +43,7 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return model(**inputs, use_cache=False).logits.float().logsumexp(-1).sum()
 
 
-# One pass
+# One micro-batch
 
 
 def test_a_pass_is_counted_to_the_byte() -> None:
@@ -212,7 +212,7 @@ def bytes_of_states(optimizer: torch.optim.Optimizer) -> int:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizers_hold_what_is_told(optim: str, make: Any, dtype: torch.dtype) -> None:
+def test_the_states_of_real_optimizers_are_counted(optim: str, make: Any, dtype: torch.dtype) -> None:
     weights = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((300, 70), (128, 64), (50,))]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
@@ -223,13 +223,13 @@ def test_optimizers_hold_what_is_told(optim: str, make: Any, dtype: torch.dtype)
 
 def test_masters_and_their_states_are_float32() -> None:
     weights = [nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(10))]
-    told = optimizer_memory("adamw_torch_fused", weights, device=CPU, master_weights=True)
-    assert told.states == 4 * 1000 + 8 * 1010
+    memory = optimizer_memory("adamw_torch_fused", weights, device=CPU, master_weights=True)
+    assert memory.states == 4 * 1000 + 8 * 1010
 
 
 def test_an_unknown_optimizer_is_counted_as_adam_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    told = optimizer_memory("lomo", [torch.zeros(10)], device=CPU)
-    assert told.states == 80
+    memory = optimizer_memory("lomo", [torch.zeros(10)], device=CPU)
+    assert memory.states == 80
     assert "lomo is not known" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""`estimate` tells what a run takes; the run itself is then measured."""
+"""The numbers of `estimate`, for real configs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_masters_adapters_and_quantized_weights_are_counted(
 
 
 def test_split_masters_are_counted(keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Beside 8-bit states 2 bytes a weight, and gradients in bfloat16 where a step is one pass, but the head's."""
+    """With 8-bit states 2 bytes per weight; bfloat16 gradients, but the head's, if a step is one micro-batch."""
     keys = {**keys, "dtype": "bfloat16", "optim": "adamw_8bit"}
     whole = estimated(tmp_path, {**keys, "optim": "adamw_torch"}, capsys)["memory"]
     summed = estimated(tmp_path, keys, capsys)["memory"]
@@ -87,7 +87,7 @@ def test_split_masters_are_counted(keys: dict[str, Any], tmp_path: Path, capsys:
     assert 4 * weights < summed["optimizer"] < 6 * weights < whole["optimizer"]
 
 
-def test_the_batch_size_that_is_not_known_yet_is_said(
+def test_a_batch_size_that_is_not_chosen_yet_is_assumed(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = {**keys, "per_device_train_batch_size": "auto", "global_batch_size": 8}
@@ -98,11 +98,11 @@ def test_the_batch_size_that_is_not_known_yet_is_said(
     config = write_config(tmp_path / "run.yaml", **keys)
     assert sft_main.main(["estimate", "--config_file", str(config)]) == 0
     shown = " ".join(capsys.readouterr().err.split())
-    assert "auto is chosen when the run starts; counted here: 1 rows a pass, 8 a step" in shown
+    assert "auto is chosen when the run starts; assumed here: 1 sequences per micro-batch, 8 per step" in shown
     assert "auto is chosen when the run starts; these rows are assumed" in shown
 
 
-def test_a_time_below_which_no_run_can_be_is_told(
+def test_the_minimum_time_follows_from_the_operations(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """6 operations for each weight but the input embedding's and each token, 4 for frozen ones (`sft.training.mfu`)."""
@@ -114,7 +114,7 @@ def test_a_time_below_which_no_run_can_be_is_told(
     assert not told["assumes_batch_size"]
 
 
-def test_check_tells_the_memory_too(keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_has_the_estimate_too(keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = estimated(tmp_path, keys, capsys)
     config = write_config(tmp_path / "run.yaml", **keys)
     assert sft_main.main(["check", "--config_file", str(config), "--json"]) == 0

@@ -346,7 +346,7 @@ def test_too_many_lost_rows_stop_the_run_at_the_end_of_the_epoch(tmp_path: Path)
 
 
 def test_a_checkpoint_without_a_stream_is_refused(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot go on from"):
+    with pytest.raises(UserError, match="cannot resume from"):
         progress_of(stream_of(file)).load(tmp_path)
 
 
