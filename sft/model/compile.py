@@ -35,7 +35,7 @@ from sft.model.attention import document_attention
 
 logger = logging.getLogger("sft")
 
-GRAPHS = 3
+MAX_GRAPHS = 3
 KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 """Upstream's keys; upstream's Trainer, which would compile the whole model, does not get them."""
 
@@ -144,10 +144,10 @@ def compile_layers(model: nn.Module, settings: CompileSettings, *, evaluates: bo
     descriptions = [_describe(layer) for layer in layers]
     distinct = list(dict.fromkeys(descriptions))
     kinds = [distinct.index(description) for description in descriptions]
-    shared = _Shared(settings, _most_costly(kinds, evaluates))
+    shared = _SharedGraphs(settings, _most_costly(kinds, evaluates))
     for layer, kind in zip(layers, kinds, strict=True):
         settable: Any = layer
-        setattr(settable, _STATE, _Layer(kind, shared))
+        setattr(settable, _STATE, _LayerState(kind, shared))
         # A bound method is copied by a deep copy; the signature stays the layer's, for code that inspects it.
         settable.forward = types.MethodType(functools.wraps(type(layer).forward)(_forward), layer)
     logger.info("Compiling %d decoder layers with %s: %s", len(layers), settings.backend, shared.describe(kinds))
@@ -182,10 +182,10 @@ def _most_costly(kinds: Sequence[int], evaluates: bool) -> list[tuple[int, Situa
     pairs: list[tuple[int, Situation]] = [(kind, "training") for kind in by_count]
     if evaluates:
         pairs += [(kind, "evaluation") for kind in by_count]
-    return [*pairs, (kinds[0], "first layer")][:GRAPHS]
+    return [*pairs, (kinds[0], "first layer")][:MAX_GRAPHS]
 
 
-class _Shared:
+class _SharedGraphs:
     """What the layers of one model share: the compiled function, and the pairs that it is called for."""
 
     def __init__(self, settings: CompileSettings, chosen: list[tuple[int, Situation]]) -> None:
@@ -197,7 +197,7 @@ class _Shared:
             fullgraph=True,
             backend=settings.backend,
             options=settings.options or None,
-            recompile_limit=GRAPHS,
+            recompile_limit=MAX_GRAPHS,
             isolate_recompiles=True,
         )
 
@@ -211,7 +211,7 @@ class _Shared:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _LayerState:
     """What each layer stores.
 
     Attributes:
@@ -219,7 +219,7 @@ class _Layer:
     """
 
     kind: int
-    shared: _Shared
+    shared: _SharedGraphs
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def call_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces a layer's `forward`: runs it compiled if its kind and situation have a graph."""
-    state: _Layer = getattr(layer, _STATE)
+    state: _LayerState = getattr(layer, _STATE)
     plain = type(layer).forward
     documents: DocumentOffsets | None = kwargs.get("documents")
     hidden = args[0] if args else None
@@ -267,7 +267,9 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
         return state.shared.run(layer, *arguments)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         state.shared.chosen.remove(pair)
-        logger.warning("torch_compile: %s needs more than %d graphs, and runs uncompiled: %s", pair[1], GRAPHS, error)
+        logger.warning(
+            "torch_compile: %s needs more than %d graphs, and runs uncompiled: %s", pair[1], MAX_GRAPHS, error
+        )
         return plain(layer, *args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = f"{type(layer).__name__} cannot be compiled: {_summarize(error)}"

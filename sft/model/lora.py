@@ -1,4 +1,4 @@
-"""LoRA adapters, by peft: exactly the weights that the config names are trained, and nothing else."""
+"""Attaches LoRA adapters by peft: exactly the weights that the config names are trained, and nothing else."""
 
 from __future__ import annotations
 
@@ -266,9 +266,9 @@ def _check_trainable(model: PeftModel) -> None:
         if isinstance(module, kinds):
             own.update(prefix + "." + name for name, _ in module.named_parameters() if "base_layer." not in name)
     config: Any = model.peft_config[str(model.active_adapter)]
-    strangers = sorted(n for n in trainable - own if not (config.bias != "none" and n.endswith("bias")))
-    if strangers:
-        raise RuntimeError(f"weights of the base model are trainable beside the adapter: {', '.join(strangers[:5])}")
+    unexpected = sorted(n for n in trainable - own if not (config.bias != "none" and n.endswith("bias")))
+    if unexpected:
+        raise RuntimeError(f"weights of the base model are trainable beside the adapter: {', '.join(unexpected[:5])}")
 
 
 def attach_saved_adapter(model: PreTrainedModel, folder: str) -> PeftModel:

@@ -262,7 +262,6 @@ def merge(
     tokenizer = load_saved_tokenizer(folder, trust_remote_code)
     facts.setdefault("embedding_rows", len(tokenizer))
     ids = _probe_tokens(len(tokenizer))
-
     adapter = _Adapter(folder, reference, facts, trust_remote_code)
     adapted: Any = adapter.load_unquantized()
     dtype = dtype or str(facts.get("dtype") or adapted.config.dtype).removeprefix("torch.")

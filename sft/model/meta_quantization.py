@@ -1,4 +1,4 @@
-"""Layers on the meta device that take the memory of quantized ones and compute nothing, for estimates.
+"""Replaces layers of a meta model by ones that take the memory of quantized layers and compute nothing.
 
 bitsandbytes' own kernels need real weights. Their memory is simple to model: packed weights with their scales, and in
 the forward and the backward pass the dequantized weight for as long as one matrix multiplication takes.

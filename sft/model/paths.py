@@ -1,4 +1,4 @@
-"""Folders and hub names of models: what a model or tokenizer setting names, and what the folder holds."""
+"""Resolves the folder or hub name in a model or tokenizer setting, and checks what the folder holds."""
 
 from __future__ import annotations
 

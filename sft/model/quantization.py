@@ -1,4 +1,4 @@
-"""4-bit and 8-bit base models, by bitsandbytes, on GPUs and CPUs.
+"""Prepares 4-bit and 8-bit base models of bitsandbytes for training, on GPUs and CPUs.
 
 `prepare_quantized` guards against three silent traps:
 
