@@ -1,4 +1,4 @@
-"""How fast, how small and how full the data stage is, beside TRL's SFTTrainer and the bare tokenizer.
+"""Measures speed, memory and packing of the data stage, next to TRL's SFTTrainer and the bare tokenizer.
 
     python benchmarks/data.py                          # everything, about ten minutes on two cores
     python benchmarks/data.py --rows 20000 --rounds 1 --parts compare
@@ -32,7 +32,7 @@ Reports = dict[str, list[dict[str, Any]]]
 
 
 class Benchmark:
-    """The measurements, one after another, each in a process of its own.
+    """Runs the measurements one after another, each in a process of its own.
 
     Args:
         work: a folder for the inputs and for what is prepared.
@@ -42,7 +42,7 @@ class Benchmark:
         self._options, self._work, self._console = options, work, console
         self._with_trl = not options.without_trl and importlib.util.find_spec("trl") is not None
         if not self._with_trl and not options.without_trl:
-            console.print("TRL is not installed: its figures are left out (pip install -r requirements-bench.txt)")
+            console.print("TRL is not installed: it is skipped (pip install -r requirements-bench.txt)")
         files = set(options.scale if "scale" in options.parts else [])
         compared = options.rows if "compare" in options.parts else None
         arguments = {
@@ -65,7 +65,7 @@ class Benchmark:
         return str(self._work / f"{name}.jsonl")
 
     def _take_turn(self, found: Reports, label: str, worker: str, **arguments: Any) -> None:
-        """Adds a measurement to `found`; TRL drops out when it fails, for it is not ours to mend."""
+        """Adds a measurement to `found`; if TRL fails, it is skipped from then on."""
         try:
             found.setdefault(label, []).append(self._run(label, worker, **arguments))
         except RuntimeError as error:
@@ -73,10 +73,10 @@ class Benchmark:
                 raise
             del found[label]
             self._with_trl = False
-            self._console.print(f"TRL takes no further part: {error}", markup=False, highlight=False)
+            self._console.print(f"TRL failed and is skipped: {error}", markup=False, highlight=False)
 
     def compare(self) -> Reports:
-        """The contestants take turns, so that a slow minute of the machine hits them all."""
+        """Measures the contestants in turn, so that a slow minute of the machine affects all of them."""
         file, found = self._file(self._options.rows), Reports()
         for round_number in range(self._options.rounds):
             self._take_turn(found, OURS, "ours", file=file)
@@ -89,7 +89,7 @@ class Benchmark:
         return found
 
     def packing(self) -> Reports:
-        """Which documents share a row; TRL's one turn also moves their tokens, of a byte each."""
+        """Measures packing; TRL's one turn also moves the tokens, of one byte each."""
         found = Reports()
         for _ in range(self._options.rounds):
             self._take_turn(found, OURS, "our_packing", lengths=self._options.lengths)
@@ -98,7 +98,7 @@ class Benchmark:
         return found
 
     def scale(self) -> dict[str, Any]:
-        """Tokens per second by rows; the largest set is started again from its cache."""
+        """Measures tokens per second by number of rows, and a second start of the largest set from its cache."""
         by_rows: dict[str, dict[int, dict[str, Any]]] = {OURS: {}, TRL: {}}
         cache = str(self._work / "kept")
         largest = max(self._options.scale)
@@ -190,7 +190,7 @@ def scale_figures(found: dict[str, Any]) -> list[Figures]:
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was promised beside what was reached; only what was measured. A figure without a target is for the eye."""
+    """Compares the measured figures with their targets; some have none."""
     found: list[tuple[str, float, str, float]] = []
     if compared := results.get("compare"):
         rivals = [name for name in (TRL, TRL_2) if name in compared]
@@ -263,7 +263,7 @@ def all_figures(results: dict[str, Any], options: argparse.Namespace) -> list[Fi
 
 
 def write_report(folder: Path, results: dict[str, Any], tables: list[Figures]) -> None:
-    """The section `## Data` of RESULTS.md, and the plot beside it."""
+    """Writes the section `## Data` of RESULTS.md and its plot."""
     at = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
     machine_line = f"{at['cpu']}, {at['cores']} cores, {at['memory_gib']} GiB, {at['system']}; {versions}."
