@@ -165,13 +165,13 @@ class RowEncoder:
             fits |= np.array([part.is_document for s in samples for part in s.parts], dtype=bool)
         is_kept = np.ones(len(documents), dtype=bool)
         replaced: dict[int, list[Encoded]] = {}  # documents that are truncated or split
-        prints = list(fingerprints(documents))
+        digests = list(fingerprints(documents))
         rows = at = 0
         for sample in samples:
             places = range(at, at + len(sample.parts))
             at = places.stop
             try:
-                self._count_repetition(b"".join(prints[places.start : places.stop]), ledger, seen)
+                self._count_repetition(b"".join(digests[places.start : places.stop]), ledger, seen)
                 if not fits[places.start : places.stop].all():
                     replaced |= self._fit(sample, documents, [p for p in places if not fits[p]], is_kept, ledger)
             except RowLost as lost:
