@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.data.loading.collator import EvenRows, even_multiple
-from sft.distributed.oom import measuring
+from sft.distributed.oom import oom_during_evaluation
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.loss.token_loss import TokenLoss
 
@@ -100,7 +100,7 @@ class TokenEvaluation(Trainer):
         sums = TokenSums(self.args.device)
         what = f"the evaluation behind step {self.state.global_step}" if self.is_in_train else "the evaluation"
         try:
-            with torch.no_grad(), measuring(what, self.args.eval_batch_size):
+            with torch.no_grad(), oom_during_evaluation(what, self.args.eval_batch_size):
                 for batch in dataloader:
                     inputs = self._prepare_inputs(batch)
                     with self.accelerator.autocast():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sft.data.loading.collator import Collator
-from sft.distributed.oom import is_out_of_memory, measuring, out_of_memory
+from sft.distributed.oom import is_out_of_memory, oom_during_evaluation, out_of_memory
 from sft.errors import RankStopped
 from sft.training.oom_retry import OomRetry
 from sft.training.split_batch import split_batch
@@ -91,11 +91,11 @@ def test_the_first_thing_to_do_is_to_lower_the_rows_of_a_pass_where_there_are_se
 def test_an_evaluation_that_is_out_of_memory_says_so(rows: int, key: str) -> None:
     with (
         pytest.raises(RankStopped, match="the evaluation ran out of memory: ") as raised,
-        measuring("the evaluation", rows),
+        oom_during_evaluation("the evaluation", rows),
     ):
         torch.empty(2**60, dtype=torch.uint8)
     assert [problem.key for problem in raised.value.problems] == [key]
-    with pytest.raises(ZeroDivisionError), measuring("the evaluation", rows):
+    with pytest.raises(ZeroDivisionError), oom_during_evaluation("the evaluation", rows):
         1 / 0  # noqa: B018
 
 
