@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,12 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(gpus, "has_gpu_driver", lambda: count > 0)
 
 
-def free_port() -> int:
-    """Returns a free port below those that the kernel gives to clients (32768 and up)."""
-    while True:
+def free_ports(count: int) -> list[int]:
+    """Returns different free ports below those that the kernel gives to clients (32768 and up)."""
+    ports: list[int] = []
+    while len(ports) < count:
         port = 10_000 + secrets.randbelow(20_000)
-        with socket.socket() as one:
-            try:
-                one.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports += [port] * (port not in ports)
+    return ports

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ranks import free_port
+from tests.ranks import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 # More than the machine has: the job scripts ask for what a training node offers, and nothing here enforces it.
@@ -100,11 +100,12 @@ def one_node_cluster(folder: Path) -> Iterator[Cluster]:
 
 def configuration(folder: Path) -> str:
     """Returns slurm.conf: everything inside `folder`, no accounting, no cgroups, free ports."""
+    controller, node = free_ports(2)
     return f"""\
 ClusterName=test
 SlurmctldHost={socket.gethostname().split(".")[0]}(127.0.0.1)
-SlurmctldPort={free_port()}
-SlurmdPort={free_port()}
+SlurmctldPort={controller}
+SlurmdPort={node}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """The properties of a device that decide the precision; a value, so that any machine can test the choice.
+    """The properties of a device that decide the precision; a value, which tests can make up on any machine.
 
     Attributes:
         kind: `cuda` or `cpu`.

@@ -47,7 +47,7 @@ def out_of_memory(message: str, batch_size: int = 1) -> RankStopped:
 
 
 @contextmanager
-def measuring(what: str, batch_size: int) -> Iterator[None]:
+def oom_during_evaluation(what: str, batch_size: int) -> Iterator[None]:
     """Turns an out-of-memory error during an evaluation on batches of `batch_size` samples into one with a hint.
 
     Raises:

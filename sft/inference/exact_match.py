@@ -11,7 +11,7 @@ import torch
 
 from sft.data.formats.conversation import Conversation, Message
 from sft.distributed.collectives import current_rank, group_size, sum_over_ranks
-from sft.distributed.oom import measuring
+from sft.distributed.oom import oom_during_evaluation
 from sft.inference.generate import Sampling, generate_replies
 from sft.model.saving import stop_tokens
 from sft.report.console import counting
@@ -69,7 +69,7 @@ def exact_match(
     questions = [replace(c, messages=c.messages[:-1], trainable=c.trainable[:-1]) for c in conversations]
     answers = [c.messages[-1]["content"].strip() for c in conversations]
     longest = max((len(tokenizer.encode(answer, add_special_tokens=False)) for answer in answers), default=0)
-    with measuring("answering the questions of exact_match_samples", batch_size):
+    with oom_during_evaluation("answering the questions of exact_match_samples", batch_size):
         replies = generate_replies(
             model,
             tokenizer,

@@ -72,7 +72,7 @@ def log(line: str) -> None:
 
 
 def ensure_environment(environment: Path, requirements: Sequence[Path]) -> Path:
-    """Builds or updates `environment` so that `requirements` are installed in it and returns its Python.
+    """Builds or updates `environment` until it has all `requirements` and returns its Python.
 
     Raises:
         subprocess.CalledProcessError: `venv` or pip failed; pip has printed why.

@@ -1,6 +1,6 @@
 """Decides what to start on this node: how many processes, of which nodes, with which command.
 
-The config is read and checked here, so that a mistake ends the run before a process is started or torch is imported.
+The config is read and checked here: a mistake ends the run before a process is started or torch is imported.
 """
 
 from __future__ import annotations

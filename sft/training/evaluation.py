@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from sft.data.loading.collator import EvenRows, even_multiple
-from sft.distributed.oom import measuring
+from sft.distributed.oom import oom_during_evaluation
 from sft.loss.metrics import TokenCounts, TokenSums
 from sft.loss.token_loss import TokenLoss
 
@@ -73,7 +73,7 @@ class Evaluation:
             RankStopped: memory ran out.
         """
         sums = TokenSums(self._args.device)
-        with evaluation_mode(model), measuring(when, self._args.eval_batch_size):
+        with evaluation_mode(model), oom_during_evaluation(when, self._args.eval_batch_size):
             for batch in batches:
                 sums.add(*measure(batch))
         counts = sums.reduce_and_reset()

@@ -17,7 +17,7 @@ import pytest
 
 from sft.launch.elastic_agent import INTERRUPT_SECONDS, GracePeriod
 from sft.launch.exit_codes import combine_exit_codes, describe_exit
-from tests.ranks import free_port
+from tests.ranks import free_ports
 from tests.runs import ROOT
 
 LAUNCH = """
@@ -72,7 +72,7 @@ def start(entry: str, config: Path, *words: str, processes: int = 1, **env: str)
 
 
 def end(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; a process that goes on for longer is killed and fails the test."""
+    """Returns exit code, stdout and stderr; a process that runs for longer is killed and fails the test."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -246,7 +246,7 @@ def test_sigterm_while_waiting_for_the_other_node(config: Path) -> None:
 def test_two_nodes_meet_and_their_ranks_follow_the_nodes(config: Path) -> None:
     meet = "import torch.distributed as d\nd.init_process_group('gloo')\nd.barrier()\nsys.stdout.flush()\nos._exit(0)\n"
     entry = f"NAMES = {GROUP}\n{SHOW}{meet}"
-    words = ["--nodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    words = ["--nodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_ports(1)[0])]
     # Node 1 starts first: it has to wait for node 0.
     nodes = [start(entry, config, *words, "--node_rank", str(node), processes=2) for node in (1, 0)]
     ends = [end(node, 120) for node in nodes]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sft.data.loading.collator import Collator
-from sft.distributed.oom import is_out_of_memory, measuring, out_of_memory
+from sft.distributed.oom import is_out_of_memory, oom_during_evaluation, out_of_memory
 from sft.errors import RankStopped
 from sft.loss.token_loss import token_loss
 from sft.training.oom_retry import OomRetry
@@ -91,11 +91,11 @@ def test_the_hint_is_to_lower_the_batch_size_if_it_is_above_one(raised: RankStop
 def test_an_evaluation_that_is_out_of_memory_says_so(rows: int, key: str) -> None:
     with (
         pytest.raises(RankStopped, match="the evaluation ran out of memory: ") as raised,
-        measuring("the evaluation", rows),
+        oom_during_evaluation("the evaluation", rows),
     ):
         allocate_too_much()
     assert [problem.key for problem in raised.value.problems] == [key]
-    with pytest.raises(ZeroDivisionError), measuring("the evaluation", rows):
+    with pytest.raises(ZeroDivisionError), oom_during_evaluation("the evaluation", rows):
         1 / 0  # noqa: B018
 
 
