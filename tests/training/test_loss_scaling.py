@@ -1,6 +1,6 @@
-"""A run under fp16 autocast with a loss scale: the scaler, the guard and clipping judge the same gradients in turn.
+"""Runs under fp16 autocast with a loss scale: scaler, guard and clipping see the same gradients.
 
-accelerate gives no scaler to a CPU, though torch has one for it; here the Trainer is handed that one.
+accelerate makes no scaler on a CPU, though torch has one; these tests give it to the Trainer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer_utils import SFTTrainer
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    """8 rows a step, in two passes; gradients are clipped to about half."""
+    """8 rows per step, in two micro-batches; gradients are clipped to about half."""
     folder = tmp_path_factory.mktemp("scaled")
     return write_config(
         folder / "run.yaml",
@@ -72,7 +72,7 @@ def norms(out: Path) -> list[float]:
 def test_a_scaled_run_follows_float32(config_file: Path, scalers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms are of the gradients without the scale, before they are clipped."""
     scaled = trained(config_file, "scaled")
-    assert scalers[0].get_scale() == 2.0**10, "no step was left out"
+    assert scalers[0].get_scale() == 2.0**10, "no step was skipped"
     monkeypatch.undo()
     exact = trained(config_file, "exact")
     assert min(norms(exact)) > 0.5, "each step is clipped"

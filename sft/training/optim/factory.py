@@ -10,6 +10,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Adafactor, Trainer, TrainingArguments
 
+from sft.distributed.oom import first_line
 from sft.errors import Problem, UserError
 from sft.training.optim.master_weights import MasterWeights
 from sft.training.optim.split_master_weights import SplitMasters
@@ -53,10 +54,9 @@ def _states_after_a_step(
 
 
 def _refusal(name: str, error: Exception, device: torch.device) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     where = "this GPU" if device.type == "cuda" else f"the {device.type.upper()}"
     hint = "remove `optim`: the default, AdamW in one fused kernel, runs everywhere"
-    return UserError(Problem(f"{name!r} does not run on {where}: {reason}", hint, "optim"))
+    return UserError(Problem(f"{name!r} does not run on {where}: {first_line(error)}", hint, "optim"))
 
 
 def splits_masters(optim: str) -> bool:

@@ -69,7 +69,9 @@ def _settings(keys: TrainingKeys) -> dict[str, Any]:
 
 def _refusal(name: str, keys: TrainingKeys, error: Exception) -> Problem:
     key = "lr_scheduler_kwargs" if keys.lr_scheduler_kwargs else "lr_scheduler_type"
-    reason = re.sub(r"^[\w.]+\(\) ", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
+    from sft.distributed.oom import first_line
+
+    reason = re.sub(r"^[\w.]+\(\) ", "", first_line(error))
     return keys.problem(
         key, f"{name}: {reason}", f"Its settings, in lr_scheduler_kwargs, are {', '.join(_names(name))}."
     )
