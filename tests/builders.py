@@ -1,4 +1,4 @@
-"""Small real tokenizers and models that the tests build for themselves: no network, well under a second."""
+"""Builds small real tokenizers and models for tests, without a network, in well under a second."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SENTENCES = [
 def byte_level_tokenizer(
     chat_template: str | None = CHATML, pad: bool = True, vocab_size: int = 400
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (any text is representable) with ChatML's control tokens."""
+    """Trains a byte-level BPE tokenizer (it can encode any text) with ChatML's control tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def byte_level_tokenizer(
 
 
 def tiny_llama(vocab_size: int, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A randomly initialised Llama of two layers, width 64, in float32."""
+    """Makes a randomly initialized Llama of two layers, width 64, in float32."""
     set_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -65,7 +65,7 @@ def tiny_llama(vocab_size: int, seed: int = 0, **overrides: Any) -> LlamaForCaus
 
 
 def save_model_dir(path: Path, **tokenizer_options: object) -> Path:
-    """A model directory as a user would name it in `model_name_or_path`."""
+    """Saves a model directory as a user would name it in `model_name_or_path`."""
     tokenizer = byte_level_tokenizer(**tokenizer_options)  # type: ignore[arg-type]
     tiny_llama(len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -76,7 +76,7 @@ WORDS = (
     *("user", "system", "assistant", "model", "tool", "Paris", "Yes", "No", "Hello", "Hi"),
     *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "answer", "question", "Be", "brief"),
 )
-"""Words that `spelled_tokenizer` has whole, alone and behind a blank; all else it spells out."""
+"""Words that are one token of `spelled_tokenizer`, alone and after a space; it spells out everything else."""
 
 
 def spelled_tokenizer(
@@ -88,14 +88,13 @@ def spelled_tokenizer(
     eos: str = "</s>",
     trim_offsets: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with a vocabulary written by hand, so that tests can write its tokens out.
+    """Makes a BPE tokenizer with a vocabulary written by hand, whose tokens tests can spell out.
 
     Args:
         kind: `byte_level` with GPT-2's pattern; `byte_level_lines` with one like Llama 3's, which keeps line feeds
-            together; or SentencePiece's manner with bytes for unknown characters, where
-            the blank in front of a text comes from `metaspace_first`, `metaspace_always`, or, as in Llama 2's older
-            files, from the `prepend` normalizer.
-        trim_offsets: offsets that leave out a word's blank, as GPT-NeoX's tokenizer has them (byte level only).
+            together; or like SentencePiece, with byte fallback, where the space before a text comes from
+            `metaspace_first`, `metaspace_always`, or, as in Llama 2's older files, from the `prepend` normalizer.
+        trim_offsets: whether offsets exclude a word's space, as in GPT-NeoX's tokenizer (byte level only).
     """
     is_byte_level = kind.startswith("byte_level")
     blank, line_feed = ("Ġ", "Ċ") if is_byte_level else ("▁", "\n")
@@ -108,9 +107,9 @@ def spelled_tokenizer(
             vocab[f"<0x{byte:02X}>"] = len(vocab)
     merges: dict[tuple[str, str], None] = {}
     for word in [line_feed * 2, blank * 2, *WORDS, *(blank + word for word in WORDS)]:
-        for end in range(1, len(word)):  # a chain from the left: P a, Pa r, Par i, Pari s
+        for end in range(1, len(word)):  # merges from the left: P a, Pa r, Par i, Pari s
             if word[end:] in vocab and word[:end] == blank:
-                merges.setdefault((blank, word[end:]))  # a word that is whole already takes its blank in one step
+                merges.setdefault((blank, word[end:]))  # a word that is one token already takes its space in one merge
                 break
             merges.setdefault((word[:end], word[end]))
             vocab.setdefault(word[: end + 1], len(vocab))

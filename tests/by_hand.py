@@ -1,4 +1,4 @@
-"""What a run should have computed, worked out row by row in float64: no batches, no padding, no accumulation."""
+"""Computes what a run should have computed, row by row in float64, without batches, padding or accumulation."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from sft.config.schema import DataKeys, ModelKeys
 
 
 def rows_of(run: Path) -> PreparedData:
-    """The prepared rows of the run that left its `config.yaml` in the folder `run`."""
+    """Prepares the rows of the run whose `config.yaml` is in the folder `run`."""
     config = config_manager.load_config(run / "config.yaml")
     tokenizer = model_manager.load_tokenizer(config.section(ModelKeys))
     return data_handler.prepare_data(config.section(DataKeys), tokenizer, seed=config.seed)
 
 
 def model_in(folder: Path) -> PreTrainedModel:
-    """The model in `folder`, in float64 and without dropout."""
+    """Loads the model in `folder` in float64 and evaluation mode."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     return model.eval()
 
 
 def token_log_probs(model: PreTrainedModel, row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log probabilities (T - 1, V) of what may follow each token of one row, and what does follow (T - 1,)."""
+    """Returns the log probabilities (T - 1, V) of the next token at each position of a row, and the labels (T - 1,)."""
     ids = torch.as_tensor(row["input_ids"]).long()
     labels = torch.as_tensor(row["labels"]).long()
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
@@ -40,7 +40,7 @@ def token_log_probs(model: PreTrainedModel, row: dict[str, Any]) -> tuple[torch.
 
 
 def summed_nll(model: PreTrainedModel, row: dict[str, Any]) -> torch.Tensor:
-    """-log p of all trained tokens of one row, added up, with its graph."""
+    """Sums -log p over the supervised tokens of one row, with its graph."""
     log_probs, labels = token_log_probs(model, row)
     kept = (labels != -100).nonzero().squeeze(-1)
     return -log_probs[kept, labels[kept]].sum()
@@ -48,10 +48,10 @@ def summed_nll(model: PreTrainedModel, row: dict[str, Any]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over the trained tokens of some rows.
+    """Sums over the supervised tokens of some rows.
 
     Attributes:
-        nll: -log p of the right token.
+        nll: -log p of the label.
         uniform: -log p averaged over the whole vocabulary.
     """
 
@@ -66,21 +66,21 @@ class Measured:
         return Measured(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def loss(self, smoothing: float = 0.0) -> float:
-        """The mean over the tokens, `smoothing` of the mass spread evenly over the vocabulary."""
+        """Returns the mean loss per token with label smoothing."""
         return ((1 - smoothing) * self.nll + smoothing * self.uniform) / self.tokens
 
     def token_accuracy(self) -> float:
-        """The share of tokens that are the model's first choice."""
+        """Returns the share of tokens that are the model's first choice."""
         return self.correct / self.tokens
 
     def sequence_accuracy(self) -> float:
-        """The share of answers of which every token is."""
+        """Returns the share of answers whose tokens all are."""
         return self.answers_correct / self.answers
 
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, rows: Iterable[dict[str, Any]]) -> Measured:
-    """Adds up the rows one by one."""
+    """Sums over the rows one by one."""
     total = Measured()
     for row in rows:
         log_probs, labels = token_log_probs(model, row)
@@ -88,7 +88,7 @@ def measure(model: PreTrainedModel, rows: Iterable[dict[str, Any]]) -> Measured:
         right = [bool(log_probs[t].argmax() == labels[t]) for t in trained]
         nll = -sum(float(log_probs[t, labels[t]]) for t in trained)
         uniform = -sum(float(log_probs[t].mean()) for t in trained)
-        # Consecutive trained tokens are one answer: their positions and their numbers grow together.
+        # Consecutive supervised tokens are one answer: position minus index is the same for all of them.
         numbered = ((t - i, is_right) for i, (t, is_right) in enumerate(zip(trained, right, strict=True)))
         answers = [all(is_right for _, is_right in answer) for _, answer in groupby(numbered, lambda pair: pair[0])]
         total += Measured(nll, uniform, len(trained), sum(right), len(answers), sum(answers))

@@ -17,6 +17,7 @@ from sft.errors import Problem, TrainingStopped
 from sft.loss.metrics import TokenCounts
 from sft.loss.token_loss import TokenLoss
 from sft.training.gradient_coverage import GradientCoverage, count_gradients
+from sft.training.nonfinite_report import join_names
 
 logger = logging.getLogger("sft")
 
@@ -109,15 +110,17 @@ def _check_gradients(gradients: GradientCoverage) -> list[str]:
     """Names parameters without a gradient or with a zero one."""
     found = []
     if gradients.missing:
+        names = join_names(gradients.missing, _SHOWN)
         found.append(
             f"{len(gradients.missing)} trained parameters are not used by the forward pass and will never change: "
-            f"{_list(gradients.missing)}; freeze them, or look at why the model does not use them (with several "
-            "processes, which wait for their gradients, set ddp_find_unused_parameters: true)"
+            f"{names}; freeze them, or look at why the model does not use them (with several processes, which wait for "
+            "their gradients, set ddp_find_unused_parameters: true)"
         )
     if gradients.zero:
+        names = join_names(gradients.zero, _SHOWN)
         found.append(
-            f"the gradient of {len(gradients.zero)} trained parameters is zero: {_list(gradients.zero)}; look for "
-            "weights that are zero, a detach, or a dtype in which such small numbers underflow"
+            f"the gradient of {len(gradients.zero)} trained parameters is zero: {names}; look for weights that are "
+            "zero, a detach, or a dtype in which such small numbers underflow"
         )
     return found
 
@@ -247,7 +250,3 @@ def _mean(sums: tuple[torch.Tensor, torch.Tensor] | None) -> float | None:
     if sums is None or not int(sums[1]):
         return None
     return float(sums[0]) / int(sums[1])
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -26,12 +26,12 @@ _PEAKS = {
 
 
 def peak_flops_by_name(device_name: str) -> float | None:
-    """Returns the peak of the data sheet, dense bfloat16 operations per second; None if the device is not listed."""
+    """Returns the data sheet's dense bfloat16 operations per second for a device name; None if it is not listed."""
     return next((peak for pattern, peak in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
 def peak_flops(device: Any) -> float | None:
-    """Looks up `peak_flops_by_name` for a torch device; None for a CPU."""
+    """Returns `peak_flops_by_name` of a torch device's name; None for a CPU."""
     import torch
 
     return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

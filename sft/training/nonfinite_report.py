@@ -138,7 +138,7 @@ def _part(inputs: Mapping[str, Any], row: int, start: int, end: int) -> dict[str
     return part
 
 
-def join_names(items: Sequence[object]) -> str:
-    """Lists the first few items and the number of the others."""
-    shown = ", ".join(str(item) for item in items[:_SHOWN])
-    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"
+def join_names(items: Sequence[object], limit: int = _SHOWN) -> str:
+    """Lists the first `limit` items and the number of the others."""
+    shown = ", ".join(str(item) for item in items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -1,4 +1,4 @@
-"""What upstream's arguments are completed by, for a machine with a GPU and for one without."""
+"""Defaults of the Trainer's arguments, on a machine with a GPU and on one without."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sft.training import arguments
 
 
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_gpu: bool, **given: Any) -> dict[str, Any]:
-    """The keys that upstream's class would be called with."""
+    """Returns the keys that `TrainingArguments` would be called with."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(arguments, "TrainingArguments", dict)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
@@ -32,7 +32,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_gpu: bool, **given
         ({"dataloader_pin_memory": False, "accelerator_config": {"even_batches": False}}, {"even_batches": False}),
     ],
 )
-def test_batches_travel_to_a_gpu_without_waiting_unless_told_otherwise(
+def test_copies_of_batches_to_a_gpu_are_asynchronous_by_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, Any], expected: Any
 ) -> None:
     arguments = made(monkeypatch, tmp_path, True, **given)

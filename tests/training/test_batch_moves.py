@@ -1,4 +1,4 @@
-"""Batches are on the device before they are trained on, however they came, and nothing waits for them to arrive."""
+"""Batches are moved to the device before they are trained on, asynchronously where they are pinned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer_utils import SFTTrainer
 
 
 class Pinned(torch.Tensor):
-    """A tensor that says of itself that it is in page-locked memory, which a machine without a GPU has not."""
+    """A tensor that claims to be in pinned memory, which a machine without a GPU does not have."""
 
     asked: list[bool]
 
@@ -44,7 +44,7 @@ def batch() -> dict[str, Any]:
     return Collator(0, flatten=True)(rows)
 
 
-def test_the_boundaries_of_documents_move_with_the_tensors(trainer: Any) -> None:
+def test_document_offsets_move_with_the_tensors(trainer: Any) -> None:
     moved = trainer._prepare_inputs({**batch(), "step": "of the stream"})
     assert moved["documents"].cu_seqlens.device.type == "meta"
     assert moved["documents"].lengths == (3, 2, 4)
@@ -55,7 +55,7 @@ def test_the_boundaries_of_documents_move_with_the_tensors(trainer: Any) -> None
     assert moved["step"] == "of the stream"
 
 
-def test_what_is_pinned_does_not_wait(trainer: Any) -> None:
+def test_copies_of_pinned_tensors_are_asynchronous(trainer: Any) -> None:
     labels = torch.arange(4).as_subclass(Pinned)
     offsets = torch.arange(2, dtype=torch.int32).as_subclass(Pinned)
     labels.asked, offsets.asked = [], []
@@ -64,13 +64,13 @@ def test_what_is_pinned_does_not_wait(trainer: Any) -> None:
     assert moved["labels"].device.type == moved["documents"].cu_seqlens.device.type == "meta"
 
 
-def test_boundaries_that_are_there_stay_what_they_are(trainer: Any) -> None:
+def test_document_offsets_on_the_device_are_not_copied(trainer: Any) -> None:
     there = DocumentOffsets.of([3, 2]).to("meta")
     assert trainer._prepare_input(there) is there
 
 
-def test_the_passes_of_a_step_are_counted_where_they_will_be_trained(trainer: Any) -> None:
-    """Taken from a loader that leaves them in main memory, one pass more than the step needs stays in it."""
+def test_the_tokens_of_a_step_are_counted_on_the_device(trainer: Any) -> None:
+    """The loader yields batches in main memory; the third one, which the step does not need, stays in it."""
     loader = iter([batch(), batch(), batch()])
     taken, count = trainer.get_batch_samples(loader, 2, torch.device("meta"))
     assert [each["labels"].device.type for each in taken] == ["meta", "meta"]

@@ -1,14 +1,13 @@
 """Runs that must give the same numbers: accumulation, processes, checkpointing, packing, a resume, a loop by hand.
 
-They are compared by their curves of loss and gradient norm. The losses alone would not show a gradient of the wrong
-size: Adam divides it out.
+They are compared by their curves of loss and gradient norm. Losses alone would not show a gradient of the wrong scale,
+which Adam divides out.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,12 @@ from sft.data.loading.sampler import EpochSampler
 from tests.by_hand import model_in, rows_of, summed_nll
 from tests.runs import arithmetic, log_history, losses, run, write_config, write_rows
 
-STEPS = 50
+STEPS = 30
 FULL = ["learning_rate=3e-3"]
-# A higher rate doubts the first digits: while B is zero, Adam divides the rounding of A's gradient by itself.
+# At a higher rate rounding shows in the first digits: while B is zero, Adam divides the rounding errors of A's
+# gradient by their own size.
 LORA = ["learning_rate=1e-3", "lora_config.r=8"]
-Curve = Callable[..., list[float]]
+WEIGHTS = {"full": FULL, "lora": LORA}
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +51,47 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pa
     )
 
 
-def trained(config_file: Path, name: str, *overrides: str, processes: int = 0) -> Path:
+def trained(config_file: Path, name: str, *overrides: str) -> Path:
     output_dir = config_file.parent / name
-    arguments = ["--config_file", str(config_file), f"output_dir={output_dir}", *overrides]
-    if processes:
-        done = run(*arguments, processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("Batches:") == 1, "only the first process prints"
-    else:
-        assert sft_main.main(arguments) == 0
+    assert sft_main.main(["--config_file", str(config_file), f"output_dir={output_dir}", *overrides]) == 0
     return output_dir
+
+
+SEVERAL_RUNS = """
+import json, os, sys
+import torch.distributed as dist
+import distributed_utils, sft_main
+
+folder, *commands = sys.argv[1:]
+for number, command in enumerate(commands):
+    # Each group has a store of its own: in the launcher's it would find the addresses of the one before.
+    store = f"file://{folder}/store{number}"
+    dist.init_process_group("gloo", store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    if code := sft_main.main(json.loads(command)):
+        break
+distributed_utils.end_process(code)
+"""
+
+
+def trained_on_two_processes(config_file: Path, runs: dict[str, list[str]]) -> dict[str, Path]:
+    """The output folders of runs, by name, with these overrides; the two processes start once for all of them."""
+    folders = {name: config_file.parent / name for name in runs}
+    commands = [
+        json.dumps(["--config_file", str(config_file), f"output_dir={folders[name]}", *overrides])
+        for name, overrides in runs.items()
+    ]
+    script = config_file.parent / "several_runs.py"
+    script.write_text(SEVERAL_RUNS)
+    done = run(config_file.parent, *commands, processes=2, script=script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("Batches:") == len(runs), "only the first process prints"
+    return folders
 
 
 @pytest.fixture(scope="module")
 def references(config_file: Path) -> dict[str, Path]:
-    """Runs in one process with all rows of a step in one pass: of all weights, and of an adapter."""
-    return {
-        "full": trained(config_file, "full", *FULL),
-        "lora": trained(config_file, "lora", *LORA),
-    }
+    """Runs in one process with each step in one micro-batch: of all weights, and of an adapter."""
+    return {name: trained(config_file, name, *overrides) for name, overrides in WEIGHTS.items()}
 
 
 def grad_norms(out: Path) -> list[float]:
@@ -80,7 +102,7 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     """The same losses, gradients, token counts and evaluation, at each step."""
     curves = losses(one), losses(other)
     assert len(curves[0]) == STEPS
-    assert curves[0][-1] < 0.9 * curves[0][0], "nothing was learned, so that nothing was compared"
+    assert curves[0][-1] < 0.9 * curves[0][0], "nothing was learned, so the comparison proves nothing"
     assert curves[0] == pytest.approx(curves[1], abs=tolerance)
     assert grad_norms(one) == pytest.approx(grad_norms(other), rel=1e-3)
     for name in ("num_tokens", "token_accuracy", "sequence_accuracy"):
@@ -112,22 +134,36 @@ ON_TWO_PROCESSES = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_process_runs(config_file: Path, sgd_rows: list[str], resume_settings: list[str]) -> dict[str, Path]:
+    """All runs on two processes that start from the beginning."""
+    runs = {
+        f"two_{weights}_{variant}": [*overrides, *ON_TWO_PROCESSES[variant]]
+        for weights, overrides in WEIGHTS.items()
+        for variant in ON_TWO_PROCESSES
+    }
+    runs["two_sgd"] = [*sgd_rows, *SGD, *TWO_STEPS, "per_device_train_batch_size=1"]
+    runs["two_whole"] = resume_settings
+    return trained_on_two_processes(config_file, runs)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["full", "lora"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_one_loss_whatever_the_passes(
+def test_one_loss_whatever_the_micro_batches(
     config_file: Path, references: dict[str, Path], weights: str, variant: str
 ) -> None:
-    settings = [*(FULL if weights == "full" else LORA), *VARIANTS[variant]]
+    settings = [*WEIGHTS[weights], *VARIANTS[variant]]
     assert_same_run(references[weights], trained(config_file, f"{weights}_{variant}", *settings))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["full", "lora"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("variant", ON_TWO_PROCESSES)
-def test_one_loss_on_two_processes(config_file: Path, references: dict[str, Path], weights: str, variant: str) -> None:
-    settings = [*(FULL if weights == "full" else LORA), *ON_TWO_PROCESSES[variant]]
-    assert_same_run(references[weights], trained(config_file, f"two_{weights}_{variant}", *settings, processes=2))
+def test_one_loss_on_two_processes(
+    references: dict[str, Path], two_process_runs: dict[str, Path], weights: str, variant: str
+) -> None:
+    assert_same_run(references[weights], two_process_runs[f"two_{weights}_{variant}"])
 
 
 @pytest.mark.slow
@@ -139,7 +175,7 @@ def test_grouping_by_length_sees_the_same_rows(config_file: Path, references: di
 
 @pytest.mark.slow
 def test_packed_rows_give_the_loss_of_lone_rows(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The model's loss on the same rows, evaluated packed and padded, is the same: no document sees another."""
+    """The model's loss on the same rows is the same packed and padded: no document attends to another."""
     out = trained(config_file, "short", "max_steps=2")
     results = []
     for settings in (["packing=false", "attn_implementation=sdpa"], ["packing=false"], ["packing=bfd"]):
@@ -161,10 +197,15 @@ TWO_STEPS = ["max_steps=2", "gradient_accumulation_steps=2"]
 
 
 @pytest.fixture(scope="module")
-def sgd_run(config_file: Path) -> Path:
-    """Plain gradient descent over seven rows of unequal length: a step of 4 and one of 3, in passes of 2 and of 1."""
-    rows = write_rows(config_file.parent / "seven.jsonl", arithmetic(7))
-    return trained(config_file, "sgd", f"train_file={rows}", *SGD, *TWO_STEPS, "per_device_train_batch_size=2")
+def sgd_rows(config_file: Path) -> list[str]:
+    """Seven rows of unequal length."""
+    return [f"train_file={write_rows(config_file.parent / 'seven.jsonl', arithmetic(7))}"]
+
+
+@pytest.fixture(scope="module")
+def sgd_run(config_file: Path, sgd_rows: list[str]) -> Path:
+    """Plain gradient descent: a step of 4 rows and one of 3, in micro-batches of 2 and of 1."""
+    return trained(config_file, "sgd", *sgd_rows, *SGD, *TWO_STEPS, "per_device_train_batch_size=2")
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -193,26 +234,20 @@ def test_gradient_descent_equals_a_loop_by_hand(sgd_run: Path, model_dir: Path) 
 
 
 @pytest.mark.slow
-def test_gradient_descent_in_two_processes_reaches_the_same_weights(config_file: Path, sgd_run: Path) -> None:
-    out = config_file.parent / "sgd_two"
-    rows = config_file.parent / "seven.jsonl"
-    settings = [f"output_dir={out}", f"train_file={rows}", *SGD, *TWO_STEPS, "per_device_train_batch_size=1"]
-    done = run("--config_file", config_file, *settings, processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    files = [load_file(folder / "model.safetensors") for folder in (sgd_run, out)]
+def test_gradient_descent_in_two_processes_reaches_the_same_weights(
+    sgd_run: Path, two_process_runs: dict[str, Path]
+) -> None:
+    files = [load_file(folder / "model.safetensors") for folder in (sgd_run, two_process_runs["two_sgd"])]
     assert largest_difference(*files) < 1e-6
 
 
 # A resume
 
 
-@pytest.mark.slow
-def test_two_processes_that_were_stopped_in_mid_epoch_go_on_as_if_they_had_not_been(config_file: Path) -> None:
-    """44 rows are 6 steps an epoch. The stop at step 9 is in the middle of the second one, between the logs of steps
-    8 and 10; dropout makes each step depend on the random numbers of its process.
-    """
+@pytest.fixture(scope="module")
+def resume_settings(config_file: Path) -> list[str]:
     rows = write_rows(config_file.parent / "resume.jsonl", arithmetic(44))
-    settings = [
+    return [
         f"train_file={rows}",
         "per_device_train_batch_size=2",
         "gradient_accumulation_steps=2",
@@ -223,14 +258,21 @@ def test_two_processes_that_were_stopped_in_mid_epoch_go_on_as_if_they_had_not_b
         "logging_steps=2",
         "save_strategy=steps",
         "save_steps=3",
+        "max_steps=14",
     ]
-    whole, parts = (config_file.parent / name for name in ("resume_whole", "resume_parts"))
-    for out, *more in (
-        (whole, "max_steps=14"),
-        (parts, "max_steps=14", f"resume_from_checkpoint={whole / 'checkpoint-9'}"),
-    ):
-        done = run("--config_file", config_file, f"output_dir={out}", *settings, *more, processes=2)
-        assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_in_mid_epoch_resume_exactly(
+    config_file: Path, resume_settings: list[str], two_process_runs: dict[str, Path]
+) -> None:
+    """44 rows are 6 steps per epoch. The stop at step 9 is in the middle of the second epoch, between the logs of
+    steps 8 and 10; dropout makes each step depend on the random state of its process.
+    """
+    whole, parts = two_process_runs["two_whole"], config_file.parent / "two_resumed"
+    settings = [*resume_settings, f"output_dir={parts}", f"resume_from_checkpoint={whole / 'checkpoint-9'}"]
+    done = run("--config_file", config_file, *settings, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert [entry["step"] for entry in log_history(whole)] == [2, 4, 6, 8, 10, 12, 14]
     compared = ("step", "loss", "grad_norm", "num_tokens", "token_accuracy")
     curves = [[[entry[name] for name in compared] for entry in log_history(out)] for out in (whole, parts)]
@@ -244,7 +286,7 @@ def test_two_processes_that_were_stopped_in_mid_epoch_go_on_as_if_they_had_not_b
 
 
 DOCUMENTS = [27, 13, 26, 14, 24, 16, 22, 18, 5]
-"""Lengths in tokens: pairs that fill rows of 40 exactly, and one document that finds no room."""
+"""Lengths in tokens: pairs that fill rows of 40 exactly, and one document that fits in none of them."""
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +298,7 @@ def unpacked_runs(config_file: Path) -> dict[str, Path]:
     write_rows(config_file.parent / "documents.jsonl", [{"text": text} for text in texts])
     whole = ["packing=false", "per_device_train_batch_size=9"]
     return {
-        name: train_on_documents(config_file, f"unpacked_{name}", *weights, *whole)
-        for name, weights in (("full", FULL), ("lora", LORA))
+        name: train_on_documents(config_file, f"unpacked_{name}", *weights, *whole) for name, weights in WEIGHTS.items()
     }
 
 
@@ -268,24 +309,24 @@ def train_on_documents(config_file: Path, name: str, *overrides: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["full", "lora"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    ("packing", "rows_of_a_pass", "attention"),
+    ("packing", "batch_size", "attention"),
     [("bfd", 5, "auto"), ("bfd", 1, "auto"), ("bfd", 5, "sdpa"), ("wrapped", 5, "auto"), ("wrapped", 1, "sdpa")],
 )
 def test_packed_documents_train_as_they_do_alone(
-    config_file: Path, unpacked_runs: dict[str, Path], weights: str, packing: str, rows_of_a_pass: int, attention: str
+    config_file: Path, unpacked_runs: dict[str, Path], weights: str, packing: str, batch_size: int, attention: str
 ) -> None:
-    """Five rows in one pass, by SDPA side by side with the last one mostly padding, or one after the other."""
+    """Five rows in one micro-batch (with SDPA the last one is mostly padding), or one row per micro-batch."""
     unpacked_run = unpacked_runs[weights]
     settings = [
-        *(FULL if weights == "full" else LORA),
+        *WEIGHTS[weights],
         f"packing={packing}",
-        f"per_device_train_batch_size={rows_of_a_pass}",
+        f"per_device_train_batch_size={batch_size}",
         "global_batch_size=5",
         f"attn_implementation={attention}",
     ]
-    packed_run = train_on_documents(config_file, f"{weights}_{packing}_{rows_of_a_pass}_{attention}", *settings)
+    packed_run = train_on_documents(config_file, f"{weights}_{packing}_{batch_size}_{attention}", *settings)
     lone, packed = rows_of(unpacked_run).train, rows_of(packed_run).train
     assert [len(row["input_ids"]) for row in lone] == DOCUMENTS
     assert [row["seq_lengths"].tolist() for row in packed] == [[27, 13], [26, 14], [24, 16], [22, 18], [5]]

@@ -1,4 +1,4 @@
-"""At its first step a run says whether it can be trusted: its loss, its modes, its gradients, its labels, its rate."""
+"""The checks of a run's first step: its loss, training and evaluation mode, gradients, labels, learning rate."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def adapted(**options: Any) -> Any:
     return get_peft_model(tiny_llama(100), LoraConfig(r=4, target_modules="all-linear", **options))
 
 
-# The judgement of the numbers
+# Warnings about the numbers
 
 
 def test_a_sound_run_is_one_line() -> None:
@@ -73,9 +73,7 @@ def test_a_sound_run_is_one_line() -> None:
         (1.3, True, "worse than a uniform guess; look at the scale of the initialization"),
     ],
 )
-def test_the_first_loss_beside_that_of_a_model_that_knows_nothing(
-    share: float, from_scratch: bool, said: str | None
-) -> None:
+def test_the_first_loss_is_compared_with_a_uniform_guess(share: float, from_scratch: bool, said: str | None) -> None:
     loss = share * math.log(32_000)
     found = find_warnings(replace(SOUND, loss=loss, in_training=loss, in_evaluation=loss, from_scratch=from_scratch))
     assert len(found) == (said is not None)
@@ -86,7 +84,7 @@ def test_the_first_loss_beside_that_of_a_model_that_knows_nothing(
 
 
 @pytest.mark.parametrize(
-    ("in_training", "noise", "is_doubted"),
+    ("in_training", "noise", "is_warned"),
     [
         (2.32, (), False),
         (2.5, (), True),
@@ -95,14 +93,16 @@ def test_the_first_loss_beside_that_of_a_model_that_knows_nothing(
         (4.0, ("attention_dropout 0.1",), True),
     ],
 )
-def test_training_mode_beside_evaluation_mode(in_training: float, noise: tuple[str, ...], is_doubted: bool) -> None:
+def test_training_mode_is_compared_with_evaluation_mode(
+    in_training: float, noise: tuple[str, ...], is_warned: bool
+) -> None:
     found = find_warnings(replace(SOUND, in_training=in_training, in_evaluation=2.3, noise=noise))
-    assert len(found) == is_doubted
+    assert len(found) == is_warned
     assert all(f"{in_training:.4g} in training mode and 2.3 in evaluation mode" in text for text in found)
     assert all(name in text for text in found for name in noise)
 
 
-def test_a_pass_without_a_trained_token_has_no_modes_to_compare() -> None:
+def test_a_micro_batch_without_a_supervised_token_has_no_modes_to_compare() -> None:
     first = replace(SOUND, in_training=None, in_evaluation=None)
     assert find_warnings(first) == []
     assert "evaluation mode" not in str(first)
@@ -128,7 +128,7 @@ def test_an_adapter_starts_with_one_matrix_waiting(options: dict[str, Any]) -> N
     assert str(found).endswith("14 start with none by design")
 
 
-def test_an_adapter_that_has_been_trained_waits_for_nothing() -> None:
+def test_every_parameter_of_a_trained_adapter_has_a_gradient() -> None:
     model = adapted(init_lora_weights=False)
     step_of(model)
     assert count_gradients(model) == GradientCoverage(total=28, reached=28)
@@ -140,7 +140,7 @@ def test_an_adapter_on_embeddings_starts_with_its_other_matrix_waiting() -> None
     assert count_gradients(model) == GradientCoverage(total=2, reached=1, waiting=1)
 
 
-def test_an_adapter_whose_two_matrices_are_zero_is_dead() -> None:
+def test_an_adapter_whose_two_matrices_are_zero_is_named() -> None:
     model = adapted()
     dead = "base_model.model.model.layers.0.mlp.up_proj"
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_an_adapter_whose_two_matrices_are_zero_is_dead() -> None:
     assert f"{dead}.lora_B.default.weight" in text
 
 
-def test_new_tokens_that_did_not_occur_wait() -> None:
+def test_new_tokens_that_did_not_occur_are_waiting() -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=[98, 99])
     model = get_peft_model(tiny_llama(100, tie_word_embeddings=False), config)
     step_of(model)
@@ -160,7 +160,7 @@ def test_new_tokens_that_did_not_occur_wait() -> None:
     assert (found.waiting, found.zero, found.missing) == (1, (), ())
 
 
-def test_parameters_that_the_forward_pass_leaves_out_are_named() -> None:
+def test_parameters_that_the_forward_pass_does_not_use_are_named() -> None:
     model = tiny_llama(100)
     model.model.spare = nn.Linear(3, 3)
     step_of(model)
@@ -171,7 +171,7 @@ def test_parameters_that_the_forward_pass_leaves_out_are_named() -> None:
     assert "model.spare.weight, model.spare.bias" in text
 
 
-def test_parameters_behind_zero_weights_are_named() -> None:
+def test_parameters_cut_off_by_zero_weights_are_named() -> None:
     model = tiny_llama(100)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
@@ -180,14 +180,14 @@ def test_parameters_behind_zero_weights_are_named() -> None:
     assert count_gradients(model).zero == tuple(f"model.layers.1.{name}" for name in names)
 
 
-def test_frozen_parameters_are_not_asked_for() -> None:
+def test_frozen_parameters_are_not_counted() -> None:
     model = tiny_llama(100)
     model.get_input_embeddings().requires_grad_(False)
     step_of(model)
     assert count_gradients(model) == GradientCoverage(total=20, reached=20)
 
 
-def test_experts_that_got_no_token_are_legal() -> None:
+def test_experts_without_a_token_are_no_warning() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -211,7 +211,7 @@ def test_a_mixture_of_experts_of_transformers_is_sound() -> None:
     assert find_warnings(replace(SOUND, gradients=count_gradients(model))) == []
 
 
-# What draws random numbers
+# Sources of randomness
 
 
 def test_noise_is_found_in_layers_and_in_the_config() -> None:
@@ -228,8 +228,8 @@ def counts(loss: TokenLoss) -> TokenCounts:
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run in an earlier test keeps the pipeline's log to the console."""
+def captured_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in an earlier test turns propagation off."""
     monkeypatch.setattr(logging.getLogger("sft"), "propagate", True)
     caplog.set_level(logging.INFO, "sft")
 
@@ -237,7 +237,7 @@ def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
 NOTHING = TokenCounts(0.0, 0.0, 0, 0, 0, 0, 20)
 
 
-def test_the_first_step_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_step_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(100)
     checks = FirstStepChecks(model, 100, from_scratch=True)
     evaluations = []
@@ -264,10 +264,8 @@ def test_the_first_step_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-@pytest.mark.parametrize(("scale", "is_doubted"), [(1.0, False), (30.0, True)])
-def test_a_run_whose_modes_differ_is_warned_of(
-    caplog: pytest.LogCaptureFixture, scale: float, is_doubted: bool
-) -> None:
+@pytest.mark.parametrize(("scale", "is_warned"), [(1.0, False), (30.0, True)])
+def test_a_run_whose_modes_differ_is_warned_of(caplog: pytest.LogCaptureFixture, scale: float, is_warned: bool) -> None:
     model, ids = tiny_llama(100), torch.arange(1, 21).view(2, 10)
     checks = FirstStepChecks(model, 100, from_scratch=True)
     with torch.no_grad():
@@ -276,10 +274,10 @@ def test_a_run_whose_modes_differ_is_warned_of(
     loss = step_of(model)
     checks.after_pass(loss)
     checks.look(0, counts(loss))
-    assert ("in training mode and" in caplog.text) == is_doubted
+    assert ("in training mode and" in caplog.text) == is_warned
 
 
-def test_labels_that_are_all_masked_are_warned_of_and_then_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_that_are_all_masked_give_warnings_and_then_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(100)
     checks = FirstStepChecks(model, 100, from_scratch=True)
     for step in range(2):
@@ -323,8 +321,8 @@ def test_a_learning_rate_that_stays_zero(
 # As a user sees it
 
 
-def test_a_real_run_says_its_first_loss(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two passes of four rows; the model is random, which is said."""
+def test_a_real_run_logs_its_first_step(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two micro-batches of four rows; the model is random, which gives a warning."""
     file = write_config(
         tmp_path / "run.yaml",
         model_name_or_path=str(model_dir),

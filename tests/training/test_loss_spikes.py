@@ -1,4 +1,4 @@
-"""A sudden rise of the loss is noted once, with its rows; the ordinary scatter of a curve is not."""
+"""A sudden rise of the loss is reported once, with its rows; the usual noise of a curve is not."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def falling(steps: int, noise: float, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
-def test_a_falling_curve_has_none(noise: float) -> None:
+def test_a_falling_curve_has_no_spike(noise: float) -> None:
     assert [spike for seed in range(20) for spike in spikes_of(falling(1000, noise, seed))] == []
 
 
-def test_steps_of_few_unequal_rows_have_none() -> None:
+def test_steps_of_few_unequal_rows_have_no_spike() -> None:
     """Losses of single answers are skewed: most are easy and some are not."""
     for seed in range(20):
         losses = np.random.default_rng(seed).gamma(4.0, 0.3, 1000)
         assert spikes_of(losses) == []
 
 
-def test_the_first_steps_are_never_judged() -> None:
+def test_the_first_steps_are_never_spikes() -> None:
     assert spikes_of([2.0] * 10 + [50.0] + [2.0] * 9) == []
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
-def test_a_spike_is_told_with_its_step_and_what_was_usual(noise: float) -> None:
+def test_a_spike_is_reported_with_its_step_median_and_deviation(noise: float) -> None:
     curve = falling(600, noise, seed=1)
     before = curve[436:500]
     curve[500] *= 4
@@ -50,31 +50,31 @@ def test_a_spike_is_told_with_its_step_and_what_was_usual(noise: float) -> None:
     assert f"step 501: the loss is {spike.loss:.4g}" in str(spike)
 
 
-def test_a_loss_that_stays_high_is_told_once() -> None:
+def test_a_loss_that_stays_high_is_reported_once() -> None:
     assert [spike.step for spike in spikes_of([2.0] * 100 + [9.0] * 100)] == [101]
 
 
-def test_two_spikes_are_told_apart() -> None:
+def test_two_spikes_are_two_reports() -> None:
     assert [spike.step for spike in spikes_of([2.0] * 50 + [9.0, 9.0] + [2.0] * 10 + [8.0] + [2.0] * 5)] == [51, 63]
 
 
-def test_a_rise_of_a_hundredth_is_none_however_calm_the_curve_was() -> None:
+def test_a_rise_of_one_percent_is_no_spike_after_a_flat_curve() -> None:
     assert spikes_of([2.0] * 100 + [2.02] + [2.0] * 10) == []
 
 
-def test_a_loss_that_is_not_finite_is_the_guards_business() -> None:
+def test_a_loss_that_is_not_finite_is_ignored() -> None:
     assert spikes_of([2.0] * 30 + [math.nan, math.inf] + [2.0] * 30) == []
 
 
 def test_losses_are_sums_over_tokens_and_the_rows_of_the_spike_come_with_it() -> None:
     watch = LossSpikes()
     for step in range(1, 41):
-        tokens = 10 + step % 7  # a mean of sums alone would scatter with the number of tokens
+        tokens = 10 + step % 7  # the sum alone would vary with the number of tokens
         sums = torch.tensor([2.0 * tokens, float(tokens)])
         if step == 31:
             sums[0] *= 5
         watch.note(step, sums, [torch.tensor([2 * step, -1]), torch.tensor([2 * step + 1])])
-        sums.zero_()  # the caller goes on with it
+        sums.zero_()  # the caller uses it again
     (spike,) = watch.read()
     assert (spike.step, spike.loss, spike.median, spike.rows) == (31, 10.0, 2.0, (62, 63))
     assert str(spike).endswith("its training rows: 62, 63")

@@ -1,4 +1,4 @@
-"""Operations a token, counted from the shapes of the weights by hand."""
+"""Operations per token, counted by hand from the shapes of the weights."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ LAYERS = 2 * (ATTENTION + 3 * 64 * 128 + 2 * 64) + 64
 HEAD = 100 * 64
 
 
-def test_six_a_weight_where_all_are_trained_and_none_for_the_table_of_embeddings() -> None:
+def test_six_per_trained_weight_and_none_for_the_input_embedding() -> None:
     assert flops_per_token(tiny_llama(100)) == 6 * (LAYERS + HEAD)
 
 
-def test_a_tied_table_is_multiplied_as_the_head() -> None:
+def test_a_tied_embedding_counts_as_the_head() -> None:
     assert flops_per_token(tiny_llama(100, tie_word_embeddings=True)) == 6 * (LAYERS + HEAD)
 
 
-def test_four_a_frozen_weight_and_six_one_of_the_adapter() -> None:
+def test_four_per_frozen_weight_and_six_per_adapter_weight() -> None:
     model = get_peft_model(tiny_llama(100), LoraConfig(r=4, target_modules=["q_proj"]))
     assert flops_per_token(model) == 4 * (LAYERS + HEAD) + 6 * 2 * (4 * 64 + 64 * 4)
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (8, 2)])
-def test_only_the_experts_that_a_token_goes_through_count(experts: int, chosen: int) -> None:
+def test_only_the_experts_that_a_token_is_routed_to_count(experts: int, chosen: int) -> None:
     config = MixtralConfig(
         vocab_size=100,
         hidden_size=64,

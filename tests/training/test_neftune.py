@@ -1,4 +1,4 @@
-"""NEFTune's noise is uniform within alpha / sqrt(L · d), L being each document's own length, and only in training."""
+"""NEFTune's noise is uniform within alpha / sqrt(L · d), where L is each document's own length; only in training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def packed_rows() -> list[dict[str, Any]]:
 
 
 def noise_of(neftune: Neftune, model: Any, batch: dict[str, Any], step: int = 0, number: int = 0) -> torch.Tensor:
-    """What is added to the embeddings in one pass: (B, T, d)."""
+    """Returns what is added to the embeddings of one micro-batch: (B, T, d)."""
     embeddings = model.get_input_embeddings()
     clean = embeddings(batch["input_ids"])
     with neftune.training_pass(batch, step, number):
@@ -81,14 +81,14 @@ def test_each_document_has_the_noise_of_its_own_length(model: Any, batch: dict[s
         assert abs(float(noise.mean())) < 4 * bound / math.sqrt(3 * noise.numel())
 
 
-def test_upstreams_noise_would_be_that_of_the_whole_row(model: Any) -> None:
-    """What the length of the tensor would give: 8 times too little for a document of 3 tokens among 200."""
+def test_the_length_of_the_tensor_would_give_too_little_noise(model: Any) -> None:
+    """8 times too little for a document of 3 tokens among 200."""
     batch = Collator(0, flatten=True)(rows(LENGTHS))
     noise = noise_of(Neftune(model, ALPHA, seed=3), model, batch)
     assert noise[0, :3].abs().max() > 5 * ALPHA / math.sqrt(sum(LENGTHS) * WIDTH)
 
 
-def test_there_is_none_outside_a_training_pass(model: Any) -> None:
+def test_there_is_no_noise_outside_a_training_pass(model: Any) -> None:
     batch = Collator(0, flatten=True)(rows([5, 6]))
     clean = model(input_ids=batch["input_ids"]).logits
     neftune = Neftune(model, ALPHA, seed=3)
@@ -101,7 +101,7 @@ def test_there_is_none_outside_a_training_pass(model: Any) -> None:
         assert model(input_ids=batch["input_ids"]).logits.equal(clean)
 
 
-def test_an_error_in_the_pass_leaves_no_noise_behind(model: Any) -> None:
+def test_an_error_in_the_forward_pass_ends_the_noise(model: Any) -> None:
     batch = Collator(0, flatten=True)(rows([5]))
     clean = model(input_ids=batch["input_ids"]).logits
     neftune = Neftune(model, ALPHA, seed=3)
@@ -110,7 +110,7 @@ def test_an_error_in_the_pass_leaves_no_noise_behind(model: Any) -> None:
     assert model(input_ids=batch["input_ids"]).logits.equal(clean)
 
 
-def test_it_is_a_function_of_seed_rank_step_and_pass_and_touches_no_other_random_number(model: Any) -> None:
+def test_noise_depends_on_seed_rank_step_and_micro_batch_and_not_on_the_global_random_state(model: Any) -> None:
     batch = Collator(0, flatten=True)(rows([5, 6]))
     state = torch.get_rng_state()
     first = noise_of(Neftune(model, ALPHA, seed=3, rank=0), model, batch, step=7, number=1)
@@ -155,14 +155,14 @@ def test_gradients_under_an_adapter_and_checkpointing_are_those_without_checkpoi
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_it_keeps_the_models_number_format() -> None:
+def test_noise_keeps_the_dtype_of_the_model() -> None:
     model = tiny_llama(400).bfloat16()
     batch = Collator(0, flatten=True)(rows([5]))
     with Neftune(model, ALPHA, seed=3).training_pass(batch, 0, 0):
         assert model.get_input_embeddings()(batch["input_ids"]).dtype == torch.bfloat16
 
 
-def test_boundaries_of_many_documents_are_one_number_a_token() -> None:
+def test_the_scale_of_flattened_documents_is_one_number_per_token() -> None:
     ids = torch.zeros(1, 6, dtype=torch.int64)
     scale = noise_scale(ids, 4, 2.0, documents=DocumentOffsets.of([1, 4, 1]))
     assert scale.flatten().tolist() == pytest.approx([1.0, 0.5, 0.5, 0.5, 0.5, 1.0])
@@ -170,7 +170,7 @@ def test_boundaries_of_many_documents_are_one_number_a_token() -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_has_the_noise_of_the_one_that_never_stopped(tmp_path: Path, model_dir: Path) -> None:
-    """In passes of two, of which the numbers count; the noise is felt, and evaluation is without it."""
+    """With two micro-batches per step; the noise changes the losses, but not the evaluation."""
     config_file = write_config(
         tmp_path / "run.yaml",
         model_name_or_path=str(model_dir),
@@ -196,8 +196,7 @@ def test_a_resumed_run_has_the_noise_of_the_one_that_never_stopped(tmp_path: Pat
         return out
 
     whole = trained("whole")
-    trained("parts", "max_steps=3")
-    parts = trained("parts", "max_steps=6", "resume_from_checkpoint=auto")
+    parts = trained("parts", f"resume_from_checkpoint={whole / 'checkpoint-3'}")
     quiet = trained("quiet", "neftune_noise_alpha=null")
     frozen = [trained(f"frozen_{alpha}", "learning_rate=0", f"neftune_noise_alpha={alpha}") for alpha in (15, "null")]
     assert losses(parts) == losses(whole)

@@ -27,7 +27,7 @@ from tests.builders import save_model_dir
 from tests.by_hand import rows_of
 from tests.runs import arithmetic, log_history, run, write_config, write_rows
 
-BAD = 7  # a token that gives its document no finite loss
+BAD = 7  # a token whose document has a loss that is not finite
 
 
 def batch_of(*documents: list[int], flatten: bool, first_row: int = 20) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Weights(nn.Module):
 
 
 def judged(guard: NonfiniteGuard, model: nn.Module, step: int = 5, *, late: bool = False, scaled: bool = False) -> bool:
-    """Whether the step is left out, heard at once, or `late`: once its gradients are gone and the next passes made."""
+    """Whether the step is skipped, read at once or `late`: without its gradients, after the next micro-batch."""
     norms = gradient_norms(model.named_parameters())
     must_skip = guard.ask(total_norm(norms.values()), norms, step)
     if late:
@@ -61,7 +61,7 @@ def judged(guard: NonfiniteGuard, model: nn.Module, step: int = 5, *, late: bool
     return answer
 
 
-# One pass
+# One micro-batch
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.7, -3e-30, 3e36])
@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_makes_its_gradients_nan_so_that_all_ranks_see
     assert weights.grad.isnan().all()
 
 
-# The judgement of a step
+# One step
 
 
 def test_a_sound_step_is_made() -> None:
@@ -98,7 +98,7 @@ def test_a_sound_step_is_made() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("flatten", [True, False])
-def test_the_run_stops_and_names_step_pass_and_row(flatten: bool, late: bool) -> None:
+def test_the_run_stops_and_names_step_micro_batch_and_row(flatten: bool, late: bool) -> None:
     guard, model = guard_of(), Weights()
     guard.watch(model.one.sum(), batch_of([1, 2], [3], flatten=flatten, first_row=10)).backward()
     batch = batch_of([1, 2], [3, BAD, 4], [5, 6], flatten=flatten)
@@ -117,7 +117,7 @@ def test_the_run_stops_and_names_step_pass_and_row(flatten: bool, late: bool) ->
     assert "the weights and the last checkpoint are unchanged" in last.message
 
 
-def test_where_no_document_does_it_alone_all_of_the_pass_are_named() -> None:
+def test_if_no_document_does_it_alone_all_of_the_micro_batch_are_named() -> None:
     guard, model = guard_of(measure=lambda _: torch.tensor(1.0)), Weights()
     guard.watch(model.one.sum() * math.nan, batch_of([1, 2], [3, 4], flatten=True)).backward()
     with pytest.raises(TrainingStopped) as caught:
@@ -154,8 +154,8 @@ def test_a_norm_that_overflows_is_told_as_such() -> None:
 
 @pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_skipping_moves_nothing_and_stops_behind_the_limit(fused: bool, masters: bool) -> None:
-    """A fused optimizer leaves the step out itself: it gets NaN for gradients, and may be read when it is made."""
+def test_skipping_changes_nothing_and_stops_after_the_limit(fused: bool, masters: bool) -> None:
+    """A fused optimizer skips the step itself: it gets NaN gradients, and the flag may be read after its step."""
     model = Weights().bfloat16() if masters else Weights()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
     optimizer = with_master_weights(optimizer) if masters else optimizer
@@ -189,13 +189,13 @@ def test_skipping_moves_nothing_and_stops_behind_the_limit(fused: bool, masters:
         step(math.nan)
 
 
-def test_a_loss_scale_takes_care_of_its_own_overflows_but_not_of_a_loss_that_is_not_finite() -> None:
+def test_a_loss_scale_handles_its_own_overflows_but_not_a_loss_that_is_not_finite() -> None:
     guard, model = guard_of(), Weights()
     for _ in range(16):
         guard.watch(model.one.sum(), batch_of([1, 2], flatten=True))
         model.one.grad = torch.full((3,), math.inf)
         assert judged(guard, model, scaled=True) is False
-        assert model.one.grad is not None, "the scaler sees it and leaves the step out"
+        assert model.one.grad is not None, "the scaler sees it and skips the step"
     guard.watch(model.one.sum() * math.nan, batch_of([1, BAD], flatten=True))
     with pytest.raises(TrainingStopped, match="the loss is not finite"):
         judged(guard, model, scaled=True)
@@ -228,7 +228,7 @@ def test_each_document_alone_is_a_batch_that_the_collator_would_have_made(flatte
             assert part["documents"].cu_seqlens.equal(expected["documents"].cu_seqlens)
 
 
-def test_documents_of_a_packed_row_have_its_number_and_fillers_are_left_out() -> None:
+def test_documents_of_a_packed_row_have_its_number_and_fillers_are_skipped() -> None:
     rows: list[dict[str, Any]] = [
         {"input_ids": np.arange(5), "labels": np.arange(5), "seq_lengths": np.array([2, 3])},
         {"input_ids": np.arange(4), "labels": np.arange(4), "seq_lengths": np.array([4])},
@@ -238,7 +238,7 @@ def test_documents_of_a_packed_row_have_its_number_and_fillers_are_left_out() ->
     assert [(row, part["input_ids"].shape[1]) for row, part in split_into_documents(batch)] == [(8, 2), (8, 3), (3, 4)]
 
 
-def test_rows_without_a_number_are_told_by_their_text() -> None:
+def test_rows_without_a_number_are_identified_by_their_text() -> None:
     guard, model = guard_of(), Weights()
     batch = batch_of([1, BAD], flatten=True, first_row=-1)
     guard.watch(model.one.sum() * math.nan, batch).backward()
@@ -299,7 +299,7 @@ ROW = 17
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows, 4 a step in passes of 2; an adapter, so that the weights that are saved are sound."""
+    """40 rows, 4 per step in micro-batches of 2; the weights of the adapter, which are saved, are sound."""
     folder = tmp_path_factory.mktemp("nonfinite")
     model_dir = save_model_dir(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -332,7 +332,7 @@ def step_of_the_row() -> int:
 
 
 def assert_stopped_cleanly(out: Path) -> None:
-    """Every checkpoint is whole and finite, the curve reaches up to the step, and no final model was left."""
+    """Every checkpoint is complete and finite, the logs end before the step, and there is no final model."""
     last = step_of_the_row() - 1
     found = sorted(int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-*"))
     assert found == list(range(2, last + 1, 2))
@@ -370,11 +370,17 @@ def test_a_run_stops_with_exit_code_3_and_names_the_row(
         assert "§ 17" in tokenizer.decode(rows[number]["input_ids"])
 
 
-def test_a_run_that_skips_goes_on_from_the_weights_it_had(config_file: Path) -> None:
+@pytest.fixture(scope="module")
+def skipped_run(config_file: Path) -> Path:
+    """A run that skips the step, with a log and a checkpoint at each step."""
     out = config_file.parent / "skipped"
     arguments = ["--config_file", str(config_file), f"output_dir={out}", "on_nonfinite=skip"]
     assert sft_main.main([*arguments, "logging_steps=1", "save_steps=1"]) == 0
-    step = step_of_the_row()
+    return out
+
+
+def test_a_run_that_skips_continues_with_the_weights_it_had(skipped_run: Path) -> None:
+    out, step = skipped_run, step_of_the_row()
     logs = {entry["step"]: entry for entry in log_history(out)}
     assert len(logs) == 10
     assert math.isnan(logs[step]["loss"])
@@ -392,14 +398,14 @@ def test_a_run_that_skips_goes_on_from_the_weights_it_had(config_file: Path) -> 
 
 
 @pytest.mark.parametrize(("action", "code"), [("stop", 3), ("skip", 0)])
-def test_what_is_heard_a_step_later_is_what_is_heard_at_once(
+def test_a_flag_read_one_step_later_has_the_same_effect_as_at_once(
     config_file: Path,
     action: str,
     code: int,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No log or checkpoint asks for it earlier: the run ends, or goes on, as if the answer had been waited for."""
+    """No log or checkpoint needs the flag earlier: the run ends, or continues, as if it had waited for it."""
     found: list[Any] = []
     step = step_of_the_row()
     for when in ("later", "at_once"):
@@ -421,24 +427,23 @@ def test_what_is_heard_a_step_later_is_what_is_heard_at_once(
     assert later[1] == (step - 1 if action == "stop" else 10)
 
 
-def test_a_skipped_step_counts_in_no_mean(config_file: Path) -> None:
-    """The log over the skipped step and its neighbours is that of the neighbours, weighted by their tokens."""
-    each, window = config_file.parent / "each", config_file.parent / "window"
-    for out, every in ((each, 1), (window, 10)):
-        arguments = ["--config_file", str(config_file), f"output_dir={out}", "on_nonfinite=skip", "save_strategy=no"]
-        assert sft_main.main([*arguments, f"logging_steps={every}"]) == 0
-    rows, order = rows_of(each).train, EpochSampler(40, 0, seed=42).order()
+def test_a_skipped_step_counts_in_no_mean(config_file: Path, skipped_run: Path) -> None:
+    """The log over all steps is the mean of the others, weighted by their tokens."""
+    window = config_file.parent / "window"
+    arguments = ["--config_file", str(config_file), f"output_dir={window}", "on_nonfinite=skip", "save_strategy=no"]
+    assert sft_main.main([*arguments, "logging_steps=10"]) == 0
+    rows, order = rows_of(skipped_run).train, EpochSampler(40, 0, seed=42).order()
     trained = [sum(int((rows[int(i)]["labels"] != -100).sum()) for i in step) for step in order.reshape(10, 4)]
     kept = [at for at in range(10) if at != step_of_the_row() - 1]
-    losses = [entry["loss"] for entry in log_history(each)]
+    losses = [entry["loss"] for entry in log_history(skipped_run)]
     (whole,) = log_history(window)
     expected = sum(losses[at] * trained[at] for at in kept) / sum(trained[at] for at in kept)
     assert whole["loss"] == pytest.approx(expected, abs=1e-6)
     assert whole["skipped_steps"] == 1
 
 
-def test_a_resumed_run_remembers_a_skipped_step_that_no_log_has_told(config_file: Path) -> None:
-    """Its log tells of it, and it counts for the limit."""
+def test_a_resumed_run_counts_a_skipped_step_that_was_not_logged(config_file: Path) -> None:
+    """It is in the log, and counts for the limit."""
     out, step = config_file.parent / "remembered", step_of_the_row()
     common = ["--config_file", str(config_file), "on_nonfinite=skip", "save_steps=1"]
     assert sft_main.main([*common, f"output_dir={out}", "logging_strategy=no"]) == 0
@@ -475,7 +480,7 @@ def test_two_processes_of_which_one_sees_it_stop_together(config_file: Path) -> 
 
 @pytest.mark.slow
 def test_two_processes_skip_together(config_file: Path) -> None:
-    """They are the run of one process with twice the rows; in float32, where the size of a pass moves no rounding."""
+    """As one process with twice the rows does; in float32, where the micro-batch size hardly changes the rounding."""
     one, two = config_file.parent / "skip_one", config_file.parent / "skip_two"
     common = ["--config_file", str(config_file), "on_nonfinite=skip", "logging_steps=1", "save_strategy=no"]
     common.append("dtype=float32")

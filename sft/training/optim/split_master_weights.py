@@ -91,9 +91,8 @@ def join(weights: torch.Tensor, remainders: torch.Tensor, out: torch.Tensor) -> 
 
 def split(values: torch.Tensor, weights: torch.Tensor, remainders: torch.Tensor) -> None:
     """Splits `values`, which are overwritten, into weights and remainders."""
-    values.nan_to_num_(
-        nan=torch.nan, posinf=torch.inf, neginf=-torch.inf
-    )  # the same NaN for all: some would round to 0
+    # All NaNs become the same one: some would round to 0.
+    values.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)
     bits = values.view(torch.int32)
     remainders.copy_(bits)  # the lower 16 bits
     bits.add_(2**15).bitwise_right_shift_(16)

@@ -35,7 +35,7 @@ def one_step(
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "adamw_8bit", "lion_8bit"])
-def test_what_runs_here_is_let_through(tmp_path: Path, optim: str) -> None:
+def test_optimizers_that_run_here_are_accepted(tmp_path: Path, optim: str) -> None:
     require_optimizer(arguments(tmp_path, optim))
 
 
@@ -46,14 +46,14 @@ def test_the_default_is_fused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
-def test_paging_without_a_gpu_is_said(tmp_path: Path, optim: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_paging_without_a_gpu_gives_a_warning(tmp_path: Path, optim: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sft"):
         require_optimizer(arguments(tmp_path, optim))
     assert "no GPU memory to page out of" in caplog.text
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "adamw_torch_npu_fused"])
-def test_what_does_not_run_here_is_refused_with_the_reason(tmp_path: Path, optim: str) -> None:
+def test_optimizers_that_do_not_run_here_are_refused(tmp_path: Path, optim: str) -> None:
     with pytest.raises(UserError) as caught:
         require_optimizer(arguments(tmp_path, optim))
     problem = caught.value.problems[0]
@@ -73,7 +73,7 @@ def test_an_optimizer_that_fails_in_its_step_is_refused(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_of_8_bits_are_bytes(tmp_path: Path, optim: str, dtype: torch.dtype) -> None:
-    """But those of the embeddings, as the Trainer asks bitsandbytes to, and of tensors below 4,096 numbers."""
+    """Except those of the embeddings, by the Trainer's choice, and of tensors with fewer than 4,096 elements."""
     model, optimizer = one_step(tmp_path, optim, dtype)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(parameters) == len(list(model.parameters()))
@@ -84,7 +84,7 @@ def test_states_of_8_bits_are_bytes(tmp_path: Path, optim: str, dtype: torch.dty
     assert sorted(map(str, embedding_bytes)) == ["torch.float32", "torch.uint8"]  # the head's are bytes
 
 
-def test_states_of_8_bits_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+def test_8_bit_states_resume_from_a_checkpoint(tmp_path: Path) -> None:
     model, optimizer = one_step(tmp_path, "adamw_8bit", torch.bfloat16)
     saved = copy.deepcopy(optimizer.state_dict())
     other_model, other = one_step(tmp_path, "adamw_8bit", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What is said of the learning rate's schedule before the run: nothing of it is dropped, and none fails in mid-run."""
+"""Learning rate schedules are checked before the run: no setting is ignored, and none fails in mid-run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_schedule_runs_with_what_it_needs_and_no_more(schedule: str) -> No
         assert refusal(schedule, needed, max_steps=5, warmup_ratio=0.2) is None
 
 
-def test_what_is_missing_is_told_at_the_schedule() -> None:
+def test_a_missing_setting_is_reported_for_the_schedule() -> None:
     problem = refusal("cosine_with_min_lr")
     assert problem is not None
     assert problem.key == "lr_scheduler_type"
@@ -67,13 +67,13 @@ def test_what_is_missing_is_told_at_the_schedule() -> None:
         ("greedy", {"patiens": 2}, "got an unexpected keyword argument 'patiens'"),
         ("reduce_lr_on_plateau", {"factor": 2.0}, "reduce_lr_on_plateau: Factor should be < 1.0"),
         ("reduce_lr_on_plateau", {"patience": "two"}, "not supported between instances of 'int' and 'str'"),
-        ("cosine", {"num_cycles": "two"}, "could not convert string to float: 'two'"),  # behind the warmup alone
+        ("cosine", {"num_cycles": "two"}, "could not convert string to float: 'two'"),  # computed only after the warmup
         ("polynomial", {"lr_end": 0.5}, "lr_end (0.5) must be smaller than initial lr"),
         ("cosine", "{num_cycles: 2}", "Expecting property name"),
         ("cosine", "[2]", "expected a mapping of settings"),
     ],
 )
-def test_a_setting_that_does_not_fit_is_told_at_the_settings(schedule: str, settings: Any, told: str) -> None:
+def test_an_invalid_setting_is_reported_for_the_settings(schedule: str, settings: Any, told: str) -> None:
     problem = refusal(schedule, settings, warmup_steps=0 if "lr" in schedule else 10)
     assert problem is not None
     assert problem.key == "lr_scheduler_kwargs"
@@ -83,7 +83,7 @@ def test_a_setting_that_does_not_fit_is_told_at_the_settings(schedule: str, sett
 
 @pytest.mark.parametrize("key", ["warmup_ratio", "warmup_steps"])
 @pytest.mark.parametrize("schedule", facts()["TrainingArguments"]["lr_scheduler_type"]["choices"])
-def test_a_warmup_beside_a_schedule_without_one_is_a_mistake(schedule: str, key: str) -> None:
+def test_a_warmup_for_a_schedule_without_one_is_an_error(schedule: str, key: str) -> None:
     without = schedule in ("constant", "reduce_lr_on_plateau", "greedy")
     told = [(key, f"lr_scheduler_type: {schedule} has no warmup")] if without else []
     assert dropped(schedule, **{key: 0.1}) == told
@@ -91,13 +91,13 @@ def test_a_warmup_beside_a_schedule_without_one_is_a_mistake(schedule: str, key:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
-def test_settings_that_would_be_dropped_are_a_mistake(schedule: str) -> None:
+def test_settings_that_would_be_ignored_are_an_error(schedule: str) -> None:
     told = [("lr_scheduler_kwargs", f"lr_scheduler_type: {schedule} has no further settings")]
     assert dropped(schedule, lr_scheduler_kwargs={"num_cycles": 2}) == told
     assert dropped(schedule, lr_scheduler_kwargs={}) == []
 
 
-def test_check_and_train_tell_it_before_the_data_is_read(
+def test_check_and_train_report_it_before_the_data_is_read(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config_file = write_config(

@@ -31,7 +31,7 @@ def backward(model: torch.nn.Module, seed: int) -> None:
 
 
 def gradients_of(model: torch.nn.Module, seeds: range) -> list[list[torch.Tensor]]:
-    """What bfloat16 backward passes deliver, each alone."""
+    """Returns the bfloat16 gradients of each backward pass alone."""
     each = []
     for seed in seeds:
         model.zero_grad()
@@ -98,7 +98,7 @@ def test_updates_below_the_rounding_add_up() -> None:
     assert values == [float(torch.tensor(1 - 1000 * 1e-5).bfloat16()), 1.0]
 
 
-def test_float32_parameters_beside_them_are_stepped_as_they_are() -> None:
+def test_float32_parameters_are_stepped_directly() -> None:
     model: Any = torch.nn.Sequential(layer(), torch.nn.LayerNorm(32))
     masters = MasterWeights(torch.optim.SGD(model.parameters(), lr=0.1))
     assert len(masters.pairs) == 2
@@ -152,7 +152,7 @@ def train(model: torch.nn.Module, optimizer: Any, seeds: range) -> None:
         optimizer.zero_grad()
 
 
-def test_a_resume_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_resume_is_exact(tmp_path: Path) -> None:
     def fresh() -> tuple[torch.nn.Module, MasterWeights]:
         model = layer()
         return model, MasterWeights(torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
@@ -251,9 +251,9 @@ def loss_curve(rows: torch.Tensor, kind: str, learning_rate: float, steps: int) 
 
 
 @pytest.mark.slow
-def test_loss_follows_float32_where_plain_bfloat16_stands_still(shared_data: Path) -> None:
+def test_the_loss_follows_float32_where_plain_bfloat16_lags(shared_data: Path) -> None:
     """Full training on GSM8K at a learning rate of fine-tuning. Over 100 steps float32's loss falls from 5.92 to 5.48;
-    the masters' stays within 0.011 of it on every step, and plain bfloat16's falls behind by 0.34.
+    the masters' stays within 0.011 of it at every step, and plain bfloat16 lags by 0.34.
     """
     tokenizer = byte_level_tokenizer()
     with (shared_data / "gsm8k" / "train.jsonl").open() as file:
@@ -262,6 +262,6 @@ def test_loss_follows_float32_where_plain_bfloat16_stands_still(shared_data: Pat
     rows = torch.tensor([row for row in ids if len(row) == 96])
     assert len(rows) > 150
     exact, masters, plain = (loss_curve(rows, kind, 1e-5, 60) for kind in ("float32", "masters", "plain"))
-    assert exact[-1] < exact[0] - 0.1, "nothing was learned, so that nothing was compared"
+    assert exact[-1] < exact[0] - 0.1, "nothing was learned, so the comparison proves nothing"
     assert np.abs(masters - exact).max() < 0.02
     assert np.abs(plain - exact).max() > 0.1

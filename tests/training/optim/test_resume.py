@@ -1,4 +1,4 @@
-"""A run that goes on follows its config; where that says nothing new it goes on to the last bit."""
+"""A resumed run follows its config; if that has not changed, it continues exactly."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Of the model: those that the masters are rounded to, if there are any."""
+    """Returns the model's weights: those that masters are rounded into, if there are any."""
     if isinstance(optimizer, MasterWeights):
         return list(dict.fromkeys(weight for weight, _ in optimizer.pairs))
     return [p for group in optimizer.param_groups for p in group["params"]]
@@ -83,7 +83,7 @@ def resumed(
     schedule: tuple[str, int, int] = DECAYING,
     schedule_now: tuple[str, int, int] = DECAYING,
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Four steps with the settings of `before`, whose checkpoint a run with those of `now` goes on from."""
+    """Four steps with the settings of `before`, from whose checkpoint a run with those of `now` resumes."""
     old = make(**before)
     old_schedule = get_scheduler(schedule[0], old, *schedule[1:])
     train(old, old_schedule, range(4))
@@ -104,12 +104,12 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _heard(caplog: pytest.LogCaptureFixture) -> None:
+def _captured_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="sft")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_same_settings_go_on_to_the_last_bit(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_with_the_same_settings_a_resume_is_exact(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make, settings = OPTIMIZERS[name], {"lr": 3e-3, "weight_decay": 0.1}
     whole = make(**settings)
     schedule = get_scheduler(DECAYING[0], whole, *DECAYING[1:])
@@ -125,7 +125,7 @@ def test_the_same_settings_go_on_to_the_last_bit(name: str, caplog: pytest.LogCa
 def test_another_learning_rate_and_decay_hold_from_the_next_step_on(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Step 4 of 10 behind a warmup of 2: the rate is 6/8 of the peak, then 5/8. Only the matrix decays."""
+    """Step 4 of 10 after a warmup of 2: the rate is 6/8 of the peak, then 5/8. Only the matrix decays."""
     optimizer, scheduler = resumed(
         OPTIMIZERS[name], {"lr": 1e-3, "weight_decay": 0.01}, {"lr": 1e-5, "weight_decay": 0.1}
     )
@@ -140,7 +140,7 @@ def test_another_learning_rate_and_decay_hold_from_the_next_step_on(
     assert all(torch.isfinite(weight).all() for weight in weights(optimizer))
 
 
-def test_each_beta_that_changes_is_told_and_the_moments_stay(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_changed_beta_is_logged_and_the_moments_stay(caplog: pytest.LogCaptureFixture) -> None:
     before, now = {"betas": (0.9, 0.999), "eps": 1e-8}, {"betas": (0.9, 0.95), "eps": 1e-6}
     optimizer, _ = resumed(adamw, before, now)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
@@ -152,7 +152,7 @@ def test_each_beta_that_changes_is_told_and_the_moments_stay(caplog: pytest.LogC
     ]
 
 
-def test_a_finished_run_that_is_prolonged_takes_the_rate_of_the_longer_schedule(
+def test_a_finished_run_that_is_extended_has_the_rate_of_the_longer_schedule(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = {"lr": 1e-3}
@@ -180,7 +180,7 @@ def plateau_after_a_cut(now: float) -> tuple[torch.optim.Optimizer, Any]:
 
 
 @pytest.mark.parametrize(("now", "rate"), [(1e-2, 1e-3), (5e-3, 5e-3)])
-def test_a_schedule_that_goes_by_evaluations_keeps_its_rate_unless_the_key_changes(now: float, rate: float) -> None:
+def test_a_schedule_that_depends_on_evaluations_keeps_its_rate_unless_the_key_changes(now: float, rate: float) -> None:
     optimizer, scheduler = plateau_after_a_cut(now)
     assert [group["lr"] for group in optimizer.param_groups] == scheduler.get_last_lr() == pytest.approx([rate] * 2)
     assert scheduler.best == 1.0
@@ -197,10 +197,10 @@ def test_a_momentum_without_its_buffers_is_not_switched_on(caplog: pytest.LogCap
     assert "optim_args: alpha: 0.9 in checkpoint-4, 0.99 from here on" in lines(caplog)
 
 
-def test_a_run_goes_on_with_the_rate_and_the_decay_of_its_config(
+def test_a_resumed_run_has_the_rate_and_the_decay_of_its_config(
     tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A finished run of 2 steps goes on to step 4 at another rate: that of steps 3 and 4 of a schedule of 4."""
+    """A finished run of 2 steps resumes to step 4 at another rate: that of steps 3 and 4 of a schedule of 4."""
     config = write_config(
         tmp_path / "run.yaml",
         model_name_or_path=str(model_dir),
@@ -235,7 +235,7 @@ def test_a_run_goes_on_with_the_rate_and_the_decay_of_its_config(
     assert "depends on steps, and this run's does not" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_schedule_does_not_take_the_state_of_another_kind(tmp_path: Path) -> None:
+def test_a_schedule_refuses_the_state_of_another_kind(tmp_path: Path) -> None:
     optimizer = adamw()
     by_steps = LambdaLR(optimizer, lambda step: 1 / (step + 1))
     by_evaluations = ReduceLROnPlateau(optimizer)

@@ -1,4 +1,4 @@
-"""Float32 values of bfloat16 weights that are spread over ranks: those of one process, to the last bit."""
+"""Master weights of sharded bfloat16 weights are those of one process, to the last bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.distributed.dtensor import to_full
@@ -18,6 +18,7 @@ from sft.loss.forward import TokenForward
 from sft.loss.token_loss import LossSettings
 from sft.training.optim.factory import find_fused_adam, with_master_weights
 from sft.training.optim.grad_norm import gradient_norms, total_norm
+from sft.training.optim.split_master_weights import SplitMasters
 from tests.loss.test_fused_linear import batch, llama
 from tests.loss.test_vocab_parallel import fully_sharded, tensor_parallel
 from tests.ranks import spawn_ranks
@@ -25,7 +26,7 @@ from tests.ranks import spawn_ranks
 pytestmark = pytest.mark.slow
 
 STEPS = 5
-SCALE = torch.tensor(1 / 32)  # a power of 2, so that a rank's share of it rounds as the whole does
+SCALE = torch.tensor(1 / 32)  # a power of 2: scaling changes no rounding
 
 
 def rows_of(step: int, rank: int) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def trained(model: Any, optimizer: Any, ranks: list[int], scale: torch.Tensor) -
         optimizer.zero_grad()
 
 
-def leave_out_a_step(model: Any, optimizer: Any) -> None:
-    """A step on gradients that are NaN, which the optimizer is told not to make."""
+def skip_a_step(model: Any, optimizer: Any) -> None:
+    """A step with NaN gradients, which the optimizer skips."""
     fused: Any = find_fused_adam(optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, torch.nan, dtype=torch.float32)
@@ -56,7 +57,7 @@ def leave_out_a_step(model: Any, optimizer: Any) -> None:
 
 
 def adamw(model: Any) -> torch.optim.Optimizer:
-    """Parameters that are spread over ranks are a group of their own: one fused step takes no others with them."""
+    """Sharded parameters are a group of their own: a fused step cannot mix them with others."""
     groups: dict[Any, list[Any]] = {}
     for parameter in model.parameters():
         groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
@@ -73,19 +74,19 @@ def on_one_process(ranks: list[int]) -> dict[str, torch.Tensor]:
 
 
 def _fully_sharded(rank: int, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """The weights are held in float32 and gathered in bfloat16: they are their own masters."""
+    """The weights are stored in float32 and gathered in bfloat16: they are their own masters."""
     model = llama().bfloat16().float()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_sharded(model, "own", mesh, mp_policy=policy)
     optimizer = with_master_weights(adamw(model))
     trained(model, optimizer, [rank], 2 * SCALE)
-    leave_out_a_step(model, optimizer)
+    skip_a_step(model, optimizer)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return {name: to_full(p.detach()) for name, p in model.named_parameters()}
 
 
 def stepped(model: Any, start: int, state: dict[str, Any] | None = None) -> Any:
-    """Steps on gradients drawn at random, the same whatever the weights are spread over."""
+    """Steps on random gradients, the same whatever mesh the weights are sharded over."""
     optimizer = with_master_weights(adamw(model))
     if state:
         optimizer.load_state_dict(copy.deepcopy(state))
@@ -103,18 +104,35 @@ def stepped(model: Any, start: int, state: dict[str, Any] | None = None) -> Any:
 
 
 def _tensor_parallel(mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """The weights are held in bfloat16, some spread over the ranks and some not; another optimizer goes on halfway."""
+    """The weights are in bfloat16, some of them sharded; a second optimizer resumes from the state of the first."""
     model = llama().bfloat16()
     tensor_parallel(model, "slices", mesh)
     state = stepped(model, 0).state_dict()
     assert len({type(p) for p in model.parameters()}) == 2
-    leave_out_a_step(model, stepped(model, STEPS, state))
+    skip_a_step(model, stepped(model, STEPS, state))
     return {name: to_full(p.detach()) for name, p in model.named_parameters()}
+
+
+def split_masters(mesh: DeviceMesh | None = None) -> dict[str, torch.Tensor]:
+    """Steps of `SplitMasters` over linear layers with an odd number of rows, whose shards differ in size."""
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(64, 33), torch.nn.Linear(33, 17)).bfloat16()
+    if mesh:
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        assert isinstance(model[0].weight, DTensor)
+    masters = SplitMasters(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), summed=[])
+    for step in range(STEPS):
+        inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        model(inputs).float().pow(2).sum().backward()  # the same rows on each rank: the mean is each one's gradient
+        masters.step()
+        masters.zero_grad()
+    return {name: to_full(p.detach()) if mesh else p.detach() for name, p in model.named_parameters()}
 
 
 def _on_rank(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    for name, run in (("fsdp", partial(_fully_sharded, rank)), ("tp", _tensor_parallel)):
+    runs = (("fsdp", partial(_fully_sharded, rank)), ("tp", _tensor_parallel), ("split", split_masters))
+    for name, run in runs:
         torch.save(run(mesh), f"{folder}/{name}{rank}.pt")
 
 
@@ -125,7 +143,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_fully_sharded_weights_that_are_gathered_in_bfloat16_are_masters_of_their_own(two_ranks: Path) -> None:
+def test_fully_sharded_float32_weights_gathered_in_bfloat16_are_their_own_masters(two_ranks: Path) -> None:
     expected = on_one_process([0, 1])
     for rank in range(2):
         found = torch.load(two_ranks / f"fsdp{rank}.pt")
@@ -134,7 +152,7 @@ def test_fully_sharded_weights_that_are_gathered_in_bfloat16_are_masters_of_thei
             assert found[name].equal(value), name
 
 
-def test_masters_of_weights_that_tensor_parallel_splits_are_split_likewise(two_ranks: Path) -> None:
+def test_masters_of_tensor_parallel_weights_are_sharded_likewise(two_ranks: Path) -> None:
     model = llama().bfloat16()
     state = stepped(model, 0).state_dict()
     stepped(model, STEPS, state)
@@ -142,3 +160,10 @@ def test_masters_of_weights_that_tensor_parallel_splits_are_split_likewise(two_r
         found = torch.load(two_ranks / f"tp{rank}.pt")
         for name, value in model.named_parameters():
             assert found[name].equal(value), name
+
+
+def test_split_masters_of_sharded_weights_are_stepped_in_place(two_ranks: Path) -> None:
+    expected = split_masters()
+    for rank in range(2):
+        found = torch.load(two_ranks / f"split{rank}.pt")
+        assert all(found[name].equal(value) for name, value in expected.items())

@@ -1,4 +1,4 @@
-"""Float32 values of bfloat16 weights that are kept as weight and remainder, and stepped as whole ones are."""
+"""Master weights that are split into weight and remainder, and stepped as whole ones are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW, AdamW8bit, Lion8bit
 from safetensors.torch import load_file
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import Adafactor
 
 import sft_main
@@ -21,7 +19,6 @@ from sft.errors import UserError
 from sft.training.optim.master_weights import MASTERS, MasterWeights
 from sft.training.optim.split_master_weights import LARGEST_PIECE, SplitMasters, join, split
 from tests import builders
-from tests.ranks import spawn_ranks
 from tests.runs import arithmetic, write_config, write_rows
 
 EVERY_LOWER_HALF = torch.arange(2**16)
@@ -48,7 +45,7 @@ def halves_of(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", UPPER_HALVES)
 @pytest.mark.parametrize("length", [None, 1, 7, 31])
-def test_every_number_comes_back_to_the_last_bit(kind: str, length: int | None) -> None:
+def test_every_number_is_restored_to_the_last_bit(kind: str, length: int | None) -> None:
     """Also in tensors too short for vector instructions."""
     values = floats(UPPER_HALVES[kind])
     if length is not None:
@@ -63,7 +60,7 @@ def test_every_number_comes_back_to_the_last_bit(kind: str, length: int | None) 
 
 @pytest.mark.parametrize("kind", UPPER_HALVES)
 def test_a_weight_is_the_rounding_of_its_value(kind: str) -> None:
-    """Half-way between two bfloat16 numbers, where rounding to even may go the other way, it is the larger one."""
+    """Halfway between two bfloat16 numbers it is the larger one, unlike with rounding to even."""
     values = floats(UPPER_HALVES[kind])
     weights, _ = halves_of(values)
     is_nan = values.isnan()
@@ -119,7 +116,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Counting(torch.optim.SGD):
-    """Counts its steps, and moves parameters by the number: stepped apart, it would count too many."""
+    """Scales updates by the number of its steps: stepped in buckets, it would count too many."""
 
     __module__ = "somewhere.else"
 
@@ -140,7 +137,7 @@ def values_in(masters: MasterWeights) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("is_one_pass", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool) -> None:
-    """To the last bit, in buckets of a few weights and slices of a few rows."""
+    """To the last bit, in buckets of a few weights and pieces of a few rows."""
     # 8-bit states have a scale for each block of 256 elements: slices would have other blocks.
     largest = LARGEST_PIECE if "8 bits" in name else 640
     model, twin = layers(), layers()
@@ -165,7 +162,7 @@ def test_steps_are_those_over_whole_values(name: str, is_one_pass: bool) -> None
     assert not model[0].weight.equal(layers()[0].weight)  # type: ignore[index]
 
 
-def test_the_optimizer_holds_all_parameters_between_steps_and_values_only_in_them() -> None:
+def test_the_optimizer_holds_all_parameters_between_steps_but_values_only_during_a_step() -> None:
     model: Any = layers()
     masters = SplitMasters(torch.optim.AdamW(groups(model), fused=True))
     gradients_of(model, 0)
@@ -177,7 +174,7 @@ def test_the_optimizer_holds_all_parameters_between_steps_and_values_only_in_the
     assert {id(p) for p in masters.state} == {id(p) for p in held if p.shape != (5,)}
 
 
-def test_what_is_kept_for_a_weight_is_eight_bytes_with_8_bit_states() -> None:
+def test_a_weight_takes_eight_bytes_with_8_bit_states() -> None:
     """Weight, remainder, gradient and two states of a byte; and of 256 numbers two scales."""
     model = torch.nn.Linear(1024, 1024, bias=False).bfloat16()
     masters = SplitMasters(AdamW8bit(model.parameters()), summed=[])
@@ -193,7 +190,7 @@ def test_what_is_kept_for_a_weight_is_eight_bytes_with_8_bit_states() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "a strange one"])  # which saves no count
-def test_a_resume_goes_on_to_the_last_bit(name: str, tmp_path: Path) -> None:
+def test_a_resume_is_exact(name: str, tmp_path: Path) -> None:
     def made(model: Any, masters: SplitMasters, steps: range) -> None:
         for step in steps:
             gradients_of(model, step)
@@ -223,7 +220,7 @@ def test_a_state_is_refused_for_other_weights_than_it_was_saved_with() -> None:
         SplitMasters(OPTIMIZERS["fused"](groups(other))).load_state_dict(masters.state_dict())
 
 
-def test_a_state_with_whole_values_is_taken_up_and_not_the_other_way_round() -> None:
+def test_a_state_with_float32_masters_is_loaded_but_not_the_other_way_round() -> None:
     model, later = layers(), layers()
     whole = MasterWeights(OPTIMIZERS["fused"](groups(model)))
     gradients_of(model, 0)
@@ -273,7 +270,7 @@ def weights_after_a_run(folder: Path, name: str, *overrides: str) -> dict[str, t
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_bfloat16_gradients_of_one_pass_change_no_bit(
+def test_bfloat16_gradients_of_one_micro_batch_change_no_bit(
     is_tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against gradients in float32 throughout, with a head whose loss is made in chunks, or that embeds as well."""
@@ -293,39 +290,7 @@ def test_bfloat16_gradients_of_one_pass_change_no_bit(
     assert all(ours[name].equal(exact[name]) for name in ours)
 
 
-def test_a_run_that_is_resumed_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_resumed_run_is_exact(tmp_path: Path) -> None:
     whole = weights_after_a_run(tmp_path, "whole")
     resumed = weights_after_a_run(tmp_path, "resumed", f"resume_from_checkpoint={tmp_path}/whole/checkpoint-5")
     assert all(whole[name].equal(resumed[name]) for name in whole)
-
-
-# Several processes
-
-
-def trained(is_sharded: bool) -> list[torch.Tensor]:
-    """The weights after five steps, of an odd number of rows so that the ranks' parts differ."""
-    torch.manual_seed(0)
-    model: Any = torch.nn.Sequential(torch.nn.Linear(64, 33), torch.nn.Linear(33, 17)).bfloat16()
-    if is_sharded:
-        fully_shard(model, reshard_after_forward=False)
-        assert isinstance(model[0].weight, DTensor)
-    masters = SplitMasters(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), summed=[])
-    for step in range(5):
-        inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
-        model(inputs).float().pow(2).sum().backward()  # the same rows on each rank: the mean is each one's gradient
-        masters.step()
-        masters.zero_grad()
-    return [p.full_tensor().detach() if is_sharded else p.detach() for p in model.parameters()]
-
-
-def _train_sharded(rank: int, folder: Path) -> None:
-    torch.save(trained(is_sharded=True), folder / f"{rank}.pt")
-
-
-@pytest.mark.slow
-def test_weights_that_are_spread_over_ranks_are_stepped_where_they_lie(tmp_path: Path) -> None:
-    spawn_ranks(_train_sharded, tmp_path, 2)
-    alone = trained(is_sharded=False)
-    for rank in range(2):
-        together = torch.load(tmp_path / f"{rank}.pt")
-        assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
