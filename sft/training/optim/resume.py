@@ -57,33 +57,31 @@ class ConfiguredOptimizer:
             scheduler: of `optimizer`; one that depends on evaluations keeps its rate unless `learning_rate` changed.
             checkpoint: name of the checkpoint that both were loaded from.
         """
-        rates = [group["lr"] for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        rates = [group["lr"] for group in groups]
         changes: dict[str, tuple[Any, Any]] = {}
-        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
+        for group, settings in zip(groups, self.groups, strict=True):
             for name, now in settings.items():
                 was = group.get(name, now)
                 if name in _WITH_STATE and bool(was) != bool(now):
-                    logger.warning(
-                        "optim_args: %s stays %s, which the optimizer state in %s was saved with", name, was, checkpoint
-                    )
+                    message = "optim_args: %s stays %s, which the optimizer state in %s was saved with"
+                    logger.warning(message, name, was, checkpoint)
                     continue
                 group[name] = now
-                for key, one, other in _differences(name, was, now):
-                    changes.setdefault(key, (one, other))
+                for key, old, new in _differences(name, was, now):
+                    changes.setdefault(key, (old, new))
                     if name == PEAK and not isinstance(scheduler, LambdaLR):
                         group["lr"] = now
         if isinstance(scheduler, LambdaLR):
-            scheduler.base_lrs = [group[PEAK] for group in optimizer.param_groups]
-            for group, peak, share in zip(
-                optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = peak * share(scheduler.last_epoch)
-        now_rates = [group["lr"] for group in optimizer.param_groups]
+            scheduler.base_lrs = [group[PEAK] for group in groups]
+            for group, rate in zip(groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group[PEAK] * rate(scheduler.last_epoch)
+        now_rates = [group["lr"] for group in groups]
         scheduler._last_lr = now_rates
         if now_rates != rates and "learning_rate" not in changes:
             changes["the schedule's rate at this step"] = rates[0], now_rates[0]
-        for key, (one, other) in changes.items():
-            logger.info("%s: %s in %s, %s from here on", key, one, checkpoint, other)
+        for key, (old, new) in changes.items():
+            logger.info("%s: %s in %s, %s from here on", key, old, checkpoint, new)
 
 
 def require_schedule_of(checkpoint: Path, *, by_steps: bool) -> None:
@@ -109,7 +107,7 @@ def require_schedule_of(checkpoint: Path, *, by_steps: bool) -> None:
 def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yields (config key, old value, new value) for each difference in one setting of a group."""
     keys = _KEYS[name]
-    old, new = ([*value] if isinstance(value, (tuple, list)) else [value] for value in (was, now))
-    for index, (one, other) in enumerate(zip(old, new, strict=False)):
-        if one != other:
-            yield keys[min(index, len(keys) - 1)], one, other
+    values = ([*value] if isinstance(value, (tuple, list)) else [value] for value in (was, now))
+    for index, (old, new) in enumerate(zip(*values, strict=False)):
+        if old != new:
+            yield keys[min(index, len(keys) - 1)], old, new
