@@ -196,8 +196,7 @@ def show_estimate(estimate: dict[str, Any]) -> None:
             table.add_row(name, f"{size / 2**30:.2f}", end_section=name == "process")
     table.add_row("available", f"{estimate['device_limit'] / 2**30:.2f}")
     console.print(table)
-    freed = ", and the process keeps blocks that were freed" if device == "cpu" else ""
-    console.print(f"the peak is not the sum: not everything is held at the same time{freed}", style="dim")
+    console.print("the peak is not the sum: not everything is held at the same time", style="dim")
     console.print(
         f"longest micro-batch: {longest['rows']:,} rows, {longest['tokens']:,} tokens, "
         f"{longest['trained_tokens']:,} of them trained"

@@ -148,7 +148,7 @@ def test_check_warns_that_it_has_read_only_the_first_rows(
     overrides = [f"datasets.0.path={many}", "streaming_window=1200"]
     assert sft_main.main(["check", "--config_file", str(config_file), *overrides, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert any("up to row 1,200" in warning for warning in document["warnings"])
+    assert any("checked the first 1,200 rows" in warning for warning in document["warnings"])
     assert document["data"]["datasets"]["many"]["rows_read"] == 1180
     assert document["data"]["datasets"]["small"]["rows_read"] == 20
     assert document["estimate"]["total_steps"] == 12
