@@ -77,7 +77,7 @@ def test_a_file_is_not_held_in_memory(tmp_path):
         ("a.csv", "question,answer\n"),
         ("a.csv", " \n\n"),
         ("a.txt", "\ufeff\n\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.parquet", parquet_bytes(TABLE.slice(0, 0))),
     ],
 )
