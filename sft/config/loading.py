@@ -57,8 +57,7 @@ def _build_config(document: YamlDocument, assigned: Sequence[Override], problems
         """Returns the key as typed and its place; for a section that an override created, those of the override."""
         key = _dotted(path)
         if key not in places:
-            opened_by = next((o.key for o in assigned if o.path[: len(path)] == path), None)
-            key = opened_by or key
+            key = next((o.key for o in assigned if o.path[: len(path)] == path), key)
         return key, next((places[k] for k in enclosing_keys(key) if k in places), (document.file, None))
 
     try:
