@@ -151,13 +151,6 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Waits until every process is here."""
-    from sft.distributed import collectives
-
-    collectives.barrier()
-
-
 def require_agreement(facts: dict[str, object]) -> None:
     """Checks that the facts are the same on every rank.
 
