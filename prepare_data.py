@@ -80,9 +80,8 @@ def _run(options: argparse.Namespace) -> int:
     convert = _check_characters if options.convert_only else _make_normalizer(options)
     kept = list(_convert_rows(rows, convert, lost))
     if not kept:
-        raise UserError(
-            Problem(f"none of {len(rows)} rows is left: {_format_reasons(lost)}", "see the rows named above")
-        )
+        message = f"none of {len(rows)} rows is left: {_format_reasons(lost)}"
+        raise UserError(Problem(message, "see the rows named above"))
     train: list[OutputRow] = kept
     validation: list[OutputRow] = []
     if not options.convert_only:
@@ -166,9 +165,8 @@ def _columns(content: Conversation | Text) -> dict[str, Any]:
 
 
 def _check_length(columns: dict[str, Any], minimum: int, maximum: int | None) -> None:
-    length = (
-        len(columns["text"]) if "text" in columns else sum(len(m["content"]) for m in json.loads(columns["messages"]))
-    )
+    texts = [columns["text"]] if "text" in columns else [m["content"] for m in json.loads(columns["messages"])]
+    length = sum(map(len, texts))
     if length < minimum:
         raise RowLost("too_short", f"{length} characters, --min-chars is {minimum}")
     if maximum is not None and length > maximum:
