@@ -104,8 +104,10 @@ def _write_all(train: list[OutputRow], validation: list[OutputRow], report: dict
         if part:
             _write_parquet(part, file)
             console.print(f"{file}: {len(part):,} rows", markup=False)
-        elif file.exists():
-            _rename_earlier(file)
+        elif file.exists():  # of an earlier run: the new train.parquet may hold rows of an old validation.parquet
+            earlier = file.with_name(f"{file.name}.earlier")  # a suffix that no reader accepts
+            file.replace(earlier)
+            logger.warning("%s is from an earlier run, and was renamed to %s", file, earlier.name)
     (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -195,13 +197,6 @@ def _write_parquet(rows: list[OutputRow], file: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
     table = pa.table({name: _array(name, [row.columns.get(name) for row in rows]) for name in names})
     pq.write_table(table, file, compression="zstd")
-
-
-def _rename_earlier(file: Path) -> None:
-    """Renames a file of an earlier run: the new train.parquet may hold rows of an old validation.parquet."""
-    earlier = file.with_name(f"{file.name}.earlier")  # a suffix that no reader accepts
-    file.replace(earlier)
-    logger.warning("%s is from an earlier run, and was renamed to %s", file, earlier.name)
 
 
 def _array(name: str, values: list[Any]) -> pa.Array:

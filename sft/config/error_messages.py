@@ -52,11 +52,6 @@ def explain_errors(
     return list(found.values())
 
 
-def wrong_keys(errors: list[ErrorDetails]) -> set[str]:
-    """Returns the top-level keys with a mistake in them."""
-    return {str(error["loc"][0]) for error in errors}
-
-
 def _find_value(error: ErrorDetails, values: Any) -> tuple[KeyPath, Any]:
     """Returns the path and value of a mistake, without the union members that pydantic appends to its path."""
     path: KeyPath = ()

@@ -41,7 +41,6 @@ def find_broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> li
     rules = (
         _check_model,
         _check_data,
-        _check_weights,
         _check_streaming,
         _check_numbers,
         _check_trackers,
@@ -50,11 +49,8 @@ def find_broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> li
         _check_training,
     )
     found = (problem for rule in rules for problem in rule(config))
-    return [*_check_exclusive(config), *(p for p in found if wrong.isdisjoint(_words(p)))]
-
-
-def _words(problem: Problem) -> list[str]:
-    return re.findall(r"\w+", f"{problem.key} {problem.message} {problem.hint}")
+    known = [p for p in found if wrong.isdisjoint(re.findall(r"\w+", f"{p.key} {p.message} {p.hint}"))]
+    return [*_check_exclusive(config), *known]
 
 
 def is_given(config: Config, key: str) -> bool:
@@ -103,9 +99,6 @@ def _check_data(config: Config) -> Iterator[Problem]:
     if None not in (shuffle_seed, data_seed) and shuffle_seed != data_seed:
         message = f"is {data_seed}, but shuffle_seed, which orders the training rows too, is {shuffle_seed}"
         yield config.problem("data_seed", message, "Keep one of them.")
-
-
-def _check_weights(config: Config) -> Iterator[Problem]:
     entries = config.datasets or []
     without = [number for number, entry in enumerate(entries) if entry.weight is None]
     if without and len(without) < len(entries):
