@@ -37,8 +37,8 @@ def run(options: Options) -> int:
 
 def check_run(config: Config, report: Report) -> None:
     """Notes in the report whatever would stop the run of `config`, and what the run would take."""
-    report.attempt(lambda: config_manager.require_trainable(config))
     training, keys = config.section(TrainingKeys), config.section(DataKeys)
+    report.attempt(lambda: config_manager.require_trainable(config))
     report.attempt(lambda: require_trackers(training))
     report.attempt(lambda: require_schedule(training))
     report.attempt(lambda: require_gpus(config.num_gpus or 0))

@@ -49,8 +49,8 @@ def find_broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> li
         _check_training,
     )
     found = (problem for rule in rules for problem in rule(config))
-    known = [p for p in found if wrong.isdisjoint(re.findall(r"\w+", f"{p.key} {p.message} {p.hint}"))]
-    return [*_check_exclusive(config), *known]
+    unaffected = [p for p in found if wrong.isdisjoint(re.findall(r"\w+", f"{p.key} {p.message} {p.hint}"))]
+    return [*_check_exclusive(config), *unaffected]
 
 
 def is_given(config: Config, key: str) -> bool:
