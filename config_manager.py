@@ -42,9 +42,8 @@ def config_text(config: Config) -> str:
     parts = []
     for group in GROUPS:
         title = (group.__doc__ or "").splitlines()[0]
-        body = yaml.dump(
-            _values_to_write(config.section(group)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
-        )
+        values = _values_to_write(config.section(group))
+        body = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
         parts.append(f"# {title}\n{body}")
     return "\n".join(parts)
 

@@ -104,9 +104,8 @@ def choose_backend(ddp_backend: str | None = None, *, use_cpu: bool = False) -> 
     if ddp_backend is None:
         return "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
     if ddp_backend == "nccl" and not on_gpu:
-        raise UserError(
-            Problem("'nccl' works between GPUs, and this run has none", "remove it, or write gloo", "ddp_backend")
-        )
+        message = "'nccl' works between GPUs, and this run has none"
+        raise UserError(Problem(message, "remove it, or write gloo", "ddp_backend"))
     offered = [name for name in ("nccl", "gloo", "ucc", "mpi", "xccl") if dist.is_backend_available(name)]
     if ddp_backend not in offered:
         message = f"{ddp_backend!r} is not in this build of torch"
@@ -149,13 +148,6 @@ def destroy_process_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Waits until every process is here."""
-    from sft.distributed import collectives
-
-    collectives.barrier()
 
 
 def require_agreement(facts: dict[str, object]) -> None:

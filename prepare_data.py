@@ -80,9 +80,8 @@ def _run(options: argparse.Namespace) -> int:
     convert = _check_characters if options.convert_only else _make_normalizer(options)
     kept = list(_convert_rows(rows, convert, lost))
     if not kept:
-        raise UserError(
-            Problem(f"none of {len(rows)} rows is left: {_format_reasons(lost)}", "see the rows named above")
-        )
+        message = f"none of {len(rows)} rows is left: {_format_reasons(lost)}"
+        raise UserError(Problem(message, "see the rows named above"))
     train: list[OutputRow] = kept
     validation: list[OutputRow] = []
     if not options.convert_only:
@@ -105,8 +104,10 @@ def _write_all(train: list[OutputRow], validation: list[OutputRow], report: dict
         if part:
             _write_parquet(part, file)
             console.print(f"{file}: {len(part):,} rows", markup=False)
-        elif file.exists():
-            _rename_earlier(file)
+        elif file.exists():  # of an earlier run: the new train.parquet may hold rows of an old validation.parquet
+            earlier = file.with_name(f"{file.name}.earlier")  # a suffix that no reader accepts
+            file.replace(earlier)
+            logger.warning("%s is from an earlier run, and was renamed to %s", file, earlier.name)
     (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -166,9 +167,8 @@ def _columns(content: Conversation | Text) -> dict[str, Any]:
 
 
 def _check_length(columns: dict[str, Any], minimum: int, maximum: int | None) -> None:
-    length = (
-        len(columns["text"]) if "text" in columns else sum(len(m["content"]) for m in json.loads(columns["messages"]))
-    )
+    texts = [columns["text"]] if "text" in columns else [m["content"] for m in json.loads(columns["messages"])]
+    length = sum(map(len, texts))
     if length < minimum:
         raise RowLost("too_short", f"{length} characters, --min-chars is {minimum}")
     if maximum is not None and length > maximum:
@@ -197,13 +197,6 @@ def _write_parquet(rows: list[OutputRow], file: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
     table = pa.table({name: _array(name, [row.columns.get(name) for row in rows]) for name in names})
     pq.write_table(table, file, compression="zstd")
-
-
-def _rename_earlier(file: Path) -> None:
-    """Renames a file of an earlier run: the new train.parquet may hold rows of an old validation.parquet."""
-    earlier = file.with_name(f"{file.name}.earlier")  # a suffix that no reader accepts
-    file.replace(earlier)
-    logger.warning("%s is from an earlier run, and was renamed to %s", file, earlier.name)
 
 
 def _array(name: str, values: list[Any]) -> pa.Array:

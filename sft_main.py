@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import distributed_utils as distributed
 from commands.options import SUMMARIES, read_options
 from sft.distributed.onednn_cache import limit_onednn_cache
 from sft.errors import Problem, UserError
@@ -41,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(Problem(f"no command {arguments[0]!r}", f"the commands are {', '.join(SUMMARIES)}"))
         return run_verb(verb, arguments)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not distributed.is_main_process():
             time.sleep(_FIRST_RANK_HEADSTART)  # it mostly has the same error, and its exit ends this process too
         show_error(error)
         return error.exit_code
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if distributed.is_main_process():
             console.print("; ".join(["stopped", *getattr(stop, "__notes__", ())]), markup=False, soft_wrap=True)
         return 130
 
@@ -59,6 +60,4 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from distributed_utils import end_process
-
-    end_process(main())
+    distributed.end_process(main())

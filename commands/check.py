@@ -37,12 +37,12 @@ def run(options: Options) -> int:
 
 def check_run(config: Config, report: Report) -> None:
     """Notes in the report whatever would stop the run of `config`, and what the run would take."""
+    training, keys = config.section(TrainingKeys), config.section(DataKeys)
     report.attempt(lambda: config_manager.require_trainable(config))
-    report.attempt(lambda: require_trackers(config.section(TrainingKeys)))
-    report.attempt(lambda: require_schedule(config.section(TrainingKeys)))
+    report.attempt(lambda: require_trackers(training))
+    report.attempt(lambda: require_schedule(training))
     report.attempt(lambda: require_gpus(config.num_gpus or 0))
-    on_cpu = config.use_cpu or config.num_gpus == 0
-    report.attempt(lambda: require_tf32(config.section(TrainingKeys), on_cpu=on_cpu))
+    report.attempt(lambda: require_tf32(training, on_cpu=config.use_cpu or config.num_gpus == 0))
     report.attempt(lambda: run_files.require_writable(Path(config.output_dir)))
     report.attempt(lambda: pipeline.forbid_overlap(config))
     report.attempt(lambda: find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir)))
@@ -55,7 +55,6 @@ def check_run(config: Config, report: Report) -> None:
     tokenizer = report.attempt(lambda: model_manager.load_tokenizer(config.section(ModelKeys)))
     if tokenizer is None:
         return
-    keys = config.section(DataKeys)
     data = report.attempt(lambda: pipeline.read_data(config, tokenizer, whole_window=True))
     if data is None:
         return
@@ -66,9 +65,7 @@ def check_run(config: Config, report: Report) -> None:
         report.errors += serving.problems
     report.attempt(lambda: data_handler.require_enough_rows(keys, data.ledger))
     plan = report.attempt(
-        lambda: plan_batches(
-            config.section(TrainingKeys), data.train_rows, data.train_tokens, pipeline.process_count(config)
-        )
+        lambda: plan_batches(training, data.train_rows, data.train_tokens, pipeline.process_count(config))
     )
     report.estimate = plan.as_json() if plan else None
     if plan and not report.errors:

@@ -11,7 +11,7 @@ import distributed_utils as distributed
 import model_manager
 import pipeline
 from commands.options import Options
-from sft.config.schema import Config, ModelKeys, TrainingKeys
+from sft.config.schema import Config, ModelKeys
 from sft.data.preparation.packing import AutoPacking
 from sft.errors import Problem, UserError
 from sft.model.attention.document_attention import takes_documents
@@ -38,8 +38,7 @@ def run(options: Options) -> int:
         hint = "give validation_file, validation_split or eval_datasets"
         raise UserError(Problem("there is no validation data", hint, "validation_file"))
     pipeline.join_process_group(config)
-    keys = config.section(TrainingKeys)
-    arguments = training_arguments(keys.training_arguments(), bf16=False, fp16=False, plan=None)
+    arguments = training_arguments(config.training_arguments(), bf16=False, fp16=False, plan=None)
     callbacks = [ConsoleProgress(console, bars=not config.disable_tqdm)]
     trainer = SFTTrainer(model, arguments, tokenizer, None, data.evals, data.end_token_ids, callbacks)
     results = trainer.evaluate_all()
@@ -52,11 +51,9 @@ def run(options: Options) -> int:
 
 
 def _load_model(folder: Path, config: Config) -> tuple[Any, Any]:
+    attention, trust = config.attn_implementation, config.trust_remote_code
     model, tokenizer = model_manager.load_trained(
-        folder,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
+        folder, dtype=config.dtype, trust_remote_code=trust, attn_implementation=attention
     )
     # A base that was never trained here is measured with the prompts that training on it would use.
     model_manager.configure_tokenizer(tokenizer, config.section(ModelKeys))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import config_manager
@@ -26,6 +26,7 @@ SUMMARIES = {
     "schema": "Prints the JSON Schema of the config, for editors.",
 }
 """The verbs, in the order in which `--help` lists them; here because the files of the verbs import torch."""
+_CONFIGURED = ("train", "check", "preview", "estimate", "evaluate")
 
 
 class Options(argparse.Namespace):
@@ -77,108 +78,62 @@ def read_options(verb: str, argv: Sequence[str], description: str) -> Options:
     Raises:
         UserError: the config has mistakes, or lacks what the verb needs.
     """
-    parser = make_parser(verb, description)
-    has_config = verb not in ("generate", "merge", "schema")
+    parser = _make_parser(verb, description)
     options = Options()
-    if has_config:
+    if verb in _CONFIGURED:
         _, options.overrides = parser.parse_known_args(argv, options)
     else:
         parser.parse_args(argv, options)
-    if has_config and verb != "check":
+    if verb in _CONFIGURED and verb != "check":
         options.config = options.load_config()
     if verb in ("train", "estimate"):
         config_manager.require_trainable(options.config)
     if verb in ("train", "evaluate"):
         require_trackers(options.config.section(TrainingKeys))
     setup_logging(distributed.is_main_process())
-    if verb in ("train", "estimate", "evaluate"):
-        _claim_devices(options.config)
+    if verb in ("train", "estimate", "evaluate"):  # before anything asks CUDA for its devices
+        distributed.claim_devices(options.config.num_gpus, use_cpu=options.config.use_cpu)
+        require_tf32(options.config.section(TrainingKeys))
     if verb not in ("check", "preview", "schema"):
         quiet_libraries()
     return options
 
 
-def _claim_devices(config: Config) -> None:
-    """Gives this process its devices, before anything asks CUDA for them."""
-    distributed.claim_devices(config.num_gpus, use_cpu=config.use_cpu)
-    require_tf32(config.section(TrainingKeys))
-
-
-def make_parser(verb: str, description: str) -> argparse.ArgumentParser:
-    """Makes the parser of one verb.
-
-    Args:
-        description: what `--help` prints above the options.
-    """
+def _make_parser(verb: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"sft_main.py {verb}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _OPTIONS[verb](parser)
+    add = parser.add_argument
+    if verb in _CONFIGURED:
+        add("--config_file", "--config", metavar="FILE", help="the run's YAML file")
+    if verb in ("check", "preview", "estimate", "evaluate"):
+        add("--json", action="store_true", help="print one JSON document on stdout")
+    if verb == "preview":
+        add("--num_samples", type=_positive, default=3, help="rows to show (3)")
+    if verb == "evaluate":
+        add("--model", help="a folder with a model or an adapter; default: the model in output_dir")
+    if verb == "generate":
+        add("--model", required=True, help="a folder with a model or an adapter")
+        source = parser.add_mutually_exclusive_group(required=True)
+        source.add_argument("--prompts", type=Path, help="a .txt (one prompt a line), .json or .jsonl file")
+        source.add_argument("--chat", action="store_true", help="chat in the terminal")
+        add("--output", type=Path, help="where to write the answers as JSONL (stdout)")
+        add("--system", metavar="TEXT", help="system prompt ('' for none); default: that of the training")
+        add("--max_new_tokens", type=_positive, default=256, help="length limit of an answer (256)")
+        add("--batch_size", type=_positive, default=8, help="prompts answered at a time (8)")
+        add("--temperature", type=_not_negative, default=0.0, help="0 always takes the likeliest token (0)")
+        add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
+        add("--seed", type=int, default=0, help="of the sampling (0)")
+    if verb == "merge":
+        add("--model", required=True, help="the adapter's folder")
+        add("--output_dir", required=True, help="a folder that is empty or does not exist")
+        add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
+    if verb in ("generate", "merge"):
+        add("--trust_remote_code", action="store_true", help="run the code that the model brings along")
     return parser
-
-
-def _config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config_file", "--config", metavar="FILE", help="the run's YAML file")
-
-
-def _json(parser: argparse.ArgumentParser) -> None:
-    _config(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-
-
-def _preview(parser: argparse.ArgumentParser) -> None:
-    _json(parser)
-    parser.add_argument("--num_samples", type=_positive, default=3, help="rows to show (3)")
-
-
-def _evaluate(parser: argparse.ArgumentParser) -> None:
-    _json(parser)
-    parser.add_argument("--model", help="a folder with a model or an adapter; default: the model in output_dir")
-
-
-def _generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a folder with a model or an adapter")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", type=Path, help="a .txt (one prompt a line), .json or .jsonl file")
-    source.add_argument("--chat", action="store_true", help="chat in the terminal")
-    parser.add_argument("--output", type=Path, help="where to write the answers as JSONL (stdout)")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt ('' for none); default: that of the training")
-    parser.add_argument("--max_new_tokens", type=_positive, default=256, help="length limit of an answer (256)")
-    parser.add_argument("--batch_size", type=_positive, default=8, help="prompts answered at a time (8)")
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 always takes the likeliest token (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    _trust(parser)
-
-
-def _merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="the adapter's folder")
-    parser.add_argument("--output_dir", required=True, help="a folder that is empty or does not exist")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
-    _trust(parser)
-
-
-def _trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
-
-
-def _nothing(parser: argparse.ArgumentParser) -> None:
-    """No options."""
-
-
-_OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "train": _config,
-    "check": _json,
-    "preview": _preview,
-    "estimate": _json,
-    "evaluate": _evaluate,
-    "generate": _generate,
-    "merge": _merge,
-    "schema": _nothing,
-}
 
 
 def _positive(text: str) -> int:

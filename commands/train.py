@@ -17,6 +17,7 @@ from sft.checkpoint.discovery import describe_resume, find_checkpoint
 from sft.checkpoint.output_dir import archive_previous_run
 from sft.config.schema import Config, ModelKeys, TrainingKeys
 from sft.data.preparation.serving_check import check_end_tokens
+from sft.distributed.collectives import barrier
 from sft.model.tokenizer import remember_system_prompt
 from sft.report import run_files
 from sft.report.console import show_conclusion
@@ -60,7 +61,7 @@ def run(options: Options) -> int:
     except KeyboardInterrupt as stop:
         stop.add_note(describe_resume(output_dir))
         raise
-    distributed.barrier()
+    barrier()
     distributed.destroy_process_group()
     return 0
 
@@ -79,7 +80,8 @@ def _train_and_evaluate(
     results |= pipeline.measure_exact_match(config, trainer.model, tokenizer, data, questions, "_after")
     if distributed.is_main_process():
         _write_results(config, trainer, tokenizer, data, results)
-        show_conclusion(Path(config.output_dir), _final_loss(trainer) | results, time.perf_counter() - started)
+        loss = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
+        show_conclusion(Path(config.output_dir), {"train_loss": loss} | results, time.perf_counter() - started)
 
 
 def _save_model(trainer: SFTTrainer, tokenizer: Any, data: PreparedData, output_dir: Path) -> None:
@@ -99,11 +101,6 @@ def _write_results(
     trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
     run_files.write_results(output_dir, results)
     stop_tokens = [str(tokenizer.decode([token])) for token in data.end_token_ids]
-    chosen = {
-        name: getattr(trainer.args, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    }
+    batch_keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    chosen = {name: getattr(trainer.args, name) for name in batch_keys}
     run_files.write_card(output_dir, config.model_copy(update=chosen), data.ledger, results, stop_tokens)
-
-
-def _final_loss(trainer: SFTTrainer) -> dict[str, Any]:
-    return {"train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)}

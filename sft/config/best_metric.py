@@ -40,9 +40,7 @@ def check_best_metric(config: Config) -> Iterator[Problem]:
         names = list_metrics(config)
         if (metric if metric.startswith(_PREFIX) else _PREFIX + metric) not in [_PREFIX + name for name in names]:
             message = f"no evaluation of this run has a metric {metric!r}"
-            hint = f"There are {', '.join(names)}" + (
-                "." if config.log_entropy else "; entropy with log_entropy: true."
-            )
-            yield config.problem("metric_for_best_model", message, hint)
+            end = "." if config.log_entropy else "; entropy with log_entropy: true."
+            yield config.problem("metric_for_best_model", message, f"There are {', '.join(names)}{end}")
     if config.save_strategy == "best" and config.eval_strategy == "no":
         yield config.problem("save_strategy", "best needs evaluation", "Write eval_strategy: steps or epoch.")

@@ -52,11 +52,6 @@ def explain_errors(
     return list(found.values())
 
 
-def wrong_keys(errors: list[ErrorDetails]) -> set[str]:
-    """Returns the top-level keys with a mistake in them."""
-    return {str(error["loc"][0]) for error in errors}
-
-
 def _find_value(error: ErrorDetails, values: Any) -> tuple[KeyPath, Any]:
     """Returns the path and value of a mistake, without the union members that pydantic appends to its path."""
     path: KeyPath = ()
@@ -87,14 +82,10 @@ def _explain(error: ErrorDetails, path: KeyPath, value: Any, schema: type[BaseMo
     if annotation is None:
         return f"not valid here: got {format_value(value)}", ""
     if len(union_members(annotation)) == len(literal_values(annotation)) == 1:
-        return f"must be {describe_type(annotation)}, got {format_value(value)}", _description(path, schema)
+        section = section_class(annotation_at(schema, path[:-1]))  # its description of a key with one value says why
+        why = (section.model_fields[str(path[-1])].description or "") if section else ""
+        return f"must be {describe_type(annotation)}, got {format_value(value)}", why
     return f"expected {describe_type(annotation)}, got {format_value(value)}", _suggest_value(value, annotation)
-
-
-def _description(path: KeyPath, schema: type[BaseModel]) -> str:
-    """Returns the schema's description of a key; that of a key with one valid value says why."""
-    section = section_class(annotation_at(schema, path[:-1]))
-    return (section.model_fields[str(path[-1])].description or "") if section else ""
 
 
 def _suggest_value(value: Any, annotation: Any) -> str:

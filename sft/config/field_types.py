@@ -33,7 +33,6 @@ _SCALAR_NAMES = {
     float: "a number",
     str: "text",
     dict: "a mapping of keys to values",
-    list: "a list",
 }
 
 
@@ -49,35 +48,25 @@ def union_members(annotation: Any) -> list[Any]:
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
     """Returns the model in an annotation, e.g. `LoraKeys` of `LoraKeys | None`; None where there is none."""
-    for branch in union_members(annotation):
-        if isinstance(branch, type) and issubclass(branch, BaseModel):
-            return branch
-    return None
+    branches = union_members(annotation)
+    return next((branch for branch in branches if isinstance(branch, type) and issubclass(branch, BaseModel)), None)
 
 
 def item_type(annotation: Any) -> Any:
     """Returns the annotation of a list's items; None where no list is accepted."""
-    for branch in union_members(annotation):
-        if get_origin(branch) is list:
-            return get_args(branch)[0]
-    return None
+    return next((get_args(branch)[0] for branch in union_members(annotation) if get_origin(branch) is list), None)
 
 
 def literal_values(annotation: Any) -> list[Any]:
     """Returns the values of every `Literal` in the annotation."""
-    return [
-        value for branch in union_members(annotation) if get_origin(branch) is Literal for value in get_args(branch)
-    ]
+    literals = [branch for branch in union_members(annotation) if get_origin(branch) is Literal]
+    return [value for branch in literals for value in get_args(branch)]
 
 
 def accepts(annotation: Any, kind: type) -> bool:
     """Tells whether the annotation accepts values of the builtin type `kind`, in a `Literal` as well."""
-    for branch in union_members(annotation):
-        if branch is kind or get_origin(branch) is kind:
-            return True
-        if get_origin(branch) is Literal and any(type(value) is kind for value in get_args(branch)):
-            return True
-    return False
+    declared = any(branch is kind or get_origin(branch) is kind for branch in union_members(annotation))
+    return declared or any(type(value) is kind for value in literal_values(annotation))
 
 
 def describe_type(annotation: Any) -> str:
@@ -87,10 +76,12 @@ def describe_type(annotation: Any) -> str:
         if branch is type(None):
             part = "null"
         elif get_origin(branch) is Literal:
-            values = [_as_yaml(value) for value in get_args(branch)]
+            values = [str(value).lower() if isinstance(value, bool) else str(value) for value in get_args(branch)]
             part = f"one of {', '.join(values)}" if len(values) > 1 else values[0]
         elif get_origin(branch) is list:
-            part = f"a list of {_plural(get_args(branch)[0])}"
+            first = union_members(get_args(branch)[0])[0]
+            names = {str: "texts", int: "whole numbers", float: "numbers"}
+            part = f"a list of {names.get(first, 'mappings' if section_class(first) else 'values')}"
         elif section_class(branch) or get_origin(branch) is dict:
             part = _SCALAR_NAMES[dict]
         else:
@@ -99,16 +90,6 @@ def describe_type(annotation: Any) -> str:
             parts.append(part)
     parts.sort(key=lambda part: part == "null")
     return " or ".join(parts)
-
-
-def _plural(annotation: Any) -> str:
-    names = {str: "texts", int: "whole numbers", float: "numbers"}
-    first = union_members(annotation)[0]
-    return names.get(first, "mappings" if section_class(first) else "values")
-
-
-def _as_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def annotation_at(schema: type[BaseModel], path: KeyPath) -> Any:

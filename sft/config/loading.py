@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from sft.config.error_messages import explain_errors, wrong_keys
+from sft.config.error_messages import explain_errors
 from sft.config.field_types import KeyPath, coerce
 from sft.config.overrides import COMMAND_LINE, Override, apply_overrides, parse_overrides
 from sft.config.schema import SECRET_KEYS, Config
@@ -57,8 +57,7 @@ def _build_config(document: YamlDocument, assigned: Sequence[Override], problems
         """Returns the key as typed and its place; for a section that an override created, those of the override."""
         key = _dotted(path)
         if key not in places:
-            opened_by = next((o.key for o in assigned if o.path[: len(path)] == path), None)
-            key = opened_by or key
+            key = next((o.key for o in assigned if o.path[: len(path)] == path), key)
         return key, next((places[k] for k in enclosing_keys(key) if k in places), (document.file, None))
 
     try:
@@ -66,10 +65,10 @@ def _build_config(document: YamlDocument, assigned: Sequence[Override], problems
     except ValidationError as error:
         errors = error.errors(include_url=False)
         problems = [*problems, *explain_errors(errors, values, Config, locate)]
-        wrong = wrong_keys(errors)
+        wrong = frozenset(str(error["loc"][0]) for error in errors)
         config = Config.model_validate({key: value for key, value in values.items() if key not in wrong})
         config.locate(places)
-        problems += find_broken_rules(config, frozenset(wrong))
+        problems += find_broken_rules(config, wrong)
     else:
         config.locate(places)
         problems = [*problems, *find_broken_rules(config)]

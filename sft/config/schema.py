@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     class _Upstream(ConfigSection):
         def __getattr__(self, name: str) -> Any: ...
 
-    class TrainingArgumentsKeys(_Upstream): ...
-
-    class LoraConfigKeys(_Upstream): ...
-
-    class BitsAndBytesConfigKeys(_Upstream): ...
-
+    TrainingArgumentsKeys = _Upstream
+    LoraConfigKeys = _Upstream
+    BitsAndBytesConfigKeys = _Upstream
 else:
     TrainingArgumentsKeys = upstream_keys("TrainingArguments")
     LoraConfigKeys = upstream_keys("LoraConfig")
@@ -201,10 +198,9 @@ class TrainingKeys(TrainingArgumentsKeys):
             del arguments["per_device_train_batch_size"]  # chosen later, in the batch plan
         if self.warmup_ratio is not None:
             arguments["warmup_steps"] = self.warmup_ratio
-        # Upstream renamed this pair; the old names do the same and warn on every run.
-        for old, new in _RENAMED_UPSTREAM.items():
-            if (value := arguments.pop(old, None)) is not None:
-                arguments[new] = value
+        for name in ("checkpointing", "checkpointing_kwargs"):  # renamed: the old names do the same, and warn each run
+            if (value := arguments.pop(f"gradient_{name}", None)) is not None:
+                arguments[f"activation_{name}"] = value
         if not isinstance(arguments.get("resume_from_checkpoint"), str):
             arguments.pop("resume_from_checkpoint", None)  # upstream's field accepts a path only
         if self.parallelism_config is not None:
@@ -310,8 +306,7 @@ class Config(ModelKeys, DataKeys, TrainingKeys, LossKeys, AdapterKeys, Distribut
     @property
     def order_seed(self) -> int:
         """The seed of the order of training rows, loaded or streamed."""
-        given = (seed for seed in (self.shuffle_seed, self.data_seed) if seed is not None)
-        return next(given, self.seed)
+        return next(seed for seed in (self.shuffle_seed, self.data_seed, self.seed) if seed is not None)
 
     def section(self, group: type[Group]) -> Group:
         """Returns the keys of one group, as a stage receives them."""
@@ -321,22 +316,10 @@ class Config(ModelKeys, DataKeys, TrainingKeys, LossKeys, AdapterKeys, Distribut
         return part
 
 
-GROUPS: tuple[type[ConfigSection], ...] = (
-    ModelKeys,
-    DataKeys,
-    TrainingKeys,
-    LossKeys,
-    AdapterKeys,
-    DistributionKeys,
-    WatchKeys,
-)
+GROUPS: tuple[type[ConfigSection], ...] = Config.__bases__
 """The groups of `Config`, in the order in which `write_config` writes them."""
 
 SECRET_KEYS = frozenset({"hub_token"})
 """Keys whose values are never written, printed or logged."""
 
 _TRAINING_DEFAULTS = upstream_defaults("TrainingArguments")
-_RENAMED_UPSTREAM = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}

@@ -10,12 +10,15 @@ rewrites from the installed libraries; a test compares the two.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import importlib
+import inspect
 import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import Field, StringConstraints, create_model
 
@@ -47,11 +50,6 @@ def _read_file() -> dict[str, Any]:
 def facts() -> dict[str, dict[str, Fact]]:
     """Returns upstream's keys per class: `facts()["LoraConfig"]["r"] == {"kinds": ["int"], "default": 8}`."""
     return _read_file()["classes"]
-
-
-def module_name(class_name: str) -> str:
-    """Returns the module that defines an upstream class, e.g. `peft.tuners.lora.config`."""
-    return _read_file()["modules"][class_name]
 
 
 def known_trackers() -> list[str]:
@@ -114,7 +112,7 @@ def non_default_values(class_name: str, keys: ConfigSection) -> dict[str, Any]:
 def make_upstream(section: ConfigSection) -> Any:
     """Makes the upstream object that a nested section describes, e.g. `peft.EvaConfig(rho=1.0)`."""
     class_name = type(section).__name__.removesuffix("Keys")
-    module = importlib.import_module(module_name(class_name))
+    module = importlib.import_module(_read_file()["modules"][class_name])
     return getattr(module, class_name)(**non_default_values(class_name, section))
 
 
@@ -146,39 +144,30 @@ def installed_facts() -> dict[str, Any]:
     _describe_dataclass(transformers.TrainingArguments, classes, modules)
     _describe_dataclass(peft.LoraConfig, classes, modules)
     _describe_signature(transformers.BitsAndBytesConfig, classes, modules)
-    libraries = (transformers, peft, accelerate, bitsandbytes)
-    versions = {library.__name__: library.__version__ for library in libraries}
-    names = list(INTEGRATION_TO_CALLBACK)
-    return {"versions": versions, "trackers": names, "modules": modules, "classes": classes}
+    versions = {lib.__name__: lib.__version__ for lib in (transformers, peft, accelerate, bitsandbytes)}
+    return {"versions": versions, "trackers": list(INTEGRATION_TO_CALLBACK), "modules": modules, "classes": classes}
 
 
 def _describe_dataclass(cls: type, classes: dict[str, dict[str, Fact]], modules: dict[str, str]) -> None:
     """Adds `cls`, and every dataclass among its fields, to `classes`."""
-    import dataclasses
-    import typing
-
-    hints = typing.get_type_hints(cls)
+    hints = get_type_hints(cls)
     described = classes.setdefault(cls.__name__, {})
     modules[cls.__name__] = cls.__module__
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
-        kinds: list[str] = []
         choices: list[str] = list(_UNLISTED_CHOICES.get(field.name, []))
-        for branch in union_members(hints[field.name]):
-            kind = _name_kind(branch, choices)
-            if kind.startswith("section:") and branch.__name__ not in classes:
+        branches = union_members(hints[field.name])
+        kinds = list(dict.fromkeys(_name_kind(branch, choices) for branch in branches))
+        for branch in branches:
+            if isinstance(branch, type) and dataclasses.is_dataclass(branch) and branch.__name__ not in classes:
                 _describe_dataclass(branch, classes, modules)
-            if kind not in kinds:
-                kinds.append(kind)
         if "str" in kinds and (listed := field.metadata.get("choices")):
             choices += listed
             kinds.insert(kinds.index("str"), "choice")
-        # Upstream annotates an enum as `Enum | str`, and accepts only the enum's values.
-        if "choice" in kinds and "str" in kinds:
+        if "choice" in kinds and "str" in kinds:  # upstream annotates `Enum | str`, and accepts only the enum's values
             kinds.remove("str")
-        # Of a section and a bare mapping, the section is kept: it declares its keys.
-        if any(kind.startswith("section:") for kind in kinds) and "dict" in kinds:
+        if any(kind.startswith("section:") for kind in kinds) and "dict" in kinds:  # the section declares its keys
             kinds.remove("dict")
         factory = None if field.default_factory is dataclasses.MISSING else field.default_factory
         default = factory() if factory else field.default
@@ -191,9 +180,6 @@ def _describe_dataclass(cls: type, classes: dict[str, dict[str, Fact]], modules:
 
 def _name_kind(branch: Any, choices: list[str]) -> str:
     """Names one union member of an upstream annotation; adds the values of an enum or `Literal` to `choices`."""
-    import dataclasses
-    import enum
-
     if branch is type(None):
         return "none"
     if get_origin(branch) is Literal:
@@ -216,8 +202,6 @@ def _name_kind(branch: Any, choices: list[str]) -> str:
 
 def _describe_signature(cls: type, classes: dict[str, dict[str, Fact]], modules: dict[str, str]) -> None:
     """Adds the named parameters of `cls.__init__` to `classes`; upstream ignores further `**kwargs`."""
-    import inspect
-
     described = classes.setdefault(cls.__name__, {})
     modules[cls.__name__] = cls.__module__
     for name, parameter in inspect.signature(cls).parameters.items():

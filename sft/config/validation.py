@@ -27,13 +27,8 @@ _EXCLUSIVE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("global_batch_size", "gradient_accumulation_steps"), "Keep one: each follows from the other."),
 )
 
-_LORA_INITS = {
-    "loftq_config": "loftq",
-    "eva_config": "eva",
-    "corda_config": "corda",
-    "lora_ga_config": "lora_ga",
-}
-"""Sections of lora_config that only one `init_lora_weights` reads."""
+_LORA_INITS = ("loftq", "eva", "corda", "lora_ga")
+"""Values of `init_lora_weights` that alone read a section of lora_config: loftq_config, eva_config, ..."""
 
 
 def find_broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> list[Problem]:
@@ -46,8 +41,6 @@ def find_broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> li
     rules = (
         _check_model,
         _check_data,
-        _check_weights,
-        _check_auto_batch,
         _check_streaming,
         _check_numbers,
         _check_trackers,
@@ -56,11 +49,8 @@ def find_broken_rules(config: Config, wrong: frozenset[str] = frozenset()) -> li
         _check_training,
     )
     found = (problem for rule in rules for problem in rule(config))
-    return [*_check_exclusive(config), *(p for p in found if wrong.isdisjoint(_words(p)))]
-
-
-def _words(problem: Problem) -> list[str]:
-    return re.findall(r"\w+", f"{problem.key} {problem.message} {problem.hint}")
+    unaffected = [p for p in found if wrong.isdisjoint(re.findall(r"\w+", f"{p.key} {p.message} {p.hint}"))]
+    return [*_check_exclusive(config), *unaffected]
 
 
 def is_given(config: Config, key: str) -> bool:
@@ -96,10 +86,10 @@ def _check_model(config: Config) -> Iterator[Problem]:
         hint = "Write load_in_4bit: true or load_in_8bit: true in it, or remove the section."
         yield config.problem("quantization_config", "asks for neither 4 nor 8 bits", hint)
     lora = config.lora_config
-    for section, init in _LORA_INITS.items():
-        if lora is not None and getattr(lora, section) is not None and lora.init_lora_weights != init:
+    for init in _LORA_INITS:
+        if lora is not None and getattr(lora, f"{init}_config") is not None and lora.init_lora_weights != init:
             hint = f"Write init_lora_weights: {init}, or remove it."
-            yield config.problem(f"lora_config.{section}", f"is used only with init_lora_weights: {init}", hint)
+            yield config.problem(f"lora_config.{init}_config", f"is used only with init_lora_weights: {init}", hint)
 
 
 def _check_data(config: Config) -> Iterator[Problem]:
@@ -109,9 +99,6 @@ def _check_data(config: Config) -> Iterator[Problem]:
     if None not in (shuffle_seed, data_seed) and shuffle_seed != data_seed:
         message = f"is {data_seed}, but shuffle_seed, which orders the training rows too, is {shuffle_seed}"
         yield config.problem("data_seed", message, "Keep one of them.")
-
-
-def _check_weights(config: Config) -> Iterator[Problem]:
     entries = config.datasets or []
     without = [number for number, entry in enumerate(entries) if entry.weight is None]
     if without and len(without) < len(entries):
@@ -123,27 +110,24 @@ def _check_weights(config: Config) -> Iterator[Problem]:
             yield config.problem(f"eval_datasets.{number}.weight", "validation data is not mixed", hint)
 
 
-def _check_auto_batch(config: Config) -> Iterator[Problem]:
-    if config.per_device_train_batch_size == "auto" and config.streaming:
-        message = "auto needs all rows at once, and streaming reads them one after another"
-        hint = "Give a number: the longest rows of a stream are not known before its end."
-        yield config.problem("per_device_train_batch_size", message, hint)
-
-
 def _check_streaming(config: Config) -> Iterator[Problem]:
     """Yields a problem for each key that needs all rows before training starts, or their number."""
     if not config.streaming:
         return
+    one_by_one = "needs all rows at once, and streaming reads them one after another"
+    if config.per_device_train_batch_size == "auto":
+        hint = "Give a number: the longest rows of a stream are not known before its end."
+        yield config.problem("per_device_train_batch_size", f"auto {one_by_one}", hint)
     if config.max_steps < 1:
         hint = "Write max_steps: how many rows a stream has is not known before its end."
         yield config.problem("streaming", "needs max_steps", hint)
     for key in ("validation_split", "dedupe"):
         if is_given(config, key):
             hint = "Remove one of them; prepare_data.py does it once, in files of their own."
-            yield config.problem(key, "needs all rows at once, and streaming reads them one after another", hint)
+            yield config.problem(key, one_by_one, hint)
     if config.train_sampling_strategy not in ("random", "sequential"):
-        message = f"{config.train_sampling_strategy} needs all rows at once, and streaming reads them one after another"
-        yield config.problem("train_sampling_strategy", message, "Write random (within each window) or sequential.")
+        hint = "Write random (within each window) or sequential."
+        yield config.problem("train_sampling_strategy", f"{config.train_sampling_strategy} {one_by_one}", hint)
     if not config.dataloader_in_order:
         hint = "Remove it: the position of a resumed stream follows from the order of its batches."
         yield config.problem("dataloader_in_order", "excludes streaming", hint)

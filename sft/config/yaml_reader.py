@@ -77,9 +77,8 @@ def read_yaml(path: str | Path) -> YamlDocument:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(
-            Problem("there is no such config file", "Check the path after --config_file.", file=name)
-        ) from None
+        hint = "Check the path after --config_file."
+        raise UserError(Problem("there is no such config file", hint, file=name)) from None
     except UnicodeDecodeError as error:
         raise UserError(Problem(f"not UTF-8 text (byte {error.start})", "Save it as UTF-8.", file=name)) from None
     except OSError as error:

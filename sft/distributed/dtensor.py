@@ -46,14 +46,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 def without_hooks(module: nn.Module) -> dict[str, nn.Module]:
     """Returns copies without FSDP2's hooks of the submodules that have them, by their names in `module`."""
-    return {name: _without_hooks(part) for name, part in module.named_modules() if _is_fsdp(part)}
+    return {name: _without_hooks(part) for name, part in module.named_modules() if isinstance(part, FSDPModule)}
 
 
-def _is_fsdp(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
-
-
-def _without_hooks(module: nn.Module) -> nn.Module:
+def _without_hooks(module: FSDPModule) -> nn.Module:
     twin = shallow_copy(module)
     for kind in _HOOKS:
         hooks = {key: hook for key, hook in getattr(twin, kind).items() if not _comes_from(hook, _FSDP)}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from sft.config.schema import TrainingKeys
 from sft.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    from sft.config.schema import TrainingKeys
 
 DEVICES = Path("/dev")
 # Device files of the kernel drivers: NVIDIA's, AMD's, and the one in Windows' Linux subsystem.
@@ -24,9 +21,7 @@ def has_gpu_driver() -> bool:
 def visible_gpus() -> int:
     """Returns how many GPUs CUDA_VISIBLE_DEVICES leaves to this process; creates no CUDA context."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return 0
-    if not has_gpu_driver():
+    if (visible is not None and visible.strip() in ("", "-1")) or not has_gpu_driver():
         return 0
     import torch
 
@@ -69,10 +64,8 @@ def require_tf32(keys: TrainingKeys, *, on_cpu: bool = False) -> None:
 
         if is_torch_tf32_available():
             return
-    hint = "Remove it: it changes nothing elsewhere."
-    raise UserError(
-        keys.problem("tf32", "needs a GPU of NVIDIA's Ampere or a later kind, and there is none here", hint)
-    )
+    message = "needs a GPU of NVIDIA's Ampere or a later kind, and there is none here"
+    raise UserError(keys.problem("tf32", message, "Remove it: it changes nothing elsewhere."))
 
 
 def _torch_build() -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,12 +25,10 @@ def peak_bytes(device: torch.device) -> int:
     """Returns the peak since the process began or `reset_peak` was called; as in `peak_memory_gb`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # not ru_maxrss, which starts at that of the parent process
-        mark = re.search(r"^VmHWM:\s+(\d+) kB", (PROC / "self/status").read_text(), re.MULTILINE)
-    except OSError:  # no /proc (macOS)
-        mark = None
-    if mark:
-        return int(mark[1]) * 1024
+    with suppress(OSError):  # no /proc (macOS)
+        # Not ru_maxrss, which starts at that of the parent process.
+        if mark := re.search(r"^VmHWM:\s+(\d+) kB", (PROC / "self/status").read_text(), re.MULTILINE):
+            return int(mark[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
@@ -53,10 +52,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):
         (PROC / "self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def memory_limit(device: torch.device, processes: int = 1) -> int:
@@ -74,27 +71,20 @@ def memory_limit(device: torch.device, processes: int = 1) -> int:
         return unused + torch.cuda.memory_reserved(device)
     held = held_bytes(device)
     free = [limit - used for limit, used in cgroup_limits(CGROUPS, PROC / "self/cgroup")]
-    free.append(_available())
-    share = min(free) // processes + held
+    share = min([*free, _available()]) // processes + held
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
-        share = min(share, held + max(0, address_space - _address_space()))
+        used = int((PROC / "self/statm").read_text().split()[0]) * resource.getpagesize()
+        share = min(share, held + max(0, address_space - used))
     return share
 
 
 def _available() -> int:
     """Returns what is free without swapping; page caches that can be dropped count as free (proc_meminfo(5))."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found:
-        return int(found[1]) * 1024
+    with suppress(OSError):
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _address_space() -> int:
-    return int((PROC / "self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def cgroup_limits(root: Path, membership: Path) -> list[tuple[int, int]]:

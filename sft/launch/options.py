@@ -90,9 +90,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser.add_argument("--nodes", type=_count(1), metavar="N", help="nodes; start this command on each of them")
     parser.add_argument("--node_rank", "--node-rank", type=_count(0), metavar="R", help="number of this node, from 0")
     parser.add_argument("--master_addr", "--master-addr", metavar="A", help="host name or address of node 0")
-    parser.add_argument(
-        "--master_port", "--master-port", type=_count(1), metavar="P", help=f"free port of node 0 ({DEFAULT_PORT})"
-    )
+    port_help = f"free port of node 0 ({DEFAULT_PORT})"
+    parser.add_argument("--master_port", "--master-port", type=_count(1), metavar="P", help=port_help)
     parser.add_argument("--dry-run", action="store_true", help="check the config, print the command, start nothing")
     own, after = list(argv), []
     if "--" in own:

@@ -100,8 +100,7 @@ def choose_nodes(arguments: Arguments, job: Job | None) -> dict[str, int | str]:
     """
     given = {name: getattr(arguments, name) for name in ("node_rank", "master_addr", "master_port")}
     if arguments.nodes is None:
-        if any(value is not None for value in given.values()):
-            named = ", ".join(f"--{name}" for name, value in given.items() if value is not None)
+        if named := ", ".join(f"--{name}" for name, value in given.items() if value is not None):
             raise UserError(Problem(f"{named} without --nodes", "give --nodes as well", file=COMMAND_LINE))
         if job is None or job.nodes == 1:
             return {}
@@ -147,12 +146,8 @@ def count_processes(config: Config, gpus_option: int | None, env: Mapping[str, s
         return per_node
     if job and job.gpus and wanted != 0 and not config.use_cpu:
         if not found:
-            raise UserError(
-                Problem(
-                    f"SLURM gave this job {job.gpus} GPUs on this node, and none is visible",
-                    "see `nvidia-smi` there and CUDA_VISIBLE_DEVICES; to train on the CPU give num_gpus=0",
-                )
-            )
+            hint = "see `nvidia-smi` there and CUDA_VISIBLE_DEVICES; to train on the CPU give num_gpus=0"
+            raise UserError(Problem(f"SLURM gave this job {job.gpus} GPUs on this node, and none is visible", hint))
         found = min(found, job.gpus)
     return max(found, 1)
 
@@ -169,6 +164,4 @@ def _processes_per_node(env: Mapping[str, str]) -> int | None:
 
 def usable_cores() -> int:
     """Returns the number of cores this process may run on: in a SLURM job or a container, perhaps not the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -95,10 +95,9 @@ def forwarded_signals() -> Iterator[None]:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    handlers = {}
-    for number in FORWARDED:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so does this
-            handlers[number] = signal.signal(number, lambda *_: None)
+    # nohup ignores SIGHUP, and so does this.
+    handled = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
     old_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=_forward_from, args=(reader,), daemon=True)
     thread.start()
@@ -130,7 +129,5 @@ def forward_signal(number: int) -> None:
         os._exit(128 + number)
     logger.info("forwarding %s to %d processes", signal.Signals(number).name, len(processes))
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue

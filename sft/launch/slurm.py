@@ -46,20 +46,14 @@ def read_job(env: Mapping[str, str]) -> Job | None:
     step = "SLURM_STEP_ID" in env
     nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     if nodes > 1 and not step:
-        raise UserError(
-            Problem(
-                f"the SLURM job has {nodes} nodes and only the first runs this command",
-                "start it on each: srun --ntasks-per-node=1 ./launch_training.sh ...",
-            )
-        )
+        message = f"the SLURM job has {nodes} nodes and only the first runs this command"
+        hint = "start it on each: srun --ntasks-per-node=1 ./launch_training.sh ..."
+        raise UserError(Problem(message, hint))
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", nodes)) if step else 1
     if tasks > nodes:
-        raise UserError(
-            Problem(
-                f"srun started {tasks} tasks on {nodes} node{'s' * (nodes != 1)}, each would train on its own",
-                "use --ntasks-per-node=1: the launcher starts a process for each GPU, or NPROC_PER_NODE of them",
-            )
-        )
+        message = f"srun started {tasks} tasks on {nodes} node{'s' * (nodes != 1)}, each would train on its own"
+        hint = "use --ntasks-per-node=1: the launcher starts a process for each GPU, or NPROC_PER_NODE of them"
+        raise UserError(Problem(message, hint))
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
     gpus = env.get("SLURM_GPUS_ON_NODE", "")
     return Job(
@@ -91,7 +85,6 @@ def expand_first_host(nodelist: str) -> str:
     head = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head.group() if head else "")
     if not host:
-        raise UserError(
-            Problem(f"SLURM's list of nodes is {nodelist!r}", "give --nodes, --node_rank and --master_addr")
-        )
+        hint = "give --nodes, --node_rank and --master_addr"
+        raise UserError(Problem(f"SLURM's list of nodes is {nodelist!r}", hint))
     return host
