@@ -12,8 +12,8 @@ import numpy as np
 from sft.data.sources.dataset_source import DataSource
 
 
-def held_out_rows(source: DataSource, fraction: float | None, seed: int) -> frozenset[int]:
-    """Draws the rows of a source that are held out for validation; those that cannot be read count too."""
+def held_out_rows(source: DataSource, fraction: float, seed: int) -> frozenset[int]:
+    """Draws the rows of a source that are held out for validation, if any; those that cannot be read count too."""
     return draw_validation_rows(sum(1 for _ in source.rows()), fraction, seed) if fraction else frozenset()
 
 
