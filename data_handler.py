@@ -120,10 +120,9 @@ def prepare_data(
     folder = cache_root(keys.cache_dir) / plan.key()
     from_cache = make_once(folder, plan.make)
     facts = json.loads((folder / "facts.json").read_text())
-    evals = {name: read_rows(folder / file) for name, file in facts["evals"].items()}
     return PreparedData(
         train=read_rows(folder / "train.arrow"),
-        evals=evals,
+        evals={name: read_rows(folder / file) for name, file in facts["evals"].items()},
         train_tokens=facts["train_tokens"],
         ledger=facts["ledger"],
         end_token_ids=tuple(facts["end_token_ids"]),
@@ -162,7 +161,8 @@ def stream_data(
     Raises:
         UserError: data does not exist or cannot be read.
     """
-    from sft.data.streaming.stream import StreamPlan, TrainingStream
+    from sft.data.streaming.stream import TrainingStream
+    from sft.data.streaming.window import StreamPlan
 
     prepared = prepare_data(keys, tokenizer, seed=seed, training=False, auto=auto, on_rows=on_rows)
     sources = training_sources(keys)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 IGNORE_INDEX = -100  # the label of a masked token, by PyTorch's and Hugging Face's convention
+_NAMES = ("input_ids", "labels", "lengths", "rows")  # the arrays of `Documents`
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,7 @@ class Documents:
         """Concatenates the documents of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
-        parts = [cls.empty(), *parts]
-        return cls(
-            np.concatenate([p.input_ids for p in parts]),
-            np.concatenate([p.labels for p in parts]),
-            np.concatenate([p.lengths for p in parts]),
-            np.concatenate([p.rows for p in parts]),
-        )
+        return cls(*(np.concatenate([getattr(p, name) for p in [cls.empty(), *parts]]) for name in _NAMES))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -96,18 +91,16 @@ class DocumentStore:
         folder: holds the files; the caller deletes it.
     """
 
-    _NAMES = ("input_ids", "labels", "lengths", "rows")
-
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._paths = {name: folder / f"{name}.bin" for name in self._NAMES}
+        self._paths = {name: folder / f"{name}.bin" for name in _NAMES}
         self._files = {name: path.open("wb") for name, path in self._paths.items()}
         self.count = 0
 
     def add(self, documents: Documents) -> None:
         """Appends `documents`."""
-        for name in self._NAMES:
-            self._files[name].write(np.ascontiguousarray(getattr(documents, name)).data)
+        for name, file in self._files.items():
+            file.write(np.ascontiguousarray(getattr(documents, name)).data)
         self.count += len(documents)
 
     def read(self) -> Documents:

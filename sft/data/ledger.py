@@ -88,13 +88,7 @@ class Ledger:
         self.lengths, self.passes = _count_values(lengths), passes
 
     def pack(self, rows: int, capacity: int, tokens: int) -> None:
-        """Records the packed rows of this data set and of those that share its packed rows.
-
-        Args:
-            rows: number of packed rows.
-            capacity: tokens that these rows could hold.
-            tokens: tokens that they hold.
-        """
+        """Records the packed rows of all data sets that share them, and how many tokens they could hold and do hold."""
         self.packed_rows, self.packed_capacity, self.packed_tokens = rows, capacity, tokens
 
     def as_json(self) -> dict[str, Any]:
@@ -149,9 +143,7 @@ class Ledger:
 
     def merge(self, other: Ledger) -> None:
         """Adds another ledger of the same data set, e.g. another process's."""
-        for name in ("lost_examples", "rows_lost", "formats", "lengths"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in _COUNTS:
+        for name in ("lost_examples", "rows_lost", "formats", "lengths", *_COUNTS):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 

@@ -11,9 +11,9 @@ supervised if its segment is:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
 
 import numpy as np
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.documents import IGNORE_INDEX, Documents
-from sft.data.encoding.segments import SegmentTokenizer, remove_added_tokens, reset_backend
+from sft.data.encoding.segments import Encode, SegmentTokenizer, remove_added_tokens, reset_backend
 from sft.data.templates.renderer import Rendered
 
 ID_BYTES = 4  # ids are int32 in the machine's byte order, like `array("i")` and numpy's int32
@@ -49,7 +49,7 @@ class Batch:
         ids: ids of each segment, in order, as int32; None until it is tokenized.
         is_supervised: whether the tokens of each segment are supervised.
         counts: segments of each row.
-        pending: by method of `SegmentTokenizer`, the indices and texts of the segments to tokenize.
+        pending: by method (see `Encoder.tokenize`), the indices and texts of the segments to tokenize.
     """
 
     ids: list[bytes | None] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Batch:
     pending: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
 
     def add(self, text: str, is_supervised: bool, method: str) -> None:
-        """Adds a segment, to be tokenized by the `SegmentTokenizer` method of that name."""
+        """Adds a segment, to be tokenized by the method of that name."""
         indices, texts = self.pending.setdefault(method, ([], []))
         indices.append(len(self.ids))
         texts.append(text)
@@ -151,15 +151,16 @@ class Encoder:
 
     def tokenize(self, batch: Batch) -> Batch:
         """Tokenizes all pending segments in Rust, which uses all cores and releases the GIL; returns the batch."""
-        methods = {
+        methods: dict[str, Encode] = {
             "document": self._encode_documents,
             "at_start": self._segments.at_start,
             "after_token": self._segments.after_token,
             "after_text": self._segments.after_text,
+            "plain_at_start": partial(self._encode_plain, method="at_start"),
+            "plain_after_text": partial(self._encode_plain, method="after_text"),
         }
         for method, (indices, texts) in batch.pending.items():
-            encode = methods[method] if method in methods else self._encode_plain(method.removeprefix("plain_"))
-            for index, ids in zip(indices, encode(texts), strict=True):
+            for index, ids in zip(indices, methods[method](texts), strict=True):
                 batch.ids[index] = as_int32(ids)
         batch.pending.clear()
         return batch
@@ -170,19 +171,14 @@ class Encoder:
         encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=True)]
         return [ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos] for ids in encoded]
 
-    def _encode_plain(self, method: str) -> Callable[[list[str]], list[list[int]]]:
-        """Returns a function that encodes the texts of control tokens as plain text."""
-        encoder = self._plain
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            encoded = getattr(encoder, method)(texts)
-            for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-                if not self._added_ids.isdisjoint(ids):  # the vocabulary itself has the text as one word
-                    rest = encoder.after_text(list(text[1:]))
-                    encoded[number] = [*getattr(encoder, method)([text[0]])[0], *chain(*rest)]
-            return encoded
-
-        return encode
+    def _encode_plain(self, texts: list[str], method: str) -> list[list[int]]:
+        """Encodes the texts of control tokens as plain text."""
+        encode: Encode = getattr(self._plain, method)
+        encoded = encode(texts)
+        for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            if not self._added_ids.isdisjoint(ids):  # the vocabulary itself has the text as one word
+                encoded[number] = [*encode([text[0]])[0], *chain(*self._plain.after_text(list(text[1:])))]
+        return encoded
 
     @cached_property
     def _plain(self) -> SegmentTokenizer:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 import xxhash
@@ -70,21 +70,19 @@ class RowEncoder:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        keys: DataKeys,
-        on_rows: Callable[[int], None] = lambda _: None,
+        self, tokenizer: PreTrainedTokenizerBase, keys: DataKeys, on_rows: Callable[[int], None] = lambda _: None
     ) -> None:
         if keys.preprocessing_num_workers:
             # The Rust tokenizer starts its threads when it first encodes a batch, and reads their number here.
             os.environ["RAYON_NUM_THREADS"] = str(keys.preprocessing_num_workers)
-        self._tokenizer = tokenizer
-        self._keys = keys
-        self._on_rows = on_rows
+        self._tokenizer, self._keys, self._on_rows = tokenizer, keys, on_rows
         self._encoder = Encoder(tokenizer)
         self._word_cache = WordCache(self._encoder.backend)
-        self._renderer: ChatRenderer | None = None  # made for the first conversation: texts need no chat template
         self.end_token_ids: list[int] = []
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:  # made for the first conversation: texts need no chat template
+        return ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
 
     def encode(
         self, rows: Iterable[Row], source: DataSource, ledger: Ledger, seen: Seen, *, wrapped: bool = False
@@ -125,15 +123,17 @@ class RowEncoder:
             except RowLost as lost:
                 if lost.reason == "control_token":
                     hint = "fix the row, or set special_tokens_in_content to text or allow"
-                    raise UserError(
-                        Problem(lost.message, hint, "special_tokens_in_content", row.file, row.line)
-                    ) from None
+                    key = "special_tokens_in_content"
+                    raise UserError(Problem(lost.message, hint, key, row.file, row.line)) from None
                 ledger.lose(lost.reason, lost.message, row.file, row.line)
                 continue
             ledger.control_tokens += any(part.inert for part in parts)
             ledger.unrolled += len(parts) > 1
-            ledger.thoughts_left_out += not _holds(parts, _thoughts(content))
-            ledger.texts_left_out += not _holds(parts, _texts_beside_calls(content))
+            extended = [m for m in content.messages if len(m) > 2] if isinstance(content, Conversation) else []
+            # Many templates do not render the reasoning; some, like Llama 3.1's, not the text beside a call.
+            thoughts = [text for m in extended for key in _THOUGHTS if isinstance(text := m.get(key), str)]
+            ledger.thoughts_left_out += not _holds(parts, thoughts)
+            ledger.texts_left_out += not _holds(parts, [m["content"] for m in extended if m.get("tool_calls")])
             ledger.formats[content.format] += 1
             yield Sample(row, content, parts)
 
@@ -150,8 +150,6 @@ class RowEncoder:
         if isinstance(content, Text):
             parts = [Rendered(content.text, [(0, len(content.text))], is_document=True)]
         else:
-            if self._renderer is None:
-                self._renderer = ChatRenderer(self._tokenizer, self._keys.special_tokens_in_content)
             parts = self._renderer.render_parts(content, train_on)
         for part in parts:
             require_valid_unicode(part.text)
@@ -179,7 +177,10 @@ class RowEncoder:
                 ledger.lose(lost.reason, lost.message, sample.row.file, sample.row.line)
                 continue
             rows += 1
-            self._add_end_token("document" if sample.parts[0].is_document else "chat")
+            is_document = sample.parts[0].is_document
+            end = self._tokenizer.eos_token_id if is_document else self._renderer.end_token_id
+            if end is not None and end not in self.end_token_ids:
+                self.end_token_ids.append(end)
         sources = np.repeat([s.row.index for s in samples], [len(s.parts) for s in samples]).astype(np.int64)
         documents = _with(replace(documents, rows=sources), is_kept, replaced)
         ledger.keep(rows, documents)
@@ -211,12 +212,6 @@ class RowEncoder:
             ledger.answers_cut += fitted.answers_cut
             replaced[place] = fitted.samples
         return replaced
-
-    def _add_end_token(self, kind: Literal["chat", "document"]) -> None:
-        chat = self._renderer if kind == "chat" else None
-        end = chat.end_token_id if chat else self._tokenizer.eos_token_id
-        if end is not None and end not in self.end_token_ids:
-            self.end_token_ids.append(end)
 
     def _count_repetition(self, fingerprint: bytes, ledger: Ledger, seen: Seen) -> None:
         """Counts a row that repeats an earlier row or a validation row; with `dedupe` it is lost."""
@@ -271,18 +266,6 @@ def _with(documents: Documents, is_kept: np.ndarray, replaced: dict[int, list[En
             parts.append(Documents(one.input_ids, one.labels, np.array([len(one.input_ids)]), row))
         at = number + 1
     return Documents.join(parts)
-
-
-def _thoughts(content: Conversation | Text) -> list[str]:
-    """Returns the reasoning in a conversation, which many templates do not render."""
-    messages = content.messages if isinstance(content, Conversation) else []
-    return [text for m in messages if len(m) > 2 for key in _THOUGHTS if isinstance(text := m.get(key), str)]
-
-
-def _texts_beside_calls(content: Conversation | Text) -> list[str]:
-    """Returns the text of messages that also call a tool; templates like Llama 3.1's render only the call."""
-    messages = content.messages if isinstance(content, Conversation) else []
-    return [m["content"] for m in messages if len(m) > 2 and m.get("tool_calls")]
 
 
 def _holds(parts: list[Rendered], texts: list[str]) -> bool:

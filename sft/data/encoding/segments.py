@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+Encode = Callable[[list[str]], list[list[int]]]
 _ANCHORS = ("\n", "\x02", "=", "a")
 
 
@@ -43,12 +44,12 @@ class SegmentTokenizer:
         return self._encode_rest(texts)
 
     @cached_property
-    def _encode_rest(self) -> Callable[[list[str]], list[list[int]]]:
+    def _encode_rest(self) -> Encode:
         if not self.prefixes:
             return self.at_start
-        state = json.loads(self._backend.to_str())
-        if _stop_prefixing(state.get("pre_tokenizer")):
-            rest = SegmentTokenizer(Tokenizer.from_str(json.dumps(state)))
+        pre_tokenizer = json.loads(self._backend.to_str()).get("pre_tokenizer")
+        if _stop_prefixing(pre_tokenizer):
+            rest = SegmentTokenizer(_with_parts(self._backend, pre_tokenizer=pre_tokenizer))
             if not rest.prefixes:
                 return rest.at_start
         return self._anchored
@@ -72,9 +73,7 @@ class SegmentTokenizer:
 
         Some tokenizers (GPT-NeoX, RoBERTa) trim it off, which hides that a token spans the anchor and the text.
         """
-        state = json.loads(self._backend.to_str())
-        state["post_processor"] = None
-        return Tokenizer.from_str(json.dumps(state))
+        return _with_parts(self._backend, post_processor=None)
 
 
 def reset_backend(backend: Tokenizer) -> Tokenizer:
@@ -86,19 +85,20 @@ def reset_backend(backend: Tokenizer) -> Tokenizer:
     backend.no_padding()
     if backend.normalizer is None:
         return backend
-    state = json.loads(backend.to_str())
-    if not any(token["normalized"] for token in state["added_tokens"]):
+    added = json.loads(backend.to_str())["added_tokens"]
+    if not any(token["normalized"] for token in added):
         return backend
-    state["added_tokens"] = [{**token, "normalized": False} for token in state["added_tokens"]]
-    return Tokenizer.from_str(json.dumps(state))
+    return _with_parts(backend, added_tokens=[{**token, "normalized": False} for token in added])
 
 
 def remove_added_tokens(backend: Tokenizer) -> Tokenizer:
     """Copies the tokenizer without its added tokens: to the copy, `<|im_end|>` is ten characters."""
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = []
-    state["post_processor"] = None
-    return Tokenizer.from_str(json.dumps(state))
+    return _with_parts(backend, added_tokens=[], post_processor=None)
+
+
+def _with_parts(backend: Tokenizer, **parts: Any) -> Tokenizer:
+    """Copies the tokenizer with other parts, named as in tokenizer.json."""
+    return Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | parts))
 
 
 def _stop_prefixing(pre_tokenizer: Any) -> bool:

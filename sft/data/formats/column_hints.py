@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from sft.data.json_values import is_messages
@@ -51,15 +52,9 @@ def _suggest_message_columns(row: Mapping[str, Any], names: list[str]) -> str:
 
 def _find_name(names: list[str], words: tuple[str, ...]) -> str | None:
     """Finds the name that is one of `words` (the earliest counts), or else one that contains it (`prompt_text`)."""
-    for word in words:
-        equal = [name for name in names if name.lower() == word]
-        if equal:
-            return equal[0]
-    for word in words:
-        for name in names:
-            if len(word) > 1 and word in _split_words(name):
-                return name
-    return None
+    equal = (name for word in words for name in names if name.lower() == word)
+    containing = (name for word in words for name in names if len(word) > 1 and word in _split_words(name))
+    return next(chain(equal, containing), None)
 
 
 def _split_words(name: str) -> list[str]:

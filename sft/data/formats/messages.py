@@ -12,18 +12,10 @@ from sft.data.formats.conversation import Conversation, Message, RowLost, as_tex
 from sft.data.json_values import kind_of, shown
 
 _SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "system": "system",
-    "function_call": "function_call",
-    "observation": "tool",
-    "tool": "tool",
-    "function": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function"), "tool"),
+    **{role: role for role in ("system", "function_call")},
 }
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {"function": "tool"}
 _EXTRA_KEYS = ("tool_call_id", "name", "reasoning_content", "thinking")
@@ -52,11 +44,8 @@ def _read_message(item: dict[str, Any], number: int) -> Message:
     if content is None:
         content = item.get("value")
     if role == "function_call":
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": _read_tool_calls(content, f"message {number}: {role}"),
-        }
+        calls = _read_tool_calls(content, f"message {number}: {role}")
+        return {"role": "assistant", "content": "", "tool_calls": calls}
     # Two keys are a role and a content; but OpenAI omits the content beside tool calls.
     extras = _read_extras(item, number) if len(item) > 2 or content is None else {}
     if content is None and "tool_calls" in extras:
@@ -85,10 +74,9 @@ def _read_role(item: dict[str, Any], number: int) -> str:
 def _read_extras(item: dict[str, Any], number: int) -> dict[str, Any]:
     """Returns what a message has besides its content and templates can render."""
     extras: dict[str, Any] = {}
-    if item.get("tool_calls"):
-        extras["tool_calls"] = _read_tool_calls(item["tool_calls"], f"message {number}: tool_calls")
-    elif item.get("function_call"):
-        extras["tool_calls"] = _read_tool_calls(item["function_call"], f"message {number}: function_call")
+    key = "tool_calls" if item.get("tool_calls") else "function_call"
+    if item.get(key):
+        extras["tool_calls"] = _read_tool_calls(item[key], f"message {number}: {key}")
     for key in _EXTRA_KEYS:
         if item.get(key) not in (None, ""):
             extras[key] = as_text(item[key], f"message {number}: {key}")

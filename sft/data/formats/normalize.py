@@ -7,6 +7,7 @@ or has a value of the wrong type, raises `RowLost` with the reason that the ledg
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -104,12 +105,8 @@ def with_system(conversation: Conversation, system_prompt: str | None) -> Conver
     """Prepends the system prompt, if there is one and the conversation has no system message."""
     if not system_prompt or conversation.messages[0]["role"] in ("system", "developer"):
         return conversation
-    return Conversation(
-        conversation.format,
-        [{"role": "system", "content": system_prompt}, *conversation.messages],
-        [False, *conversation.trainable],
-        conversation.tools,
-    )
+    messages = [{"role": "system", "content": system_prompt}, *conversation.messages]
+    return replace(conversation, messages=messages, trainable=[False, *conversation.trainable])
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

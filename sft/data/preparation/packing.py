@@ -151,12 +151,7 @@ class AutoPacking:
     sequences_per_step: int = 1
 
     def choose(self, lengths: np.ndarray, capacity: int) -> tuple[str | None, str]:
-        """Returns `bfd` or None, and the reason in words.
-
-        Args:
-            lengths: (N,) tokens of each sample.
-            capacity: tokens of a sequence.
-        """
+        """Returns `bfd` or None, and the reason in words, for samples of these `lengths`: (N,) tokens."""
         samples, tokens = len(lengths), int(lengths.sum())
         sequences = max(1, -(-tokens // capacity))
         each = f"{samples / sequences:.0f}"

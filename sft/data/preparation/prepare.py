@@ -21,7 +21,7 @@ from sft.data.ledger import Ledger, as_document, as_state, total
 from sft.data.preparation.cache import cache_key, write_rows
 from sft.data.preparation.packing import AutoPacking, pack
 from sft.data.preparation.preview import first_sample
-from sft.data.preparation.selection import count_rows, draw_mixture, draw_validation_rows
+from sft.data.preparation.selection import draw_mixture, held_out_rows
 from sft.data.sources.dataset_source import DataSource, training_sources, validation_sources
 from sft.data.sources.files import Wanted
 
@@ -47,33 +47,25 @@ class _Encoded:
     ledgers: list[Ledger]
 
 
+@dataclass
 class Preparation:
     """Prepares the training and evaluation sets of one config.
 
-    Args:
-        keys: the data section of the config.
-        tokenizer: with its chat template set.
-        seed: of splits and mixtures.
-        training: False prepares only the evaluation sets.
-        auto: decides `packing: auto`.
-        on_rows: called with the number of rows prepared since its last call.
+    The attributes are as for `data_handler.prepare_data`; `seed` is that of splits and mixtures.
     """
 
-    def __init__(
-        self,
-        keys: DataKeys,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-        training: bool,
-        auto: AutoPacking,
-        on_rows: Callable[[int], None],
-    ) -> None:
-        self.keys = keys
-        self.tokenizer, self.seed, self.training, self.on_rows = tokenizer, seed, training, on_rows
-        self.auto = auto
+    keys: DataKeys
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    training: bool
+    auto: AutoPacking
+    on_rows: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        keys = self.keys
         self.train_packing = packing_mode(keys.packing)
         self.eval_packing = packing_mode(keys.packing if keys.eval_packing is None else keys.eval_packing)
-        self.train_sources = training_sources(keys) if training or keys.validation_split else []
+        self.train_sources = training_sources(keys) if self.training or keys.validation_split else []
         self.eval_sources = validation_sources(keys)
 
     def key(self) -> str:
@@ -107,7 +99,8 @@ class Preparation:
             UserError: data that cannot be read.
         """
         encoder = RowEncoder(self.tokenizer, self.keys, self.on_rows)
-        held_out = [self._held_out(number) for number in range(len(self.train_sources))]
+        split = self.keys.validation_split
+        held_out = [held_out_rows(s, split, self.seed + number) for number, s in enumerate(self.train_sources)]
         known: set[bytes] = set()
         limit = self.keys.max_seq_length
         ledgers: dict[str, Ledger] = {}
@@ -132,8 +125,7 @@ class Preparation:
             lengths = encoded.documents.lengths
             packing, choice = self.auto.choose(lengths if order is None else lengths[order], limit)
         self._write(encoded, folder / "train.arrow", packing, order)
-        names = [s.name for s in self.train_sources]
-        trained = dict(zip(names, encoded.ledgers, strict=False))
+        trained = dict(zip([s.name for s in self.train_sources], encoded.ledgers, strict=False))
         facts = {
             "ledger": as_document(trained, ledgers),
             "evals": files,
@@ -147,13 +139,6 @@ class Preparation:
             "sample": first_sample(self.keys, self.tokenizer, seed=self.seed) if self.training else None,
         }
         (folder / "facts.json").write_text(json.dumps(facts))
-
-    def _held_out(self, number: int) -> frozenset[int]:
-        """Draws the rows of a training source that are held out for validation."""
-        if not self.keys.validation_split:
-            return frozenset()
-        count = count_rows(self.train_sources[number])
-        return draw_validation_rows(count, self.keys.validation_split, self.seed + number)
 
     def _eval_parts(self, held_out: list[frozenset[int]]) -> dict[str, list[Part]]:
         """Returns the rows of each evaluation set by its name."""
@@ -216,8 +201,7 @@ def _encode(encoder: RowEncoder, parts: list[Part], seen: Seen, packing: str | N
     sizes, ledgers = [], []
     for source, wanted in parts:
         ledger, before = Ledger(), store.count
-        rows = source.rows(wanted)
-        for documents in encoder.encode(rows, source, ledger, seen, wrapped=packing == "wrapped"):
+        for documents in encoder.encode(source.rows(wanted), source, ledger, seen, wrapped=packing == "wrapped"):
             store.add(documents)
         sizes.append(store.count - before)
         ledgers.append(ledger)

@@ -17,7 +17,7 @@ from sft.data.encoding.row_encoder import RowEncoder, Sample, Seen
 from sft.data.formats.conversation import Conversation, RowLost, Text
 from sft.data.formats.normalize import normalize
 from sft.data.ledger import Ledger, as_counts, remedy
-from sft.data.preparation.selection import count_rows, draw_validation_rows
+from sft.data.preparation.selection import held_out_rows
 from sft.data.preparation.serving_check import ServingContract, check_prompts, merge_contracts
 from sft.data.sources.dataset_source import DataSource, split_seed, training_sources, validation_sources
 from sft.data.sources.files import Row
@@ -48,9 +48,8 @@ def preview(
     if besides:
         logger.warning("rows lost besides these: %s", as_counts(besides))
     if num_samples and not is_shown:
-        summary = (
-            f"none of {ledger.rows_read:,} rows can be trained ({as_counts(dict(ledger.rows_lost.most_common()))})"
-        )
+        reasons = as_counts(dict(ledger.rows_lost.most_common()))
+        summary = f"none of {ledger.rows_read:,} rows can be trained ({reasons})"
         raise UserError(Problem(summary, remedy(ledger.rows_lost)))
 
 
@@ -150,10 +149,7 @@ def _is_kept(encoder: RowEncoder, source: DataSource, row: Row) -> bool:
 def _rows_with_split(keys: DataKeys, seed: int, training: bool = True) -> Iterator[tuple[str, DataSource, Row]]:
     """Yields each row in source order with its split, drawn as the preparation draws it."""
     for number, source in enumerate(training_sources(keys) if training else []):
-        if not keys.validation_split:
-            yield from (("train", source, row) for row in source.rows())
-            continue
-        held_out = draw_validation_rows(count_rows(source), keys.validation_split, seed + number)
+        held_out = held_out_rows(source, keys.validation_split, seed + number)
         for row in source.rows():
             yield ("validation" if row.index in held_out else "train"), source, row
     for source in validation_sources(keys):

@@ -6,18 +6,15 @@ Both are drawn with the seed alone, so every rank and every restart selects the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 from sft.data.sources.dataset_source import DataSource
 
-By = Literal["rows", "tokens"]
 
-
-def count_rows(source: DataSource) -> int:
-    """Counts the rows of a source, including those that cannot be read."""
-    return sum(1 for _ in source.rows())
+def held_out_rows(source: DataSource, fraction: float, seed: int) -> frozenset[int]:
+    """Draws the rows of a source that are held out for validation, if any; those that cannot be read count too."""
+    return draw_validation_rows(sum(1 for _ in source.rows()), fraction, seed) if fraction else frozenset()
 
 
 def draw_validation_rows(count: int, fraction: float, seed: int) -> frozenset[int]:
@@ -28,7 +25,7 @@ def draw_validation_rows(count: int, fraction: float, seed: int) -> frozenset[in
     return frozenset(np.random.default_rng(seed).permutation(count)[:size].tolist())
 
 
-def draw_mixture(lengths: Sequence[np.ndarray], weights: Sequence[float], by: By, seed: int) -> list[np.ndarray]:
+def draw_mixture(lengths: Sequence[np.ndarray], weights: Sequence[float], by: str, seed: int) -> list[np.ndarray]:
     """Draws the documents that an epoch of a weighted mixture takes from each data set.
 
     The epoch is as large as all data sets together; the share of each is its weight over the sum of the weights. A data
@@ -37,7 +34,7 @@ def draw_mixture(lengths: Sequence[np.ndarray], weights: Sequence[float], by: By
     Args:
         lengths: for each data set (N,) tokens of its documents.
         weights: of each data set, above 0.
-        by: whether weights are shares of the documents or of their tokens.
+        by: whether weights are shares of the documents (`rows`) or of their tokens (`tokens`).
 
     Returns:
         For each data set indices of its documents, in their order; full repetitions come before the partial one.

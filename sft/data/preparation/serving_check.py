@@ -112,13 +112,10 @@ def check_prompts(
 
 def merge_contracts(contracts: Sequence[ServingContract]) -> ServingContract:
     """Merges the contracts of several data sets."""
-    skipped: Counter[str] = Counter()
-    for one in contracts:
-        skipped.update(one.skipped)
     return ServingContract(
         sum(one.prompts for one in contracts),
         sum(one.prompt_tokens for one in contracts),
-        dict(skipped),
+        dict(sum((Counter(one.skipped) for one in contracts), Counter())),
         tuple(dict.fromkeys(token for one in contracts for token in one.end_token_ids)),
         tuple(dict.fromkeys(token for one in contracts for token in one.end_tokens)),
         tuple(problem for one in contracts for problem in one.problems),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from sft.errors import Problem, UserError
 
 logger = logging.getLogger("sft")
 
-_CHUNK = 1 << 20  # bytes hashed at a time; they fit in the processor's cache
 _HUB_TIMEOUT = 10  # seconds to ask the hub for the commit of a data set
 _SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
 _SPLIT_OF_NAME = {
@@ -98,14 +98,11 @@ def _find_commit(name: str) -> str:
 
 def _hash_file(file: Path) -> str:
     """Hashes a file's bytes with XXH3: not cryptographic, but as fast as the disk."""
-    digest = xxhash.xxh3_128()
     try:
         with file.open("rb", buffering=0) as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
+            return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
     except OSError as error:
         raise UserError(Problem(f"cannot be read: {error}", file=str(file))) from None
-    return digest.hexdigest()
 
 
 def training_sources(keys: DataKeys) -> list[DataSource]:
@@ -127,9 +124,8 @@ def training_sources(keys: DataKeys) -> list[DataSource]:
         return [_make_source(keys, "train", "dataset_name", **hub)]
     if keys.datasets is not None:
         return _from_entries(keys, keys.datasets, "datasets")
-    raise UserError(
-        Problem("no training data", "give train_file, dataset_path, dataset_name, or datasets", "train_file")
-    )
+    hint = "give train_file, dataset_path, dataset_name, or datasets"
+    raise UserError(Problem("no training data", hint, "train_file"))
 
 
 def validation_sources(keys: DataKeys) -> list[DataSource]:
@@ -228,9 +224,8 @@ def _from_entries(keys: DataKeys, entries: list[DatasetKeys], key: str) -> list[
         entry_key = f"{key}.{number}.path"
         name = entry.display_name(f"{key}_{number}")
         if name in {s.name for s in sources}:
-            raise UserError(
-                Problem(f"two data sets are called {name!r}", "give each a `name` of its own", f"{key}.{number}.name")
-            )
+            message = f"two data sets are called {name!r}"
+            raise UserError(Problem(message, "give each a `name` of its own", f"{key}.{number}.name"))
         path = Path(entry.path)
         is_local = path.exists() or any(c in entry.path for c in "*?[") or entry.path.startswith((".", "/"))
         is_file = (is_local or data_extension(path) in EXTENSIONS) and not is_saved_dataset(path)

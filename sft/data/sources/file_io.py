@@ -66,8 +66,13 @@ def decode_utf8(stream: BinaryIO) -> io.TextIOWrapper:
 def utf8_error(file: Path) -> UserError:
     """Makes the error for a file that must be UTF-8 throughout; it names the first line that is not."""
     with open_stream(file) as stream:
-        line, reason = _first_bad_line(stream)
-    return UserError(Problem(f"not UTF-8: {reason}", conversion_hint(file), file=str(file), line=line))
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                problem = Problem(f"not UTF-8: {error.reason}", conversion_hint(file), file=str(file), line=number)
+                return UserError(problem)
+        raise EOFError("it changed while it was read")
 
 
 def conversion_hint(file: Path) -> str:
@@ -87,12 +92,3 @@ def _iconv_command(file: Path, encoding: str) -> str:
     if suffix not in COMPRESSIONS:
         return f"{convert} {path} > {new}"
     return f"{'gzip' if suffix == '.gz' else 'zstd'} -dc {path} | {convert} > {new}"
-
-
-def _first_bad_line(stream: BinaryIO) -> tuple[int, str]:
-    for number, line in enumerate(stream, start=1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return number, error.reason
-    raise EOFError("it changed while it was read")

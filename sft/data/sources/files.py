@@ -21,6 +21,7 @@ from sft.errors import Problem, UserError
 logger = logging.getLogger("sft")
 
 _BATCH_ROWS = 1000  # rows of a `datasets.Dataset` decoded at a time
+_EXPECTED = f"expected one of {', '.join(EXTENSIONS)} (or one of them with .gz or .zst)"
 _METADATA_FILES = ("data_report.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 """Files that prepare_data.py and `datasets` write beside the data; a `state.json` beside an info file is one too."""
 
@@ -46,11 +47,7 @@ def find_files(spec: str | list[str], key: str) -> list[Path]:
             raise UserError(Problem(f"cannot be searched: {error}", "check its read permission", key)) from None
     for file in found.values():
         if data_extension(file) not in EXTENSIONS:
-            raise UserError(
-                Problem(
-                    f"cannot tell the format of {str(file)!r} by its name", f"expected one of {_list_extensions()}", key
-                )
-            )
+            raise UserError(Problem(f"cannot tell the format of {str(file)!r} by its name", _EXPECTED, key))
         if file.stat().st_size == 0:
             raise UserError(Problem(f"{str(file)!r} is empty", "give a file with at least one row", key))
     return list(found.values())
@@ -61,9 +58,7 @@ def _expand(entry: str, key: str) -> list[Path]:
     if path.is_dir():
         files = sorted(_walk_data_files(path))
         if not files:
-            raise UserError(
-                Problem(f"the folder {entry!r} holds no data file", f"expected one of {_list_extensions()}", key)
-            )
+            raise UserError(Problem(f"the folder {entry!r} holds no data file", _EXPECTED, key))
         return files
     if path.is_file():
         return [path]
@@ -140,14 +135,12 @@ def read_hub(
     """
     import datasets
 
-    def load_rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        dataset = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
-        if not streaming:
-            return _select_rows(dataset, wanted)
-        return ((index, drop_null_keys(row)) for index, row in enumerate(dataset) if wanted is None or wanted(index))
-
     try:
-        for index, row in load_rows():
+        dataset = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        rows = _select_rows(dataset, wanted)
+        if streaming:
+            rows = ((at, drop_null_keys(row)) for at, row in enumerate(dataset) if wanted is None or wanted(at))
+        for index, row in rows:
             yield Row(f"{name}/{split}", index, index + 1, row)
     except Exception as error:  # the hub client raises many classes, some of them bare OSErrors
         hint = "a local file or folder that does not exist is looked up on the Hugging Face hub: check the spelling"
@@ -163,9 +156,8 @@ def read_saved(folder: Path, split: str, key: str, wanted: Wanted = None) -> Ite
         # The saved format may turn lists into arrays and hide columns.
         dataset = (saved[split] if isinstance(saved, datasets.DatasetDict) else saved).with_format(None)
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(
-            Problem(f"cannot load the saved data set {str(folder)!r} ({split}): {error}", "", key)
-        ) from None
+        message = f"cannot load the saved data set {str(folder)!r} ({split}): {error}"
+        raise UserError(Problem(message, key=key)) from None
     for index, row in _select_rows(dataset, wanted):
         yield Row(str(folder), index, index + 1, row)
 
@@ -177,12 +169,8 @@ def _select_rows(dataset: Any, wanted: Wanted) -> Iterator[tuple[int, dict[str, 
         indices = [index for index in batch if wanted(index)] if wanted is not None else batch
         if indices:
             columns = dataset[indices]
-            rows = zip(*columns.values(), strict=True)
-            yield from zip(indices, (drop_null_keys(dict(zip(columns, row, strict=True))) for row in rows), strict=True)
-
-
-def _list_extensions() -> str:
-    return ", ".join(EXTENSIONS) + " (or one of them with .gz or .zst)"
+            for index, row in zip(indices, zip(*columns.values(), strict=True), strict=True):
+                yield index, drop_null_keys(dict(zip(columns, row, strict=True)))
 
 
 def _suggest_name(path: Path) -> str:

@@ -87,21 +87,19 @@ def array_values(stream: TextIO, window_size: int = WINDOW_SIZE) -> Iterator[tup
     window = _Window(stream, window_size)
     assert window.peek() == "["
     window.at += 1
-    if window.peek() == "]":
-        window.at += 1
-    else:
-        while True:
-            yield window.read_value()
-            comma = _COMMA.match(window.text, window.at)
-            if comma and comma.end() < len(window.text):  # nearly always; otherwise the window may end here
-                window.at = comma.end()
-                continue
-            character = window.peek()
-            if character not in (",", "]"):
-                raise window.error("Expecting ',' delimiter", window.at)
+    character = window.peek()
+    while character != "]":
+        yield window.read_value()
+        comma = _COMMA.match(window.text, window.at)
+        if comma and comma.end() < len(window.text):  # nearly always; otherwise the window may end here
+            window.at = comma.end()
+            continue
+        character = window.peek()
+        if character == ",":
             window.at += 1
-            if character == "]":
-                break
             window.peek()
+        elif character != "]":
+            raise window.error("Expecting ',' delimiter", window.at)
+    window.at += 1
     if window.peek():
         raise window.error("Extra data", window.at)

@@ -72,10 +72,7 @@ def _parse_json(line: str) -> Parsed:
         return _as_row(loads(line))
     except json.JSONDecodeError as error:
         return None, ("bad_json", f"{error.msg} at column {error.colno}: {line[:80]!r}")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a duplicate key; a number with thousands of digits; as many brackets
+    except (ValueError, RecursionError) as error:  # a duplicate key, or thousands of digits or brackets
         return None, ("bad_json", str(error))
 
 
@@ -85,10 +82,6 @@ def _as_row(value: Any) -> Parsed:
     if isinstance(value, list) and value and is_messages(value):
         return {"messages": value}, None
     return None, ("bad_schema", f"expected an object with keys, found {kind_of(value)}: {shown(value)}")
-
-
-def _parse_text(line: str) -> Parsed:
-    return {"text": _strip_line_end(line)}, None
 
 
 def _strip_line_end(line: str) -> str:
@@ -213,7 +206,7 @@ _READERS: dict[str, Callable[[Path, int, Wanted], Rows]] = {
     ".json": _read_json,
     ".csv": partial(_read_separated, usual=","),
     ".tsv": partial(_read_separated, usual="\t"),
-    ".txt": partial(_read_lines, parse=_parse_text),
+    ".txt": partial(_read_lines, parse=lambda line: ({"text": _strip_line_end(line)}, None)),
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }

@@ -27,7 +27,7 @@ from sft.data.ledger import Ledger, as_document, require_enough_rows
 from sft.data.preparation.cache import cache_key
 from sft.data.sources.dataset_source import DataSource
 from sft.data.streaming.shard_reader import Cursor, Shard, ShardReader, too_few_rows
-from sft.data.streaming.window import StreamWindow, build_window
+from sft.data.streaming.window import StreamPlan, StreamWindow, build_window
 from sft.errors import UserError
 
 STEP = "stream"  # entry of a batch with the position of the stream after it
@@ -95,36 +95,6 @@ class Step:
 
     place: Place
     account: Account | None = None
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """Settings of a stream.
-
-    Attributes:
-        sources: the data sets.
-        weights: their relative shares of the rows; None reads each row once per epoch.
-        packing: `bfd`, `wrapped`, or None for one document per sequence.
-        seed: of the order of sequences.
-        shuffle: whether the sequences of a window are shuffled.
-        known: fingerprints of the validation rows.
-        world_size: number of training processes.
-        workers: data loader workers of each process; 1 if it loads the data itself.
-    """
-
-    sources: tuple[DataSource, ...]
-    weights: tuple[float, ...] | None
-    packing: str | None
-    seed: int
-    shuffle: bool = True
-    known: set[bytes] = field(default_factory=set)
-    world_size: int = 1
-    workers: int = 1
-
-    @property
-    def shards(self) -> int:
-        """Number of shards of each source."""
-        return self.world_size * self.workers
 
 
 class TrainingStream(IterableDataset):
@@ -196,9 +166,7 @@ class TrainingStream(IterableDataset):
         reader = ShardReader(plan.sources, plan.weights, Shard(0, 1), (Cursor(),) * len(plan.sources), 0)
         encoder = RowEncoder(self._tokenizer, self.keys, on_rows)
         head = list(islice(reader.read_epoch(), rows))
-        _, ledgers = build_window(
-            head, encoder, plan.sources, plan.packing, self.keys.max_seq_length, plan.known, rng=None
-        )
+        _, ledgers = build_window(head, encoder, plan, self.keys.max_seq_length, rng=None)
         return Account(ledgers, end_token_ids=encoder.end_token_ids, ends_epoch=reader.epoch > 0)
 
     def start_of(self, shard: int) -> Place:
@@ -237,9 +205,7 @@ class TrainingStream(IterableDataset):
             start = Place(place.shard, epoch, number, 0, reader.cursors)
             rows = list(islice(reader.read_epoch(), keys.streaming_window))
             rng = np.random.default_rng([plan.seed, place.shard, epoch, number]) if plan.shuffle else None
-            window, ledgers = build_window(
-                rows, encoder, plan.sources, plan.packing, keys.max_seq_length, plan.known, rng
-            )
+            window, ledgers = build_window(rows, encoder, plan, keys.max_seq_length, rng)
             ends_epoch = reader.epoch > epoch
             again = Counter(plan.sources[read.source].name for read in rows if not read.is_new)
             yield start, window, Account(ledgers, again, list(encoder.end_token_ids), ends_epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,13 +16,42 @@ from sft.data.sources.row import Row
 from sft.data.streaming.shard_reader import ShardRow
 
 
+@dataclass(frozen=True)
+class StreamPlan:
+    """Settings of a stream.
+
+    Attributes:
+        sources: the data sets.
+        weights: their relative shares of the rows; None reads each row once per epoch.
+        packing: `bfd`, `wrapped`, or None for one document per sequence.
+        seed: of the order of sequences.
+        shuffle: whether the sequences of a window are shuffled.
+        known: fingerprints of the validation rows.
+        world_size: number of training processes.
+        workers: data loader workers of each process; 1 if it loads the data itself.
+    """
+
+    sources: tuple[DataSource, ...]
+    weights: tuple[float, ...] | None
+    packing: str | None
+    seed: int
+    shuffle: bool = True
+    known: set[bytes] = field(default_factory=set)
+    world_size: int = 1
+    workers: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of each source."""
+        return self.world_size * self.workers
+
+
 class StreamWindow:
     """Training sequences in the order in which the stream yields them.
 
     Args:
         documents: in the order in which they were read.
-        packing: `bfd`, `wrapped`, or None for one document per sequence.
-        capacity: tokens of a packed sequence.
+        packing, capacity: as for `sft.data.preparation.packing.pack`.
         rng: shuffles the sequences; None keeps the order of the packing.
     """
 
@@ -56,29 +86,20 @@ class StreamWindow:
 
 
 def build_window(
-    rows: Sequence[ShardRow],
-    encoder: RowEncoder,
-    sources: Sequence[DataSource],
-    packing: str | None,
-    capacity: int,
-    known: set[bytes],
-    rng: np.random.Generator | None,
+    rows: Sequence[ShardRow], encoder: RowEncoder, plan: StreamPlan, capacity: int, rng: np.random.Generator | None
 ) -> tuple[StreamWindow, dict[str, Ledger]]:
-    """Encodes and packs rows.
-
-    Args:
-        rows: in the order in which they are read.
-        known: fingerprints of the validation rows.
+    """Encodes and packs rows, in the order in which they are read.
 
     Returns:
         The window, and the ledger of each data set with rows that are read for the first time. Duplicates are counted
         within the window.
     """
+    packing, sources = plan.packing, plan.sources
     groups: dict[tuple[bool, int], list[Row]] = {}
     for number, read in enumerate(rows):
         read.row.index = number  # `Documents.rows` then holds it for each document
         groups.setdefault((not read.is_new, read.source), []).append(read.row)
-    new, again = Seen(set(), known), Seen(set(), known)
+    new, again = Seen(set(), plan.known), Seen(set(), plan.known)
     parts: list[Documents] = []
     ledgers = {group: Ledger() for group in sorted(groups)}
     for group, ledger in ledgers.items():

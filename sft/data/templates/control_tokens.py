@@ -64,7 +64,8 @@ class ControlTokens:
         self._longest_prefix = max(map(len, self._prefixes), default=0)
         firsts = sorted({text[0] for text in self._prefixes})
         self._first_marks = {first: chr(_FIRST_MARK + len(ordered) + number) for number, first in enumerate(firsts)}
-        self._firsts = {mark: first for first, mark in self._first_marks.items()}
+        self._characters = {mark: token.text[token.at] for mark, token in self._by_mark.items()}
+        self._characters |= {mark: first for first, mark in self._first_marks.items()}
 
     def find(self, messages: list[Message], tools: Any) -> str | None:
         """Returns the first control token typed in the conversation, or None."""
@@ -109,24 +110,17 @@ class ControlTokens:
         if _ESCAPED_MARK.search(text):
             raise RowLost("template_mismatch", "the chat template escapes a text that contains a control token")
         inert: list[Span] = []
-        pieces: list[str] = []
-        prefix_starts: list[int] = []
-        last = 0
-        for match in _MARKS.finditer(text):
-            if match[0] in self._firsts:
-                pieces += [text[last : match.start()], self._firsts[match[0]]]
-                last = match.end()
-                prefix_starts.append(match.start())
-                continue
-            token = self._by_mark[match[0]]
-            pieces += [text[last : match.start()], token.text[token.at]]
-            last = match.end()
-            start = match.start() - token.at
-            if text.startswith(token.escaped, start):  # a token that the template cut apart is harmless text
-                inert.append((start, start + len(token.text)))
-        restored = "".join([*pieces, text[last:]])
-        completed = (self._in_all.match(restored, start) for start in prefix_starts)
-        return restored, sorted([*inert, *(match.span() for match in completed if match)])
+        restored = _MARKS.sub(lambda mark: self._characters[mark[0]], text)
+        for mark in _MARKS.finditer(text):
+            token = self._by_mark.get(mark[0])
+            if token is None:  # the mark of a beginning
+                completed = self._in_all.match(restored, mark.start())
+                inert += [completed.span()] if completed else []
+            else:
+                start = mark.start() - token.at
+                if text.startswith(token.escaped, start):  # a token that the template cut apart is harmless text
+                    inert.append((start, start + len(token.text)))
+        return restored, sorted(inert)
 
     def _pattern(self, message: Message) -> re.Pattern[str]:
         return self._in_answers if message["role"] == "assistant" else self._in_all

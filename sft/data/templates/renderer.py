@@ -52,28 +52,6 @@ class Rendered:
     is_document: bool = False
 
 
-class _TemplateEngine:
-    """Renders messages exactly as the tokenizer's `apply_chat_template` does, but faster."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        # Messages with only a role and a text need neither the conversions of apply_chat_template nor its copy of
-        # Jinja's globals on each call: four fifths of its time. Tests compare both ways for every template family.
-        self._plain = _compile_jinja_template(tokenizer.get_chat_template())
-        self._variables = {**self._plain.globals, **tokenizer.special_tokens_map, "tools": None, "documents": None}
-
-    def render(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
-        """Returns the conversation's text. Raises whatever the template raises."""
-        if tools is None and all(map(_is_plain, messages)):
-            variables = {**self._variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
-            return "".join(self._plain.root_render_func(self._plain.new_context(variables, shared=True)))
-        # A batch of one: on its own, transformers rejects the empty conversation that precedes an opening answer.
-        batch = self._tokenizer.apply_chat_template(
-            [messages], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return str(batch[0])
-
-
 def _is_plain(message: Message) -> bool:
     return len(message) == 2 and type(message["content"]) is str
 
@@ -95,9 +73,11 @@ class ChatRenderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens_in_content: str = "text") -> None:
-        self._template = _TemplateEngine(tokenizer)
-        self._tokenizer = tokenizer
-        self._policy = special_tokens_in_content
+        # Messages with only a role and a text need neither the conversions of apply_chat_template nor its copy of
+        # Jinja's globals on each call: four fifths of its time. Tests compare both ways for every template family.
+        self._plain = _compile_jinja_template(tokenizer.get_chat_template())
+        self._variables = {**self._plain.globals, **tokenizer.special_tokens_map, "tools": None, "documents": None}
+        self._tokenizer, self._policy = tokenizer, special_tokens_in_content
         source = tokenizer.chat_template
         source = source if isinstance(source, str) else "\n".join(source.values())
         self.renders_calls = "tool_calls" in source
@@ -111,7 +91,6 @@ class ChatRenderer:
         """Returns the conversation's text with the spans that `train_on` selects.
 
         Args:
-            conversation: a normalized row.
             train_on: `assistant` (each answer), `last_assistant`, or `all` (every character).
 
         Raises:
@@ -150,7 +129,7 @@ class ChatRenderer:
         offset = len(messages) - len(conversation.messages)  # a system message with the tools may have been prepended
         turns = [i + offset for i, trained in enumerate(conversation.trainable) if trained]
         if train_on == "last_assistant":
-            turns = [i for i in turns[-1:] if i == self._last_assistant(messages)]
+            turns = [i for i in turns[-1:] if all(m["role"] != "assistant" for m in messages[i + 1 :])]
         if not turns:
             raise RowLost("no_trained_token", f"no assistant turn is to be trained (train_on: {train_on})")
         return Rendered(whole, [self._find_span(whole, messages, turn, tools) for turn in turns])
@@ -177,8 +156,7 @@ class ChatRenderer:
         if not self.renders_calls:
             messages = [_write_calls_as_text(m) for m in messages]
         if tools and not self.renders_tools:
-            messages = _write_tools_in_system(messages, tools)
-            tools = None
+            messages, tools = _write_tools_in_system(messages, tools), None
         if not self.renders_system and messages[0]["role"] == "system":
             raise RowLost("template_mismatch", "the chat template does not render system messages")
         self._require_rendered(messages, tools)
@@ -187,8 +165,7 @@ class ChatRenderer:
     def _require_rendered(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
         """Raises `RowLost` if the template skips a message: the answer would lack what it depends on.
 
-        Many templates skip roles that they do not know, others every system message but the first. Each message with
-        such a role is therefore searched for in the text.
+        Many templates skip roles that they do not know, others every system message but the first.
         """
         probes = {
             i: f"\x02message {i}\x03"
@@ -207,14 +184,16 @@ class ChatRenderer:
                 raise RowLost("template_mismatch", f"the chat template skips message {i} ({messages[i]['role']})")
 
     def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
+        """Renders messages exactly as the tokenizer's `apply_chat_template` does, but faster."""
+        options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(messages, tools, add_generation_prompt)
+            if tools is None and all(map(_is_plain, messages)):
+                context = self._plain.new_context({**self._variables, "messages": messages, **options}, shared=True)
+                return "".join(self._plain.root_render_func(context))
+            # A batch of one: on its own, transformers rejects the empty conversation that precedes an opening answer.
+            return str(self._tokenizer.apply_chat_template([messages], tokenize=False, **options)[0])
         except Exception as error:  # jinja2's errors, and TypeErrors from filters
             raise RowLost("template_mismatch", f"the chat template refuses the conversation: {error}") from None
-
-    @staticmethod
-    def _last_assistant(messages: list[Message]) -> int:
-        return max(i for i, m in enumerate(messages) if m["role"] == "assistant")
 
     def _accepts_system(self) -> bool:
         try:
@@ -238,14 +217,10 @@ class ChatRenderer:
         tail = text[text.index(_PROBE) + len(_PROBE) :]
         found = [(tail.find(t), -len(t), t) for t in self._tokenizer.get_added_vocab() if t in tail]
         if not found:
-            raise UserError(
-                Problem(
-                    f"the chat template ends an answer with {tail!r}, which contains no special token: the model "
-                    "would never learn to stop",
-                    "end each assistant turn with a special token, e.g. {{ eos_token }}, or set `chat_template: plain`",
-                    "chat_template",
-                )
-            )
+            ends = f"the chat template ends an answer with {tail!r}"
+            message = f"{ends}, which contains no special token: the model would never learn to stop"
+            hint = "end each assistant turn with a special token, e.g. {{ eos_token }}, or set `chat_template: plain`"
+            raise UserError(Problem(message, hint, "chat_template"))
         token = min(found)[2]
         return token, tail[tail.index(token) :]
 

@@ -29,8 +29,8 @@ from sft.data.loading.collator import Collator
 from sft.data.sources.dataset_source import DataSource, training_sources
 from sft.data.sources.row import Row
 from sft.data.streaming.dataloader import StreamLoader
-from sft.data.streaming.stream import STEP, Account, Place, StreamPlan, TrainingStream
-from sft.data.streaming.window import StreamWindow
+from sft.data.streaming.stream import STEP, Account, Place, TrainingStream
+from sft.data.streaming.window import StreamPlan, StreamWindow
 from sft.errors import UserError
 from tests.builders import byte_level_tokenizer
 from tests.runs import arithmetic, write_rows
