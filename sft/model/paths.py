@@ -97,17 +97,17 @@ def require_weights(reference: str, key: str) -> None:
         raise UserError(Problem(f"{reference!r} holds no weights (*.safetensors)", _describe_content(folder), key=key))
 
 
-def require_trained(folder: Path, key: str = "--model") -> None:
-    """Checks that a folder holds a trained model or an adapter.
+def require_trained(folder: Path) -> None:
+    """Checks that the folder named by `--model` holds a trained model or an adapter.
 
     Raises:
         UserError: there is no such folder, or it holds neither.
     """
     if not folder.is_dir():
-        raise UserError(Problem(f"no such folder: {str(folder)!r}", _suggest_path(folder.absolute()), key=key))
+        raise UserError(Problem(f"no such folder: {str(folder)!r}", _suggest_path(folder.absolute()), key="--model"))
     if not is_model(folder) and not is_adapter(folder):
         message = f"{str(folder)!r} holds neither a model nor an adapter"
-        raise UserError(Problem(message, _describe_content(folder), key=key))
+        raise UserError(Problem(message, _describe_content(folder), key="--model"))
 
 
 def load_failure(reference: str, error: Exception, key: str, what: str) -> UserError:
