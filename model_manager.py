@@ -12,7 +12,7 @@ Dtype, attention, pad token, grown embeddings and parameter counts are logged.
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sft.config.section import located
@@ -24,7 +24,7 @@ from sft.model.from_scratch import build_config, check_settings
 from sft.model.loading import init_random, load_meta, load_pretrained, model_class, read_config
 from sft.model.lora import attach_adapter, count_parameters
 from sft.model.merging import merge
-from sft.model.paths import require_weights, resolve_reference
+from sft.model.paths import require_weights
 from sft.model.precision import Precision, choose_precision, keep_precision
 from sft.model.quantization import (
     import_bitsandbytes,
@@ -33,7 +33,7 @@ from sft.model.quantization import (
     require_adapter_if_quantized,
     require_trainable_quantization,
 )
-from sft.model.saving import save_companions, save_final_model
+from sft.model.saving import save_final_model
 from sft.model.tokenizer import configure_tokenizer, load_tokenizer, read_tokenizer
 from sft.model.trained import load_trained
 
@@ -53,7 +53,6 @@ __all__ = [
     "obstacle_to_packing",
     "plan_precision",
     "router_aux_loss_coef",
-    "save_companions",
     "save_final_model",
 ]
 logger = logging.getLogger("sft")
@@ -103,8 +102,8 @@ def check_model(keys: ModelKeys, lora: LoraKeys | None = None) -> None:
         if keys.from_scratch is not None:
             check_settings(keys.from_scratch)
         elif keys.model_name_or_path:
-            reference = resolve_reference(keys.model_name_or_path, "model_name_or_path")
-            require_adapter_if_quantized(read_config(reference, keys), lora)
+            reference, config = read_config(keys)
+            require_adapter_if_quantized(config, lora)
             require_weights(reference, "model_name_or_path")
 
 
@@ -115,10 +114,8 @@ def obstacle_to_packing(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast) -> 
         UserError: there is no such model.
     """
     with located(keys):
-        if keys.from_scratch is not None:
-            config: Any = build_config(keys.from_scratch, tokenizer)
-        else:
-            config = read_config(resolve_reference(keys.model_name_or_path or "", "model_name_or_path"), keys)
+        from_scratch = keys.from_scratch
+        config = read_config(keys)[1] if from_scratch is None else build_config(from_scratch, tokenizer)
     name, reason = choose_attention(keys.attn_implementation, config, model_class(config), True, device_facts())
     if reason or "flash" in name or name == "sft_documents":
         return reason
@@ -151,7 +148,6 @@ def load_model(
     quantization: QuantizationKeys | None = None,
     gradient_checkpointing: bool = False,
     activation_checkpoint: ActivationKeys | None = None,
-    for_training: bool = True,
     meta: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Loads any causal language model, quantized, frozen and adapted as the config says.
@@ -162,74 +158,55 @@ def load_model(
         gradient_checkpointing: recompute activations in the backward pass. Never reentrant: that needs a gradient at
             the frozen embeddings, and hides a graph that does not reach the adapters.
         activation_checkpoint: the same with a choice of what is recomputed, and where the rest is kept.
-        for_training: false to evaluate the base as the config describes it.
         meta: build the same model on the meta device, in a second: no weight is read; quantized layers compute nothing.
 
     Raises:
         UserError: the model cannot be loaded, is not a causal language model, or a setting does not fit it.
     """
+    import torch
+
     with located(keys):
         if lora is not None or quantization is not None:
             import_bitsandbytes()
-        model = _load_base(keys, precision, quantization, tokenizer, meta)
-        rows_before = _grow_embeddings(model, len(tokenizer), meta)
-        _prepare_quantization(model, quantization, meta)
-        model.config.use_cache = False
-        if gradient_checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        if activation_checkpoint is not None:
-            _checkpoint_activations(model, activation_checkpoint)
-        trained: PreTrainedModel | PeftModel = model
-        if lora is not None:
-            trained = _attach_adapter(model, lora, _untrained_tokens(keys, tokenizer, rows_before), meta)
+        with torch.device("meta") if meta else nullcontext():
+            if keys.from_scratch is not None:
+                model = init_random(keys, tokenizer, precision)
+            else:
+                model = load_meta(keys, precision) if meta else load_pretrained(keys, precision, quantization)
+            rows_before = embedding_rows(model)
+            if added := resize_embeddings(model, len(tokenizer)):
+                logger.info("Embeddings grown by %d rows to %d, one for each token", added, rows_before + added)
+            _prepare_quantization(model, quantization, meta)
+            model.config.use_cache = False
+            if gradient_checkpointing:
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            if activation_checkpoint is not None:
+                _checkpoint_activations(model, activation_checkpoint)
+            trained: PreTrainedModel | PeftModel = model
+            if lora is not None:
+                trained = _attach_adapter(model, lora, _untrained_tokens(keys, tokenizer, rows_before))
         counts = count_parameters(trained)
         logger.info("Parameters: %s", counts)
-        if for_training:
-            require_trainable_quantization(trained)
-            if not counts.trainable:
-                raise UserError(Problem("no weight of the model is trained", key="lora_config"))
+        require_trainable_quantization(trained)
+        if not counts.trainable:
+            raise UserError(Problem("no weight of the model is trained", key="lora_config"))
     return trained
-
-
-def _load_base(
-    keys: ModelKeys,
-    precision: Precision,
-    quantization: QuantizationKeys | None,
-    tokenizer: PreTrainedTokenizerFast,
-    meta: bool,
-) -> PreTrainedModel:
-    """Loads the model without an adapter: randomly initialized, pretrained, or on the meta device."""
-    with _device(meta):
-        if keys.from_scratch is not None:
-            return init_random(keys, tokenizer, precision)
-        return load_meta(keys, precision) if meta else load_pretrained(keys, precision, quantization)
-
-
-def _grow_embeddings(model: PreTrainedModel, tokens: int, meta: bool) -> int:
-    """Gives every token a row in the embeddings, and returns how many rows there were before."""
-    rows_before = embedding_rows(model)
-    with _device(meta):
-        grown = resize_embeddings(model, tokens)
-    if grown:
-        logger.info("Embeddings grown by %d rows to %d, one for each token", grown, rows_before + grown)
-    return rows_before
 
 
 def _prepare_quantization(model: PreTrainedModel, keys: QuantizationKeys | None, meta: bool) -> None:
     """Freezes and counts the layers that are quantized, by the config or in the model's files."""
+    from sft.model.meta_quantization import fake_quantize
+
     if keys is not None:
         bits = 4 if keys.load_in_4bit else 8
-        layers = _fake_quantize(model, keys, bits) if meta else prepare_quantized(model)
+        if meta:
+            skipped = tuple(keys.llm_int8_skip_modules or ())
+            layers = fake_quantize(model.requires_grad_(False), bits, keys.bnb_4bit_use_double_quant, skipped)
+        else:
+            layers = prepare_quantized(model)
         logger.info("Quantized to %d bits: %d linear layers", bits, layers)
     elif quantized_layers(model):
         logger.info("Quantized in its files: %d linear layers", prepare_quantized(model))
-
-
-def _fake_quantize(model: PreTrainedModel, keys: QuantizationKeys, bits: int) -> int:
-    from sft.model.meta_quantization import fake_quantize
-
-    skipped = tuple(keys.llm_int8_skip_modules or ())
-    return fake_quantize(model.requires_grad_(False), bits, keys.bnb_4bit_use_double_quant, skipped)
 
 
 def _checkpoint_activations(model: PreTrainedModel, keys: ActivationKeys) -> None:
@@ -245,25 +222,16 @@ def _untrained_tokens(keys: ModelKeys, tokenizer: PreTrainedTokenizerFast, rows_
     An added token needs no new row if the model has spare ones (Qwen has hundreds), and its row is untrained all the
     same. The pad token is never predicted nor attended to: its row does not matter.
     """
-    first_new = rows_before
-    if keys.special_tokens:
-        first_new = min(first_new, len(read_tokenizer(keys)))
+    first_new = min(rows_before, len(read_tokenizer(keys))) if keys.special_tokens else rows_before
     return [token for token in range(first_new, len(tokenizer)) if token != tokenizer.pad_token_id]
 
 
-def _attach_adapter(model: PreTrainedModel, lora: LoraKeys, new_ids: list[int], meta: bool) -> PeftModel:
+def _attach_adapter(model: PreTrainedModel, lora: LoraKeys, new_ids: list[int]) -> PeftModel:
     """Attaches the adapter, and logs whether it trains the embedding rows of new tokens."""
-    with _device(meta):
-        adapted, rows = attach_adapter(model, lora, new_ids)
+    adapted, rows = attach_adapter(model, lora, new_ids)
     if rows:
         where = " and ".join(rows)
         logger.info("The adapter also trains the rows of %d new tokens in %s", len(new_ids), where)
     elif new_ids:
         logger.info("The rows of %d new tokens are trained as far as lora_config trains the embeddings", len(new_ids))
     return adapted
-
-
-def _device(meta: bool) -> AbstractContextManager[Any]:
-    import torch
-
-    return torch.device("meta") if meta else nullcontext()

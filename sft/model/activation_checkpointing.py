@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -102,22 +103,18 @@ def costly_operators() -> list[Any]:
     return found
 
 
+@dataclass(eq=False)
 class _Offloaded:
     """A tensor in main memory, the tensor that was offloaded before it, and its copy on the device while fetched."""
 
-    def __init__(self, host: torch.Tensor, device: torch.device, before: weakref.ref[_Offloaded] | None) -> None:
-        self.host = host
-        self.device = device
-        self.before = before
-        self.fetched: torch.Tensor | None = None
+    host: torch.Tensor
+    device: torch.device
+    before: weakref.ref[_Offloaded] | None
+    fetched: torch.Tensor | None = None
 
 
 class HostMemory:
-    """Offloads saved tensors to main memory, with copies that overlap the computation.
-
-    Args:
-        device: the tensors' own.
-    """
+    """Offloads the saved tensors of `device` to main memory, with copies that overlap the computation."""
 
     def __init__(self, device: torch.device) -> None:
         self._streams: Any = torch.get_device_module(device)

@@ -39,7 +39,7 @@ MAX_GRAPHS = 3
 KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 """Upstream's keys; upstream's Trainer, which would compile the whole model, does not get them."""
 
-_STATE = "_compiled_layer"
+_STATE = "_compiled_layer"  # of a layer: its kind, the same number for all that can share a graph, and the graphs
 _INDUCTOR = "inductor"
 _IGNORED = {"layer_idx", "training"}  # differ between layers, or between situations, of the same kind
 
@@ -132,9 +132,8 @@ def compile_layers(model: nn.Module, settings: CompileSettings, *, evaluates: bo
     foreign = [layer for layer in layers if "forward" in layer.__dict__ and not hasattr(layer, _STATE)]
     if not layers or foreign:
         reason = "another library changed them" if foreign else "they are not transformers' own"
-        raise UserError(
-            Problem(f"the layers of {type(model).__name__} cannot be compiled: {reason}", "Remove it.", KEYS[0])
-        )
+        message = f"the layers of {type(model).__name__} cannot be compiled: {reason}"
+        raise UserError(Problem(message, "Remove it.", KEYS[0]))
     # DDP's reducer overlaps with backward passes of single layers anyway. If this were on, dynamo would split a layer's
     # graph at DDP's buckets, and refuse those with checkpointing.
     torch._dynamo.config.optimize_ddp = False
@@ -147,7 +146,7 @@ def compile_layers(model: nn.Module, settings: CompileSettings, *, evaluates: bo
     shared = _SharedGraphs(settings, _most_costly(kinds, evaluates))
     for layer, kind in zip(layers, kinds, strict=True):
         settable: Any = layer
-        setattr(settable, _STATE, _LayerState(kind, shared))
+        setattr(settable, _STATE, (kind, shared))
         # A bound method is copied by a deep copy; the signature stays the layer's, for code that inspects it.
         settable.forward = types.MethodType(functools.wraps(type(layer).forward)(_forward), layer)
     logger.info("Compiling %d decoder layers with %s: %s", len(layers), settings.backend, shared.describe(kinds))
@@ -210,18 +209,6 @@ class _SharedGraphs:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerState:
-    """What each layer stores.
-
-    Attributes:
-        kind: the same number for layers that can share a graph.
-    """
-
-    kind: int
-    shared: _SharedGraphs
-
-
 @dataclass(frozen=True)
 class _TracedOffsets:
     """`DocumentOffsets` of tensors alone: numbers and tuples would be constants, and each batch would be a new graph.
@@ -248,15 +235,16 @@ def call_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces a layer's `forward`: runs it compiled if its kind and situation have a graph."""
-    state: _LayerState = getattr(layer, _STATE)
+    shared: _SharedGraphs
+    kind, shared = getattr(layer, _STATE)
     plain = type(layer).forward
     documents: DocumentOffsets | None = kwargs.get("documents")
     hidden = args[0] if args else None
     # torch specializes on a size of one: a row of such documents is not worth a graph.
     if documents is None or hidden is None or documents.max_length < 2:
         return plain(layer, *args, **kwargs)
-    pair = state.kind, _situation(hidden)
-    if pair not in state.shared.chosen:
+    pair = kind, _situation(hidden)
+    if pair not in shared.chosen:
         return plain(layer, *args, **kwargs)
     if pair[1] == "evaluation":
         hidden = hidden.detach()  # peft's hook makes embeddings require gradients even without grad mode
@@ -264,12 +252,11 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     arguments = (hidden, *args[1:]), kwargs | {"documents": traced}
     _mark_dynamic(hidden.shape[1], *arguments, traced)
     try:
-        return state.shared.run(layer, *arguments)
+        return shared.run(layer, *arguments)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-        state.shared.chosen.remove(pair)
-        logger.warning(
-            "torch_compile: %s needs more than %d graphs, and runs uncompiled: %s", pair[1], MAX_GRAPHS, error
-        )
+        shared.chosen.remove(pair)
+        message = "torch_compile: %s needs more than %d graphs, and runs uncompiled: %s"
+        logger.warning(message, pair[1], MAX_GRAPHS, error)
         return plain(layer, *args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = f"{type(layer).__name__} cannot be compiled: {_summarize(error)}"

@@ -20,11 +20,8 @@ KEY = "from_scratch"
 
 
 def _read_settings(value: Mapping[str, Any] | str) -> dict[str, Any]:
-    """Returns the mapping itself, or the content of the JSON or YAML file that `value` names.
-
-    Raises:
-        UserError: the file is missing, unreadable, or holds no mapping with a `model_type`.
-    """
+    """Returns the mapping itself, or the content of the JSON or YAML file that `value` names; checks `model_type`."""
+    loaded: Any = value
     if isinstance(value, str):
         path = Path(value)
         try:
@@ -34,12 +31,9 @@ def _read_settings(value: Mapping[str, Any] | str) -> dict[str, Any]:
             raise UserError(Problem(f"cannot read {value!r}: {error.strerror}", key=KEY)) from error
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(Problem(f"{value!r} is not valid: {error}", key=KEY)) from error
-    else:
-        loaded = value
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("model_type"), str):
-        raise UserError(
-            Problem("needs a `model_type`", "For example `from_scratch: {model_type: llama, ...}`.", key=KEY)
-        )
+        hint = "For example `from_scratch: {model_type: llama, ...}`."
+        raise UserError(Problem("needs a `model_type`", hint, key=KEY))
     return dict(loaded)
 
 
@@ -62,7 +56,7 @@ def check_settings(value: Mapping[str, Any] | str) -> tuple[str, dict[str, Any]]
     """Returns the model type and its settings, of which the names are checked; `build_config` checks the values.
 
     Raises:
-        UserError: an unknown model type, or settings that its config class does not have.
+        UserError: an unreadable file, an unknown model type, or settings that its config class does not have.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -89,13 +83,9 @@ def build_config(value: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerF
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings.setdefault(name, getattr(tokenizer, name))
     if settings["vocab_size"] < len(tokenizer):
-        raise UserError(
-            Problem(
-                f"vocab_size is {settings['vocab_size']}, and the tokenizer has {len(tokenizer)} tokens",
-                "Remove vocab_size: it is taken from the tokenizer.",
-                key=f"{KEY}.vocab_size",
-            )
-        )
+        message = f"vocab_size is {settings['vocab_size']}, and the tokenizer has {len(tokenizer)} tokens"
+        hint = "Remove vocab_size: it is taken from the tokenizer."
+        raise UserError(Problem(message, hint, key=f"{KEY}.vocab_size"))
     try:
         return AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # each config class validates in its own way

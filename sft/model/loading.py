@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 
-def read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
-    """Reads the model's config and checks that it is a causal language model.
+def read_config(keys: ModelKeys) -> tuple[str, PreTrainedConfig]:
+    """Returns the folder or hub name of the model, and its config.
 
     Raises:
-        UserError: it is unreadable, of an unknown model type, or not a causal language model.
+        UserError: there is no such model, or it is unreadable, of an unknown type, or not a causal language model.
     """
     from transformers import AutoConfig
 
     key = "model_name_or_path"
+    reference = resolve_reference(keys.model_name_or_path or "", key)
     require_model(reference, key)
     try:
         config: Any = AutoConfig.from_pretrained(
@@ -40,13 +41,9 @@ def read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
         )
     except LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
-            raise UserError(
-                Problem(
-                    f"{reference!r} comes with Python code of its own",
-                    "Read that code; to run it here set `trust_remote_code: true`.",
-                    key="trust_remote_code",
-                )
-            ) from error
+            message = f"{reference!r} comes with Python code of its own"
+            hint = "Read that code; to run it here set `trust_remote_code: true`."
+            raise UserError(Problem(message, hint, key="trust_remote_code")) from error
         raise load_failure(reference, error, key, "model") from error
     hint = "Use a decoder, such as a Llama, Qwen, Mistral or GPT model."
     if model_class(config) is None and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
@@ -55,7 +52,7 @@ def read_config(reference: str, keys: ModelKeys) -> PreTrainedConfig:
     if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         message = f"{reference!r} is an encoder ({config.model_type}): each token sees the tokens after it"
         raise UserError(Problem(message, hint, key=key))
-    return config  # type: ignore[no-any-return]
+    return reference, config
 
 
 def model_class(config: Any) -> type | None:
@@ -70,9 +67,8 @@ def _choose_attention(keys: ModelKeys, config: PreTrainedConfig, precision: Prec
     from sft.model.attention import document_attention
 
     document_attention.register()
-    name, reason = choose_attention(
-        keys.attn_implementation, config, model_class(config), precision.dtype != "float32", device_facts()
-    )
+    half, device = precision.dtype != "float32", device_facts()
+    name, reason = choose_attention(keys.attn_implementation, config, model_class(config), half, device)
     logger.info("Attention: %s%s", name, f" over padded rows: {reason}" if reason else "")
     return name
 
@@ -86,8 +82,7 @@ def load_pretrained(keys: ModelKeys, precision: Precision, quantization: Quantiz
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-    config = read_config(reference, keys)
+    reference, config = read_config(keys)
     require_weights(reference, "model_name_or_path")
     attention = _choose_attention(keys, config, precision)
     kwargs: dict[str, Any] = {}
@@ -118,16 +113,12 @@ def _check_loaded(loading: dict[str, Any], reference: str) -> None:
     """Checks that the files held every tensor of the model, and warns of tensors that it does not use."""
     missing = sorted(loading["missing_keys"])
     if missing:
-        raise UserError(
-            Problem(
-                f"the weights in {reference!r} lack {len(missing)} of the model's tensors, which would be initialized "
-                f"randomly: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
-                "Is it a whole causal language model?",
-                key="model_name_or_path",
-            )
+        message = (
+            f"the weights in {reference!r} lack {len(missing)} of the model's tensors, which would be initialized "
+            f"randomly: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
         )
-    if loading["unexpected_keys"]:
-        unused = sorted(loading["unexpected_keys"])
+        raise UserError(Problem(message, "Is it a whole causal language model?", key="model_name_or_path"))
+    if unused := sorted(loading["unexpected_keys"]):
         logger.warning("%d tensors of %s are not used: %s", len(unused), reference, ", ".join(unused[:4]))
 
 
@@ -153,8 +144,7 @@ def load_meta(keys: ModelKeys, precision: Precision) -> PreTrainedModel:
     """Builds the named model without reading its weights; call it under `torch.device("meta")`."""
     from transformers import AutoModelForCausalLM
 
-    reference = resolve_reference(keys.model_name_or_path or "", "model_name_or_path")
-    config = read_config(reference, keys)
+    _, config = read_config(keys)
     attention = _choose_attention(keys, config, precision)
     options: dict[str, Any] = {"dtype": precision.torch_dtype(), "trust_remote_code": keys.trust_remote_code}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)

@@ -69,79 +69,47 @@ def linear_layer_names(model: nn.Module) -> list[str]:
 
 
 def _unmatched(names: Sequence[str], model: nn.Module) -> list[str]:
-    """Returns those of `names` that no module's name equals or ends with; peft ignores them silently."""
+    """Returns those of `names` that no module's name equals or ends with."""
     modules = [name for name, _ in model.named_modules() if name]
     return [name for name in names if not any(m == name or m.endswith("." + name) for m in modules)]
 
 
 def _check_targets(model: nn.Module, keys: LoraKeys) -> None:
-    """Checks that every name in `target_modules` and `modules_to_save` exists.
-
-    Raises:
-        UserError: lists the names that do not, and the model's linear layers.
-    """
+    """Checks that every name in `target_modules` and `modules_to_save` exists; peft ignores unknown ones silently."""
     hint = f"The linear layers of this model are {', '.join(linear_layer_names(model))}; `all-linear` takes them all."
+    key, targets = "lora_config.target_modules", keys.target_modules
     problems = []
-    targets = keys.target_modules
-    if isinstance(targets, (list, tuple)):
-        problems += [
-            Problem(f"no layer is named {name!r}", hint, key="lora_config.target_modules")
-            for name in _unmatched(targets, model)
-        ]
-    elif isinstance(targets, str) and targets != "all-linear":
+    if isinstance(targets, list):
+        problems += [Problem(f"no layer is named {name!r}", hint, key) for name in _unmatched(targets, model)]
+    elif targets is not None and targets != "all-linear":
         try:
             found = any(re.fullmatch(targets, name) for name, _ in model.named_modules())
         except re.error as error:
-            raise UserError(
-                Problem(f"{targets!r} is not a regular expression: {error}", hint, key="lora_config.target_modules")
-            ) from error
+            raise UserError(Problem(f"{targets!r} is not a regular expression: {error}", hint, key)) from error
         if not found:
-            problems.append(Problem(f"no layer matches {targets!r}", hint, key="lora_config.target_modules"))
-    problems += [
-        Problem(f"no module is named {name!r}", hint, key="lora_config.modules_to_save")
-        for name in _unmatched(getattr(keys, "modules_to_save", None) or (), model)
-    ]
+            problems.append(Problem(f"no layer matches {targets!r}", hint, key))
+    unknown = _unmatched(keys.modules_to_save or (), model)
+    problems += [Problem(f"no module is named {name!r}", hint, "lora_config.modules_to_save") for name in unknown]
     if problems:
         raise UserError(*problems)
 
 
 def _check_initialization(model: nn.Module, keys: LoraKeys) -> None:
     """Checks that `init_lora_weights` needs no data, and changes no base weights that are quantized."""
-    init = getattr(keys, "init_lora_weights", True)
-    if not isinstance(init, str):
-        return
-    key = "lora_config.init_lora_weights"
+    init, key = str(keys.init_lora_weights), "lora_config.init_lora_weights"
     if init.startswith(_NEED_DATA):
-        raise UserError(
-            Problem(
-                f"{init!r} needs a pass over the data before training, which is not implemented",
-                "Use true, gaussian, orthogonal, olora, or pissa.",
-                key=key,
-            )
-        )
-    if _changes_base(keys) and quantized_layers(model):
-        raise UserError(
-            Problem(f"{init!r} rewrites the base weights, and these are quantized", "Use true or gaussian.", key=key)
-        )
-
-
-def _changes_base(keys: LoraKeys) -> bool:
-    return str(getattr(keys, "init_lora_weights", True)).startswith(_CHANGE_BASE)
+        message = f"{init!r} needs a pass over the data before training, which is not implemented"
+        raise UserError(Problem(message, "Use true, gaussian, orthogonal, olora, or pissa.", key))
+    if init.startswith(_CHANGE_BASE) and quantized_layers(model):
+        message = f"{init!r} rewrites the base weights, and these are quantized"
+        raise UserError(Problem(message, "Use true or gaussian.", key))
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:
     """Returns the names of the input embedding and the output head, e.g. `embed_tokens` and `lm_head`."""
-    names = [_short_name(model, model.get_input_embeddings()), _short_name(model, model.get_output_embeddings())]
-    return [name for name in names if name is not None]
-
-
-def _fully_trained(keys: LoraKeys) -> set[str]:
-    """Returns the modules that are trained in full beside the adapter."""
-    return set(getattr(keys, "modules_to_save", None) or ())
-
-
-def _short_name(model: nn.Module, wanted: Any) -> str | None:
-    return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is wanted), None)
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [names[id(module)] for module in both if id(module) in names]
 
 
 def _trainable_token_rows(model: PreTrainedModel, keys: LoraKeys, new_ids: Sequence[int]) -> dict[str, list[int]]:
@@ -151,10 +119,10 @@ def _trainable_token_rows(model: PreTrainedModel, keys: LoraKeys, new_ids: Seque
     learned. An untied head has an entry of its own. A matrix that the adapter trains in another way
     (`modules_to_save`, `target_modules`, the user's own `trainable_token_indices`) is skipped.
     """
-    if not new_ids or getattr(keys, "trainable_token_indices", None) is not None:
+    if not new_ids or keys.trainable_token_indices is not None:
         return {}
-    targets = keys.target_modules if isinstance(keys.target_modules, (list, tuple)) else ()
-    covered = _fully_trained(keys) | set(targets)
+    targets = keys.target_modules if isinstance(keys.target_modules, list) else ()
+    covered = {*(keys.modules_to_save or ()), *targets}
     names = _embedding_names(model)
     if is_tied(model):
         names = [] if covered & set(names) else names[:1]
@@ -188,17 +156,15 @@ def attach_adapter(
     kwargs = keys.kwargs()
     if rows:
         kwargs["trainable_token_indices"] = rows
-    if is_tied(model) and _fully_trained(keys) & set(_embedding_names(model)):
+    if is_tied(model) and set(keys.modules_to_save or ()) & set(_embedding_names(model)):
         # By default peft trains two copies that drift apart, and the merged model is no longer tied.
         kwargs["ensure_weight_tying"] = True
     try:
-        with _init_rng(fixed=_changes_base(keys)):
+        with _init_rng(fixed=str(keys.init_lora_weights).startswith(_CHANGE_BASE)):
             adapted = get_peft_model(model, LoraConfig(**kwargs), autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        layers = ", ".join(linear_layer_names(model))
-        raise UserError(
-            Problem(f"peft refuses the adapter: {error}", f"The model's linear layers: {layers}.", key="lora_config")
-        ) from error
+        hint = f"The model's linear layers: {', '.join(linear_layer_names(model))}."
+        raise UserError(Problem(f"peft refuses the adapter: {error}", hint, key="lora_config")) from error
     _check_trainable(adapted)
     _skip_redundant_casts(adapted)
     return adapted, rows
@@ -249,10 +215,6 @@ def _check_trainable(model: PeftModel) -> None:
     """Checks that the adapter's own parameters are trainable, and no others.
 
     peft saves the parameters of an adapter alone; any other weight that is trained would be lost.
-
-    Raises:
-        UserError: nothing is trained.
-        RuntimeError: a weight of the base is trained, which is a bug of this program.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

@@ -27,8 +27,7 @@ from sft.model.embeddings import untie_adapted_embeddings
 from sft.model.lora import attach_saved_adapter
 from sft.model.paths import is_adapter, require_trained
 from sft.model.precision import DTYPES
-from sft.model.quantization import dequantize
-from sft.model.trained import find_base, load_base, load_saved_tokenizer
+from sft.model.trained import find_base, load_base, load_saved_tokenizer, restore_generation_config
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +39,6 @@ logger = logging.getLogger("sft")
 # Largest accepted difference of the logits, relative to their size (root mean square over root mean square).
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TOLERANCE_8BIT = 1e-1  # the rounding of the inputs is not part of the merged model
-_PROBE_SHAPE = (2, 48)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class MergeReport:
         parameters: how many weights were written.
         error: difference between the logits of the merged model, read back from disk, and those of base and adapter,
             relative to their size.
-        tolerance: the largest `error` that is accepted.
         quantized_error: `error` against the adapter on its quantized base, as trained; None without quantization.
         effect: difference between adapter and base, relative in the same way: what training changed.
         seconds: the time it took.
@@ -61,11 +58,9 @@ class MergeReport:
 
     base: str
     adapter: str
-    output_dir: str
     dtype: str
     parameters: int
     error: float
-    tolerance: float
     quantized_error: float | None
     effect: float
     seconds: float
@@ -74,7 +69,7 @@ class MergeReport:
         text = (
             f"Merged {self.adapter} into {self.base}: {self.parameters:,} weights in {self.dtype} in "
             f"{self.seconds:.1f} s. Logits differ from the adapter's by {self.error:.1e} of their size (allowed "
-            f"{self.tolerance:.0e}), and from the base's by {self.effect:.1e}."
+            f"{TOLERANCE[self.dtype]:.0e}), and from the base's by {self.effect:.1e}."
         )
         if self.quantized_error is not None:
             text += f" Against the quantized model as it was trained: {self.quantized_error:.1e}."
@@ -94,15 +89,11 @@ def _check_request(folder: Path, output_dir: Path, dtype: str | None) -> None:
 
 
 def _probe_tokens(vocabulary: int) -> torch.Tensor:
-    """Returns the token ids that the models are compared on: the same at each call, with the newest ids among them.
-
-    Returns:
-        (B, T) = (2, 48), int64.
-    """
+    """Returns the (2, 48) token ids that models are compared on: the same at each call, the newest ids among them."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, _PROBE_SHAPE, generator=generator)
+    ids = torch.randint(0, vocabulary, (2, 48), generator=generator)
     newest = torch.arange(max(0, vocabulary - 8), vocabulary)
     ids[0, 4 : 4 + len(newest)] = newest
     return ids
@@ -124,10 +115,6 @@ def relative_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt())
 
 
-def _within(error: float, tolerance: float) -> bool:
-    return error <= tolerance  # false for NaN
-
-
 @dataclass(frozen=True)
 class _Adapter:
     """An adapter that is saved in `folder`, and its base as `find_base` describes it."""
@@ -145,12 +132,11 @@ class _Adapter:
         """
         import torch
 
-        base = load_base(self.base, self.facts, trust_remote_code=self.trust_remote_code)
+        base: Any = load_base(self.base, self.facts, trust_remote_code=self.trust_remote_code)
         if self.facts.get("quantization_config"):
-            base = dequantize(base, getattr(torch, str(base.config.dtype).removeprefix("torch.")))
-        on_cpu: Any = base.to("cpu")  # type: ignore[arg-type]
-        adapted: Any = attach_saved_adapter(on_cpu, str(self.folder))
-        return adapted.to(torch.float32)  # type: ignore[no-any-return]
+            dtype = getattr(torch, str(base.config.dtype).removeprefix("torch."))
+            base = base.dequantize(dtype=dtype).to(dtype=dtype)
+        return attach_saved_adapter(base.to("cpu"), str(self.folder)).to(torch.float32)
 
     def quantized_logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the logits on the quantized base, as it was trained."""
@@ -166,12 +152,7 @@ class _Adapter:
 
 
 def _merge_weights(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor) -> PreTrainedModel:
-    """Merges in float32 and compares the logits with `expected`.
-
-    Raises:
-        UserError: peft cannot merge this kind of adapter.
-        RuntimeError: the merged weights compute something else.
-    """
+    """Merges in float32 and checks that the logits are `expected`."""
     untie_adapted_embeddings(adapted)
     try:
         with warnings.catch_warnings():
@@ -180,7 +161,7 @@ def _merge_weights(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(Problem(f"this adapter cannot be merged: {error}", "Serve it beside its base.")) from error
     difference = relative_difference(_logits(merged, ids), expected)
-    if not _within(difference, TOLERANCE["float32"]):
+    if not difference <= TOLERANCE["float32"]:  # true for NaN
         raise RuntimeError(
             f"the merged weights do not compute what the adapter does: {difference:.1e} of the logits' size"
         )
@@ -189,10 +170,7 @@ def _merge_weights(adapted: PeftModel, ids: torch.Tensor, expected: torch.Tensor
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Path, folder: Path) -> None:
     """Writes a merged model with its tokenizer and the generation config of its adapter."""
-    from transformers import GenerationConfig
-
-    if (adapter / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    restore_generation_config(model, adapter)
     model.config.use_cache = True
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
@@ -201,11 +179,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adap
 def _verify(
     folder: Path, adapter: _Adapter, ids: torch.Tensor, expected: torch.Tensor, dtype: str
 ) -> tuple[float, float | None]:
-    """Reads the model written to `folder` and returns its `error` and `quantized_error` (`MergeReport`).
-
-    Raises:
-        RuntimeError: either is beyond its tolerance.
-    """
+    """Reads the model written to `folder`; checks and returns its `error` and `quantized_error` (`MergeReport`)."""
     from transformers import AutoModelForCausalLM
 
     trust = adapter.trust_remote_code
@@ -220,7 +194,7 @@ def _verify(
 
 
 def _require_within(error: float, tolerance: float, what: str) -> None:
-    if not _within(error, tolerance):
+    if not error <= tolerance:  # true for NaN
         raise RuntimeError(
             f"the merged model as written differs from {what} by {error:.1e} of the logits' size, more than the "
             f"{tolerance:.0e} that rounding explains; nothing was kept"
@@ -286,11 +260,9 @@ def merge(
     report = MergeReport(
         base=reference,
         adapter=str(folder),
-        output_dir=str(target),
         dtype=dtype,
         parameters=parameters,
         error=error,
-        tolerance=TOLERANCE[dtype],
         quantized_error=quantized_error,
         effect=effect,
         seconds=time.monotonic() - started,

@@ -41,17 +41,15 @@ def _suggest_path(path: Path) -> str:
     if not parent.is_dir():
         return f"{parent} is a file."
     close = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {parent / close[0]}?"
-    return f"The nearest folder that exists is {parent}."
+    return f"Did you mean {parent / close[0]}?" if close else f"The nearest folder that exists is {parent}."
 
 
 def _describe_content(folder: Path) -> str:
     """Returns a hint for a folder that is no model: the models in it, or else its first entries."""
     names = sorted(entry.name for entry in folder.iterdir())
-    inside = [entry.name for entry in folder.iterdir() if is_model(entry) or is_adapter(entry)]
+    inside = [name for name in names if is_model(folder / name) or is_adapter(folder / name)]
     if inside:
-        return f"These folders in it hold one: {', '.join(sorted(inside))}."
+        return f"These folders in it hold one: {', '.join(inside)}."
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"It holds {shown}." if names else "It is empty."
 
@@ -82,14 +80,9 @@ def require_model(reference: str, key: str) -> None:
     if not folder.is_dir() or is_model(folder):
         return
     if is_adapter(folder):
-        raise UserError(
-            Problem(
-                f"{reference!r} holds an adapter, not a whole model",
-                "Name its base model here, or merge it into a whole model first: sft_main.py merge --model "
-                f"{reference} --output_dir DIR.",
-                key=key,
-            )
-        )
+        merge = f"sft_main.py merge --model {reference} --output_dir DIR"
+        hint = f"Name its base model here, or merge it into a whole model first: {merge}."
+        raise UserError(Problem(f"{reference!r} holds an adapter, not a whole model", hint, key=key))
     raise UserError(Problem(f"{reference!r} holds no {MODEL_CONFIG}: not a model", _describe_content(folder), key=key))
 
 
@@ -104,28 +97,25 @@ def require_weights(reference: str, key: str) -> None:
         raise UserError(Problem(f"{reference!r} holds no weights (*.safetensors)", _describe_content(folder), key=key))
 
 
-def require_trained(folder: Path, key: str = "--model") -> None:
-    """Checks that a folder holds a trained model or an adapter.
+def require_trained(folder: Path) -> None:
+    """Checks that the folder named by `--model` holds a trained model or an adapter.
 
     Raises:
         UserError: there is no such folder, or it holds neither.
     """
     if not folder.is_dir():
-        raise UserError(Problem(f"no such folder: {str(folder)!r}", _suggest_path(folder.absolute()), key=key))
+        raise UserError(Problem(f"no such folder: {str(folder)!r}", _suggest_path(folder.absolute()), key="--model"))
     if not is_model(folder) and not is_adapter(folder):
         message = f"{str(folder)!r} holds neither a model nor an adapter"
-        raise UserError(Problem(message, _describe_content(folder), key=key))
+        raise UserError(Problem(message, _describe_content(folder), key="--model"))
 
 
 def load_failure(reference: str, error: Exception, key: str, what: str) -> UserError:
     """Returns a loader's error as a UserError that names what could not be loaded."""
     if Path(reference).is_dir():
         return UserError(Problem(f"cannot read the {what} in {reference!r}: {first_line(error)}", key=key))
-    return UserError(
-        Problem(
-            f"cannot get the {what} {reference!r} from the hub: {first_line(error)}",
-            "Check the name, the network, and that you are logged in if the model is gated; without a network give "
-            "the path of a local folder.",
-            key=key,
-        )
+    hint = (
+        "Check the name, the network, and that you are logged in if the model is gated; without a network give the "
+        "path of a local folder."
     )
+    return UserError(Problem(f"cannot get the {what} {reference!r} from the hub: {first_line(error)}", hint, key=key))

@@ -25,8 +25,7 @@ class Precision:
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
         bf16, fp16: whether the Trainer computes under autocast in that dtype.
         reason: for the console.
-        master_weights: whether the optimizer keeps float32 values of the weights
-            (`sft.training.optim.master_weights`).
+        master_weights: whether the optimizer keeps float32 values of them (`sft.training.optim.master_weights`).
     """
 
     dtype: str
@@ -47,37 +46,23 @@ def _check_flags(
     dtype_key: str, trains_everything: bool, bf16: bool | None, fp16: bool | None, device: DeviceFacts
 ) -> None:
     if dtype_key not in ("auto", *DTYPES):
-        raise UserError(Problem(f"no such dtype: {dtype_key!r}", f"One of auto, {', '.join(DTYPES)}.", key="dtype"))
-    if bf16 and not device.bf16:
-        raise UserError(
-            Problem("bf16 is true, and this GPU does not compute in bfloat16", "Use `fp16: true`.", key="bf16")
-        )
-    if device.kind == "cpu" and (fp16 or dtype_key == "float16"):
-        raise UserError(
-            Problem(
-                "float16 training needs a GPU",
-                "On a CPU leave the precision on auto, or use `dtype: bfloat16`.",
-                key="fp16" if fp16 else "dtype",
-            )
-        )
-    if trains_everything and dtype_key == "bfloat16" and fp16:
-        raise UserError(
-            Problem(
-                "fp16 is true, and dtype: bfloat16 trains bfloat16 weights",
-                "Remove `dtype`: fp16 trains float32 weights under float16 autocast. Or remove `fp16`.",
-                key="fp16",
-            )
-        )
-    if trains_everything and dtype_key == "float16":
+        key, message, hint = "dtype", f"no such dtype: {dtype_key!r}", f"One of auto, {', '.join(DTYPES)}."
+    elif bf16 and not device.bf16:
+        key, message, hint = "bf16", "bf16 is true, and this GPU does not compute in bfloat16", "Use `fp16: true`."
+    elif device.kind == "cpu" and (fp16 or dtype_key == "float16"):
+        key, message = "fp16" if fp16 else "dtype", "float16 training needs a GPU"
+        hint = "On a CPU leave the precision on auto, or use `dtype: bfloat16`."
+    elif trains_everything and dtype_key == "bfloat16" and fp16:
+        key, message = "fp16", "fp16 is true, and dtype: bfloat16 trains bfloat16 weights"
+        hint = "Remove `dtype`: fp16 trains float32 weights under float16 autocast. Or remove `fp16`."
+    elif trains_everything and dtype_key == "float16":
         # Gradients have the format of their weights, and small ones vanish in float16: at once, or when scaled ones are
         # scaled back. torch's GradScaler raises "Attempting to unscale FP16 gradients".
-        raise UserError(
-            Problem(
-                "float16 weights can be held frozen under an adapter, but not trained",
-                "Use `dtype: auto`, which with `fp16: true` trains float32 weights under float16 autocast.",
-                key="dtype",
-            )
-        )
+        key, message = "dtype", "float16 weights can be held frozen under an adapter, but not trained"
+        hint = "Use `dtype: auto`, which with `fp16: true` trains float32 weights under float16 autocast."
+    else:
+        return
+    raise UserError(Problem(message, hint, key=key))
 
 
 def choose_precision(
@@ -110,13 +95,13 @@ def choose_precision(
         UserError: the settings exclude each other, the device cannot do it, or float16 weights would be trained.
     """
     _check_flags(dtype_key, trains_everything, bf16, fp16, device)
-    keeps_masters = trains_everything and not sharded
     if device.kind == "cpu" and not sharded:
         return _on_cpu(dtype_key, trains_everything, bf16, device.bf16_speedup)
     undecided = bf16 is None and fp16 is None and dtype_key in ("auto", "bfloat16" if device.bf16 else "float16")
     use_bf16 = bool(bf16) or (undecided and device.bf16)
     use_fp16 = bool(fp16) or (undecided and not device.bf16)
     autocast = ", bf16 autocast" if use_bf16 else ", fp16 autocast" if use_fp16 else ""
+    keeps_masters = trains_everything and not sharded
     if keeps_masters and use_bf16 and dtype_key == "auto":
         return _half_weights(trains_everything, "the GPU computes in bfloat16, without casts")
     if keeps_masters and not use_fp16 and dtype_key == "bfloat16":
@@ -124,8 +109,7 @@ def choose_precision(
     if dtype_key != "auto":
         dtype, why = dtype_key, "as the config says"
     elif trains_everything:
-        dtype = "float32"
-        why = "because every weight is trained and small updates need its mantissa"
+        dtype, why = "float32", "because every weight is trained and small updates need its mantissa"
     elif use_bf16 or use_fp16:
         dtype, why = "bfloat16" if use_bf16 else "float16", "because the base is frozen"
     else:
@@ -166,8 +150,6 @@ def _on_cpu(dtype_key: str, trains_everything: bool, bf16: bool | None, speedup:
 
 def _half_weights(trains_everything: bool, why: str) -> Precision:
     """Returns bfloat16 weights without autocast, which would have nothing to cast."""
-    if trains_everything:
-        held = "bfloat16 weights, of which the optimizer keeps float32 values so that no update is lost"
-    else:
-        held = "bfloat16 weights, which are frozen, under float32 adapters"
-    return Precision("bfloat16", False, False, f"{held}: {why}", master_weights=trains_everything)
+    masters = "of which the optimizer keeps float32 values so that no update is lost"
+    held = masters if trains_everything else "which are frozen, under float32 adapters"
+    return Precision("bfloat16", False, False, f"bfloat16 weights, {held}: {why}", master_weights=trains_everything)

@@ -26,15 +26,11 @@ from typing import TYPE_CHECKING, Any
 from sft.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
     from sft.config.schema import LoraKeys, QuantizationKeys
     from sft.model.precision import Precision
-
-_CPU_LOGGER = "bitsandbytes.backends.cpu.ops"
-_CAST_LOGGER = "bitsandbytes.autograd._functions"
 
 
 @contextmanager
@@ -89,20 +85,20 @@ def import_bitsandbytes() -> Any:
     """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
-    logger = logging.getLogger(_CPU_LOGGER)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with _without_hub_kernels(), _lazy_compile():
             import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(
-            Problem(f"bitsandbytes does not load here: {error}", "pip install bitsandbytes", key="quantization_config")
-        ) from error
+        message = f"bitsandbytes does not load here: {error}"
+        raise UserError(Problem(message, "pip install bitsandbytes", key="quantization_config")) from error
     finally:
         logger.setLevel(level)
     # 8-bit layers round their inputs by design, and warn of it in each layer.
-    logging.getLogger(_CAST_LOGGER).addFilter(lambda record: "inputs will be cast" not in record.getMessage())
+    warns_of_casts = logging.getLogger("bitsandbytes.autograd._functions")
+    warns_of_casts.addFilter(lambda record: "inputs will be cast" not in record.getMessage())
     return bitsandbytes
 
 
@@ -113,15 +109,14 @@ def bits_and_bytes_config(keys: QuantizationKeys, precision: Precision) -> BitsA
         UserError: neither 4 nor 8 bits are set, or both.
     """
     if keys.load_in_4bit == keys.load_in_8bit:
-        which = "both" if keys.load_in_4bit else "neither"
-        message = f"{which} of load_in_4bit and load_in_8bit is true"
+        message = f"{'both' if keys.load_in_4bit else 'neither'} of load_in_4bit and load_in_8bit is true"
         raise UserError(Problem(message, "Set exactly one of them.", key="quantization_config"))
     from transformers import BitsAndBytesConfig
 
     kwargs = keys.kwargs()
     if keys.bnb_4bit_compute_dtype is None:
-        half = "bfloat16" if precision.bf16 else "float16" if precision.fp16 else precision.dtype
-        kwargs["bnb_4bit_compute_dtype"] = half
+        computes = "bfloat16" if precision.bf16 else "float16" if precision.fp16 else precision.dtype
+        kwargs["bnb_4bit_compute_dtype"] = computes
     return BitsAndBytesConfig(**kwargs)
 
 
@@ -135,11 +130,7 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
 
 
 def require_adapter_if_quantized(config: PreTrainedConfig, lora: LoraKeys | None) -> None:
-    """Checks that a model whose files hold weights quantized by bitsandbytes gets an adapter.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises `UserError` if a model whose files hold weights quantized by bitsandbytes gets no adapter."""
     settings = quantization_settings(config) or {}
     method = settings.get("quant_method")
     if lora is None and str(getattr(method, "value", method)) == "bitsandbytes":
@@ -173,9 +164,8 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     if "bitsandbytes" not in sys.modules:
         return {}
     bnb = sys.modules["bitsandbytes"].nn
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, (bnb.Linear4bit, bnb.Linear8bitLt))
-    }
+    kinds = (bnb.Linear4bit, bnb.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def prepare_quantized(model: PreTrainedModel) -> int:
@@ -189,26 +179,11 @@ def prepare_quantized(model: PreTrainedModel) -> int:
     """
     layers = quantized_layers(model)
     if not layers:
-        raise UserError(
-            Problem(
-                "no layer of the model was quantized",
-                "Its linear layers are of a kind that bitsandbytes does not replace, or llm_int8_skip_modules skips "
-                "all of them.",
-                key="quantization_config",
-            )
-        )
+        kind = "Its linear layers are of a kind that bitsandbytes does not replace"
+        hint = f"{kind}, or llm_int8_skip_modules skips all of them."
+        raise UserError(Problem("no layer of the model was quantized", hint, key="quantization_config"))
     for layer in layers.values():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # see the module's docstring
     model.requires_grad_(False)
     return len(layers)
-
-
-def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns the same function in plain linear layers, whose weights are exactly the dequantized ones.
-
-    Args:
-        dtype: of all weights afterwards; the function stays the same if it is at least as precise as the model's own.
-    """
-    plain: Any = model.dequantize(dtype=dtype)
-    return plain.to(dtype=dtype)  # type: ignore[no-any-return]

@@ -24,27 +24,14 @@ logger = logging.getLogger("sft")
 
 # Names that vocabularies of the common model families give to a token that only pads, even if their tokenizer config
 # does not declare it.
-_PAD_NAMES = (
-    "<|pad|>",
-    "<pad>",
-    "[PAD]",
-    "<PAD>",
-    "<|padding|>",
-    "<|finetune_right_pad_id|>",
-    "<|pad_token|>",
-    "<pad_token>",
-)
+_PAD_NAMES = "<|pad|> <pad> [PAD] <PAD> <|padding|> <|finetune_right_pad_id|> <|pad_token|> <pad_token>"
 # Settings of a tokenizer that hold one token each; `additional_special_tokens` holds a list.
 _SLOTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SYSTEM_PROMPT = "sft_system_prompt"
 
 
 def _check_special_tokens(special_tokens: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `special_tokens` as a mapping, the form that transformers takes.
-
-    Raises:
-        UserError: an unknown slot, or a token that is not text.
-    """
+    """Checks `special_tokens`, and returns them as a mapping, the form that transformers takes."""
     if not isinstance(special_tokens, Mapping):
         special_tokens = {"additional_special_tokens": list(special_tokens)}
     problems = []
@@ -96,7 +83,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
     if tokenizer.pad_token is not None:
         return f"{tokenizer.pad_token!r}, the tokenizer's own"
     vocabulary = tokenizer.get_vocab()
-    name = next((name for name in _PAD_NAMES if name in vocabulary), None)
+    name = next((name for name in _PAD_NAMES.split() if name in vocabulary), None)
     if name is not None:
         reason = "which the vocabulary already holds"
     elif tokenizer.unk_token is not None and tokenizer.unk_token != tokenizer.eos_token:
@@ -105,13 +92,8 @@ def set_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
         name = tokenizer.eos_token
         reason = "the end token (EOS is still trained: labels are masked by position, not by token id)"
     else:
-        raise UserError(
-            Problem(
-                "the tokenizer has no pad, unk or eos token, so batches cannot be padded",
-                "Name one: `special_tokens: {pad_token: '<pad>'}`.",
-                key="special_tokens",
-            )
-        )
+        message = "the tokenizer has no pad, unk or eos token, so batches cannot be padded"
+        raise UserError(Problem(message, "Name one: `special_tokens: {pad_token: '<pad>'}`.", key="special_tokens"))
     tokenizer.pad_token = name
     return f"{name!r}, {reason}"
 
@@ -125,29 +107,18 @@ def read_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerFast:
     key = "tokenizer_name_or_path" if keys.tokenizer_name_or_path else "model_name_or_path"
     name = keys.tokenizer_name_or_path or keys.model_name_or_path
     if not name:
-        raise UserError(
-            Problem(
-                "no tokenizer is named",
-                "Give `model_name_or_path`, or `tokenizer_name_or_path` with `from_scratch`.",
-                key="tokenizer_name_or_path",
-            )
-        )
+        hint = "Give `model_name_or_path`, or `tokenizer_name_or_path` with `from_scratch`."
+        raise UserError(Problem("no tokenizer is named", hint, key="tokenizer_name_or_path"))
     reference = resolve_reference(name, key)
     revision = keys.model_revision if name == keys.model_name_or_path else None  # of that repository alone
+    trust = keys.trust_remote_code
     try:
-        tokenizer: Any = load_tokenizer_files(
-            reference, revision=revision or "main", trust_remote_code=keys.trust_remote_code
-        )
+        tokenizer: Any = load_tokenizer_files(reference, revision=revision or "main", trust_remote_code=trust)
     except Exception as error:  # a broken tokenizer file makes the loader raise almost anything
         raise load_failure(reference, error, key, "tokenizer") from error
     if not tokenizer.is_fast:
-        raise UserError(
-            Problem(
-                f"{type(tokenizer).__name__} is a slow tokenizer, without the character offsets that exact masks need",
-                "Use a model whose folder has a tokenizer.json.",
-                key=key,
-            )
-        )
+        message = f"{type(tokenizer).__name__} is a slow tokenizer, without the character offsets that exact masks need"
+        raise UserError(Problem(message, "Use a model whose folder has a tokenizer.json.", key=key))
     return tokenizer  # type: ignore[no-any-return]
 
 
@@ -170,10 +141,8 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerFast, keys: ModelKeys) -> 
         UserError: a setting does not fit the tokenizer.
     """
     with located(keys):
-        if keys.special_tokens:
-            added = add_special_tokens(tokenizer, keys.special_tokens)
-            if added:
-                logger.info("Tokens added to the vocabulary: %s", ", ".join(added))
+        if keys.special_tokens and (added := add_special_tokens(tokenizer, keys.special_tokens)):
+            logger.info("Tokens added to the vocabulary: %s", ", ".join(added))
         logger.info("Padding with %s", set_pad_token(tokenizer))
         logger.info("Chat template: %s", chat_templates.install(tokenizer, keys.chat_template))
     tokenizer.padding_side = "right"

@@ -60,7 +60,7 @@ def load_trained(
         if merge_for_speed and not facts.get("quantization_config"):
             untie_adapted_embeddings(model)
             model = model.merge_and_unload()
-        _restore_generation_config(model, folder)
+        restore_generation_config(model, folder)
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
@@ -107,14 +107,9 @@ def find_base(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         reference = resolve_reference(name, "base_model_name_or_path")
     except UserError as error:
-        raise UserError(
-            Problem(
-                f"the base model of this adapter is not at {name!r} any more",
-                f"Write where it is now. {error.problems[0].hint}",
-                key="base_model_name_or_path",
-                file=file,
-            )
-        ) from error
+        message = f"the base model of this adapter is not at {name!r} any more"
+        hint = f"Write where it is now. {error.problems[0].hint}"
+        raise UserError(Problem(message, hint, "base_model_name_or_path", file)) from error
     return reference, {"revision": adapter.get("revision"), **facts}
 
 
@@ -153,6 +148,15 @@ def load_base(
     return model
 
 
+def restore_generation_config(model: Any, folder: Path) -> None:
+    """Gives a model the generation config that was saved with its adapter, if there is one."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        saved = GenerationConfig.from_pretrained(str(folder))
+        model.generation_config = without_adapter(model).generation_config = saved
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -161,16 +165,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(Problem("not a JSON object", file=str(path)))
     return loaded
-
-
-def _restore_generation_config(model: Any, folder: Path) -> None:
-    """Gives a model the generation config that was saved with its adapter, if there is one."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        saved = GenerationConfig.from_pretrained(str(folder))
-        model.generation_config = saved
-        without_adapter(model).generation_config = saved
 
 
 def _set_attention(model: Any, attn_implementation: str) -> None:

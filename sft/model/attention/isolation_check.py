@@ -41,8 +41,8 @@ def require_isolation(model: Any, collator: Collator) -> None:
         UserError: they differ, so documents would see each other in training; or the model takes no document offsets.
     """
     kind, attention = model.config.model_type, model.config._attn_implementation
-    hint = "set attn_implementation: sdpa" if collator.flatten else "set packing: false"
-    key = "attn_implementation" if collator.flatten else "packing"
+    key, value = ("attn_implementation", "sdpa") if collator.flatten else ("packing", "false")
+    hint = f"set {key}: {value}"
     try:
         leak = measure_leak(model, collator)
     except (DocumentsLost, TypeError, ValueError) as error:
@@ -51,15 +51,12 @@ def require_isolation(model: Any, collator: Collator) -> None:
         message = f"this {kind} model cannot isolate the documents of a row ({attention} attention): {error}"
         raise UserError(Problem(message, hint, key)) from error
     if leak.exceeds(computes_in_float32(model)):
-        raise UserError(
-            Problem(
-                f"documents packed in one row see each other in this {kind} model ({attention} attention): the logits "
-                f"of the second change by {leak.from_neighbour:.2g} of their size with the first, and differ by "
-                f"{leak.from_alone:.2g} from those of the document alone",
-                hint,
-                key,
-            )
+        message = (
+            f"documents packed in one row see each other in this {kind} model ({attention} attention): the logits of "
+            f"the second change by {leak.from_neighbour:.2g} of their size with the first, and differ by "
+            f"{leak.from_alone:.2g} from those of the document alone"
         )
+        raise UserError(Problem(message, hint, key))
 
 
 @torch.no_grad()

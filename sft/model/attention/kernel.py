@@ -12,7 +12,7 @@ checkpointing would see and keep every score, and a compiler would unroll the do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -100,30 +100,30 @@ def _backward_operator(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the gradients of `query`, `key`, `value` and `sinks` from that of the output: (N, H, Dv)."""
-    heads, width = query.shape[0], query.shape[-1]
-    key_heads = key.shape[0]
+    heads, key_heads, width, value_width = len(query), len(key), query.shape[-1], value.shape[-1]
     grads = [_empty_token_major(tensor) for tensor in (query, key, value)]
     grad_sinks = torch.zeros(heads, dtype=torch.float32, device=query.device)
     softmax = _Softmax(query, key, sinks, seed, scale, window, softcap, dropout)
     for spans in cut_blocks(offsets.tolist(), window, caches_kernels_by_shape(query)):
         begin, stop, end = spans[0].start, spans[-1].stop, spans[-1].end
-        sums = _KeyValueSums(key_heads, stop - begin, (width, value.shape[-1]), query) if len(spans) > 1 else None
+        sums: tuple[Tensor, ...] = ()
+        if len(spans) > 1:  # of keys and values, in float32: many blocks see each key
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            sums = tuple(query.new_zeros(key_heads, stop - begin, size, dtype=dtype) for size in (width, value_width))
         for span in spans:
             block = softmax.compute(span)
-            grad_out = span.queries_of(grad.transpose(0, 1)).reshape(key_heads, -1, grad.shape[-1])  # (Hk, G·C, Dv)
+            grad_out = span.queries_of(grad.transpose(0, 1)).reshape(key_heads, -1, value_width)  # (Hk, G·C, Dv)
             grad_weights = torch.bmm(grad_out, span.keys_of(value).transpose(1, 2))
             grad_scores, grad_sink_scores = block.differentiate(grad_weights)
             grad_queries = torch.bmm(grad_scores, block.keys).mul_(scale)
             grads[0][:, span.tokens].copy_(grad_queries.view(heads, span.query_count, width)[:, : span.token_count])
             if grad_sink_scores is not None:
                 grad_sinks += grad_sink_scores.view(heads, -1).sum(-1)
-            pair = (
-                torch.bmm(grad_scores.transpose(1, 2), block.queries),
-                torch.bmm(block.kept.transpose(1, 2), grad_out),
-            )
-            if sums:
-                sums.add(pair, slice(span.start - begin, span.stop - begin))
-        for target, total in zip(grads[1:], sums.totals if sums else pair, strict=True):
+            grad_keys = torch.bmm(grad_scores.transpose(1, 2), block.queries)
+            pair = grad_keys, torch.bmm(block.kept.transpose(1, 2), grad_out)
+            for total, part in zip(sums, pair, strict=False):  # no sums: the only block is the sum
+                total[:, span.start - begin : span.stop - begin] += part
+        for target, total in zip(grads[1:], sums or pair, strict=True):
             target[:, begin:end].copy_(total[:, : end - begin])
     return grads[0], grads[1], grads[2], grad_sinks
 
@@ -161,25 +161,23 @@ def _empty_token_major(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tokens, heads, width).transpose(0, 1)
 
 
+@dataclass
 class _Softmax:
     """Computes the weights of one block after another; forward and backward draw the same dropout in the same order."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        sinks: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        dropout: float,
-    ) -> None:
-        self.query, self.key, self.scale, self.window, self.softcap = query, key, scale, window, softcap
-        self.sinks = None if sinks is None else sinks.to(query.dtype)
-        self.dropout = dropout
-        self.generator = torch.Generator(query.device).manual_seed(int(seed)) if seed is not None else None
-        self.future = query.new_full((QUERIES, QUERIES), -torch.inf).triu_(1)
+    query: Tensor
+    key: Tensor
+    sinks: Tensor | None
+    seed: InitVar[Tensor | None]
+    scale: float
+    window: int | None
+    softcap: float | None
+    dropout: float
+
+    def __post_init__(self, seed: Tensor | None) -> None:
+        self.sinks = None if self.sinks is None else self.sinks.to(self.query.dtype)
+        self.generator = None if seed is None else torch.Generator(self.query.device).manual_seed(int(seed))
+        self.future = self.query.new_full((QUERIES, QUERIES), -torch.inf).triu_(1)
 
     def compute(self, span: Span) -> _Block:
         """Computes the weights of the span's queries over its keys."""
@@ -245,16 +243,3 @@ class _Block:
             grad_sinks = -self.sink_weights * (grad * self.weights).sum(-1, dtype=torch.float32)
         grad_scores = torch.ops.aten._softmax_backward_data(grad, self.weights, -1, self.weights.dtype)
         return (grad_scores if self.slope is None else grad_scores.mul_(self.slope)), grad_sinks
-
-
-class _KeyValueSums:
-    """Sums the gradients of a document's keys and values over its blocks, in float32: many blocks see each key."""
-
-    def __init__(self, heads: int, tokens: int, widths: tuple[int, int], like: Tensor) -> None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.totals = [torch.zeros(heads, tokens, width, dtype=dtype, device=like.device) for width in widths]
-
-    def add(self, parts: tuple[Tensor, Tensor], where: slice) -> None:
-        """Adds the gradients of keys and values of one block, which `where` places in the document."""
-        for total, part in zip(self.totals, parts, strict=True):
-            total[:, where] += part
