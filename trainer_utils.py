@@ -33,6 +33,7 @@ from sft.loss.token_loss import TokenLoss
 from sft.model.attention.document_attention import takes_documents
 from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
+from sft.training.arguments import StepSettings
 from sft.training.callbacks import FollowConfig, FollowEpoch
 from sft.training.checkpointing import CheckpointFiles
 from sft.training.dataloader import TrainingRows, is_packed
@@ -41,7 +42,7 @@ from sft.training.mfu import flops_per_token
 from sft.training.nonfinite import require_finite
 from sft.training.optim.resume import ConfiguredOptimizer, require_schedule_of
 from sft.training.run_log import RunLog, write_curve
-from sft.training.step import OptimizerStep, StepSettings
+from sft.training.step import OptimizerStep
 
 logger = logging.getLogger("sft")
 Inputs = dict[str, Any]
@@ -52,7 +53,6 @@ class SFTTrainer(Trainer):
 
     Args:
         model: a causal LM, with an adapter or without.
-        args: the training arguments.
         tokenizer: saved with each checkpoint.
         train_dataset: rows of `input_ids` and `labels` (see `data_handler.PreparedData`), or a `TrainingStream`.
         eval_datasets: evaluation sets by name; a single one is reported without its name.
@@ -60,7 +60,6 @@ class SFTTrainer(Trainer):
         callbacks: besides the Trainer's own, without its two printers.
         total_steps: optimizer steps of the whole run.
         progress: of the stream, where `train_dataset` is one.
-        settings: how a step is made.
     """
 
     def __init__(
@@ -97,15 +96,12 @@ class SFTTrainer(Trainer):
         if collator.flatten or any(map(is_packed, datasets)):
             require_isolation(model, collator)
         settings = settings or StepSettings()
-        noise_alpha = (args.neftune_noise_alpha or 0.0) if train_dataset else 0.0
         self._forward = TokenForward(model, settings.loss)
         if settings.compiling:
             compile_layers(model, settings.compiling, evaluates=bool(eval_datasets))
         self._total_steps, self._flops_per_token = total_steps, flops_per_token(self._forward.causal_lm)
         self.progress, self._rows = progress, TrainingRows(train_dataset, args, progress)
-        self._step = OptimizerStep(
-            model, args, settings, total_steps, noise_alpha, tokenizer.decode, self._measure_evaluating
-        )
+        self._step = OptimizerStep(model, args, settings, total_steps, tokenizer.decode, self._measure_evaluating)
         self._run_log = RunLog(args, self._flops_per_token)
         self._evaluation = Evaluation(list(eval_datasets), args)
         self._checkpoint = CheckpointFiles(model, tokenizer, args, self._rows, settings, end_token_ids)
@@ -169,7 +165,7 @@ class SFTTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads their states from the checkpoint; their settings are the config's (`sft.training.optim.resume`)."""
         if checkpoint is not None:
-            configured = ConfiguredOptimizer.of(self.optimizer)  # type: ignore[arg-type]
+            configured = ConfiguredOptimizer(self.optimizer)  # type: ignore[arg-type]
             super()._load_optimizer_and_scheduler(checkpoint)
             configured.restore(self.optimizer, self.lr_scheduler, Path(checkpoint).name)  # type: ignore[arg-type]
 

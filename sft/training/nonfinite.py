@@ -43,7 +43,7 @@ class NonfiniteGuard:
         action: `stop` ends the run; `skip` skips the step.
         limit: steps that may be skipped; the run ends at the next one.
         decode: token ids to text.
-        measure: the loss of a batch in evaluation mode; None where one rank cannot run the model alone.
+        measure: the loss of a batch in evaluation mode, on this rank alone.
 
     Attributes:
         skipped: steps skipped so far.
@@ -54,7 +54,7 @@ class NonfiniteGuard:
         action: Literal["stop", "skip"],
         limit: int,
         decode: Callable[[list[int]], str | list[str]],
-        measure: Callable[[dict[str, Any]], torch.Tensor] | None,
+        measure: Callable[[dict[str, Any]], torch.Tensor],
     ) -> None:
         self._action, self._limit = action, limit
         self._decode, self._measure = decode, measure
@@ -178,17 +178,14 @@ def require_finite(parameters: Named, what: str) -> None:
     Raises:
         TrainingStopped: on all ranks, if a parameter is not finite on any.
     """
-    names = tuple(dict.fromkeys(name for names in _gather_if_any(nonfinite_parameters(parameters)) for name in names))
-    if names:
-        hint = (
-            "if training made them so, resume from an earlier checkpoint with a lower learning_rate; at the first step "
-            "the model already had them"
-        )
-        raise TrainingStopped(
-            Problem(f"{what} is not saved: {join_names(names)} would hold numbers that are not finite", hint)
-        )
-
-
-def _gather_if_any(names: list[str]) -> list[list[str]]:
-    """Gathers the names of all ranks; if none has any, they exchange a single number."""
-    return gather_objects(names) if int(sum_over_ranks(torch.tensor(len(names)))) else [names]
+    own = nonfinite_parameters(parameters)
+    if not int(sum_over_ranks(torch.tensor(len(own)))):  # a sound model costs the ranks a single number
+        return
+    names = tuple(dict.fromkeys(name for names in gather_objects(own) for name in names))
+    hint = (
+        "if training made them so, resume from an earlier checkpoint with a lower learning_rate; at the first step "
+        "the model already had them"
+    )
+    raise TrainingStopped(
+        Problem(f"{what} is not saved: {join_names(names)} would hold numbers that are not finite", hint)
+    )

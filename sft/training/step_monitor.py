@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import TokenLoss
+from sft.training.arguments import StepSettings
 from sft.training.first_step_checks import FirstStepChecks
 from sft.training.loss_spikes import LossSpikes
 from sft.training.neftune import Neftune
@@ -23,38 +25,30 @@ class StepMonitor:
 
     Args:
         model: the trained model, with its adapter.
-        device: holds the sums.
+        args: of the Trainer.
+        settings: how a step is made.
         decode: token ids to text, for messages.
         evaluate: the sums of one batch in evaluation mode, on this rank alone.
-        on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
-        from_scratch: whether the weights are randomly initialized on purpose.
-        noise_alpha: of NEFTune; 0 for none.
-        seed, rank: of NEFTune's noise.
     """
 
     def __init__(
         self,
         model: Any,
-        device: torch.device,
+        args: TrainingArguments,
+        settings: StepSettings,
         decode: Callable[[Any], Any],
         evaluate: Callable[[Inputs], TokenLoss],
-        *,
-        on_nonfinite: Literal["stop", "skip"],
-        nonfinite_limit: int,
-        from_scratch: bool,
-        noise_alpha: float,
-        seed: int,
-        rank: int,
     ) -> None:
-        self.sums = TokenSums(device)
+        self.sums = TokenSums(args.device)
         self._rows: list[torch.Tensor] = []
         self._evaluate = evaluate
-        self._neftune = Neftune(model, noise_alpha, seed, rank) if noise_alpha else None
+        alpha = args.neftune_noise_alpha or 0.0
+        self._neftune = Neftune(model, alpha, args.seed, args.process_index) if alpha else None
         self._guard = NonfiniteGuard(
-            on_nonfinite, nonfinite_limit, decode, lambda inputs: evaluate(dict(inputs)).objective
+            settings.on_nonfinite, settings.nonfinite_limit, decode, lambda inputs: evaluate(inputs).objective
         )
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._checks = FirstStepChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=noise_alpha)
+        self._checks = FirstStepChecks(model, vocab_size, from_scratch=settings.from_scratch, noise_alpha=alpha)
         self._spikes = LossSpikes()
 
     @property
