@@ -33,7 +33,7 @@ class OptimizerStep:
         args: of the Trainer.
         settings: how a step is made.
         total_steps: optimizer steps of the whole run.
-        decode, evaluate: as for `StepMonitor`.
+        decode, measure: as for `StepMonitor`.
 
     Attributes:
         monitor: checks each step.
@@ -47,10 +47,10 @@ class OptimizerStep:
         settings: StepSettings,
         total_steps: int,
         decode: Callable[[Any], Any],
-        evaluate: Callable[[dict[str, Any]], TokenLoss],
+        measure: Callable[[dict[str, Any]], TokenLoss],
     ) -> None:
         self._model, self._args, self._settings, self._total_steps = model, args, settings, total_steps
-        self.monitor = StepMonitor(model, args, settings, decode, evaluate)
+        self.monitor = StepMonitor(model, args, settings, decode, measure)
         self.sums = TokenSums(args.device)
         self._masters: MasterWeights | None = None
         self._retry: OomRetry | None = None
