@@ -123,10 +123,8 @@ def head_loss(
         if shard and not settings.chunk_size:
             settings = replace(settings, chunk_size=choose_chunk_size(shard, hidden.device))
         weights = _linear_weights(model, head, hidden)
-        if weights is None and wants_gradient:
-            tensors = [hidden, *head.parameters(model, hidden)]
-        else:
-            tensors = [hidden, *(weights or [])]
+        leaves = head.parameters(model, hidden) if weights is None and wants_gradient else weights or []
+        tensors = [hidden, *leaves]
         dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
         if weights is None:
             scores, gradients = module_chunks(model, head, tensors, targets, settings, dtypes, gradient_scale, score)

@@ -33,8 +33,7 @@ class OomRetry:
     Args:
         split: splits a piece in two; returns None if it cannot be split further.
         clear: clears the gradients of the step so far.
-        counts: reads what else a micro-batch changes (metrics), for `restore`.
-        restore: restores what `counts` has read.
+        counts, restore: read and restore what else a micro-batch changes (metrics).
 
     Attributes:
         cuts: k.
