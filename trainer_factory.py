@@ -25,9 +25,8 @@ from sft.model.precision import Precision
 from sft.report.console import console
 from sft.report.metrics_file import MetricsFile
 from sft.report.progress import ConsoleProgress
-from sft.training.arguments import training_arguments
+from sft.training.arguments import StepSettings, training_arguments
 from sft.training.optim.factory import require_optimizer
-from sft.training.step import StepSettings
 from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")

@@ -33,15 +33,16 @@ from sft.loss.token_loss import TokenLoss
 from sft.model.attention.document_attention import takes_documents
 from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
+from sft.training.arguments import StepSettings
 from sft.training.callbacks import FollowConfig, FollowEpoch
 from sft.training.checkpointing import CheckpointFiles
 from sft.training.dataloader import TrainingRows, is_packed
-from sft.training.evaluation import Evaluation, evaluation_mode, named_metrics
+from sft.training.evaluation import Evaluation, named_metrics
 from sft.training.mfu import flops_per_token
 from sft.training.nonfinite import require_finite
 from sft.training.optim.resume import ConfiguredOptimizer, require_schedule_of
 from sft.training.run_log import RunLog, write_curve
-from sft.training.step import OptimizerStep, StepSettings
+from sft.training.step import OptimizerStep
 
 logger = logging.getLogger("sft")
 Inputs = dict[str, Any]
@@ -51,16 +52,12 @@ class SFTTrainer(Trainer):
     """`transformers.Trainer` with this pipeline's loss, metrics, sampling and evaluation.
 
     Args:
-        model: a causal LM, with an adapter or without.
-        args: the training arguments.
-        tokenizer: saved with each checkpoint.
-        train_dataset: rows of `input_ids` and `labels` (see `data_handler.PreparedData`), or a `TrainingStream`.
+        model, tokenizer: a causal LM, with an adapter or without, and what is saved with each checkpoint.
+        train_dataset: rows of `input_ids` and `labels` (see `data_handler.PreparedData`), or a stream with `progress`.
         eval_datasets: evaluation sets by name; a single one is reported without its name.
         end_token_ids: the tokens that end an answer, for each checkpoint's generation config.
         callbacks: besides the Trainer's own, without its two printers.
         total_steps: optimizer steps of the whole run.
-        progress: of the stream, where `train_dataset` is one.
-        settings: how a step is made.
     """
 
     def __init__(
@@ -93,19 +90,15 @@ class SFTTrainer(Trainer):
         self.neftune_noise_alpha = None  # upstream's hook stays off: OptimizerStep adds the noise
         if self.accelerator.num_processes != group_size():
             raise RuntimeError(f"{group_size()} ranks joined, but the Trainer sees {self.accelerator.num_processes}")
-        datasets = [d for d in (train_dataset, *eval_datasets.values()) if d is not None]
-        if collator.flatten or any(map(is_packed, datasets)):
+        if collator.flatten or any(map(is_packed, [train_dataset, *eval_datasets.values()])):
             require_isolation(model, collator)
         settings = settings or StepSettings()
-        noise_alpha = (args.neftune_noise_alpha or 0.0) if train_dataset else 0.0
         self._forward = TokenForward(model, settings.loss)
         if settings.compiling:
             compile_layers(model, settings.compiling, evaluates=bool(eval_datasets))
         self._total_steps, self._flops_per_token = total_steps, flops_per_token(self._forward.causal_lm)
         self.progress, self._rows = progress, TrainingRows(train_dataset, args, progress)
-        self._step = OptimizerStep(
-            model, args, settings, total_steps, noise_alpha, tokenizer.decode, self._measure_evaluating
-        )
+        self._step = OptimizerStep(model, args, settings, total_steps, tokenizer.decode, self._measure_unwrapped)
         self._run_log = RunLog(args, self._flops_per_token)
         self._evaluation = Evaluation(list(eval_datasets), args)
         self._checkpoint = CheckpointFiles(model, tokenizer, args, self._rows, settings, end_token_ids)
@@ -136,7 +129,7 @@ class SFTTrainer(Trainer):
         output = super().train(*args, **kwargs)
         self._step.check_previous(self.state)
         self._count_tokens()
-        require_finite(self.model.named_parameters(), "the final model")  # type: ignore[union-attr]
+        require_finite(self.model, "the final model")
         return output
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -169,7 +162,7 @@ class SFTTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads their states from the checkpoint; their settings are the config's (`sft.training.optim.resume`)."""
         if checkpoint is not None:
-            configured = ConfiguredOptimizer.of(self.optimizer)  # type: ignore[arg-type]
+            configured = ConfiguredOptimizer(self.optimizer)  # type: ignore[arg-type]
             super()._load_optimizer_and_scheduler(checkpoint)
             configured.restore(self.optimizer, self.lr_scheduler, Path(checkpoint).name)  # type: ignore[arg-type]
 
@@ -205,16 +198,14 @@ class SFTTrainer(Trainer):
         DDP averages gradients over the ranks, so the sum is multiplied by their number first:
         mean over ranks of (world_size · sum_r / N) = (sum of all sum_r) / N.
         """
-        count = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        scale = ranks / count
+        scale = ranks / torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         # float16 gradients must be scaled before they are rounded, or the smallest are 0 by then.
         scaler = self.accelerator.scaler
         gradient_scale = scale if scaler is None else scaler.scale(scale)
-        result = self._step.monitor.measure_micro_batch(
-            inputs, self.state.global_step, lambda: self.measure(model, inputs, gradient_scale)
-        )
-        loss = self._step.monitor.guard_loss(result.objective * scale, inputs)
+        monitor, step = self._step.monitor, self.state.global_step
+        result = monitor.measure_micro_batch(inputs, step, lambda: self.measure(model, inputs, gradient_scale))
+        loss = monitor.guard_loss(result.objective * scale, inputs)
         return (loss, {}) if return_outputs else loss
 
     def measure(self, model: nn.Module, inputs: Inputs, gradient_scale: torch.Tensor | None = None) -> TokenLoss:
@@ -247,8 +238,7 @@ class SFTTrainer(Trainer):
         if "loss" in logs:
             self._count_tokens()
             logs |= self._run_log.metrics(self._step.monitor.skipped, self.state.num_input_tokens_seen)
-            for spike in self._step.monitor.spikes():
-                logger.warning("%s", spike)
+            self._step.monitor.log_spikes()
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
@@ -295,8 +285,7 @@ class SFTTrainer(Trainer):
 
         def measure(batch: Any) -> tuple[TokenLoss, torch.Tensor]:
             inputs = self._prepare_inputs(batch)
-            with self.accelerator.autocast():
-                loss = self.measure(self.model, inputs)  # type: ignore[arg-type]
+            loss = self._measure_unwrapped(inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             return loss, inputs["lengths"].sum()
 
@@ -305,14 +294,14 @@ class SFTTrainer(Trainer):
         rows: Any = dataloader.dataset
         return EvalLoopOutput(None, None, named_metrics(counts, metric_key_prefix), len(rows.rows))  # type: ignore[arg-type]
 
-    def _measure_evaluating(self, inputs: Inputs) -> TokenLoss:
-        with evaluation_mode(self.model), self.accelerator.autocast():
+    def _measure_unwrapped(self, inputs: Inputs) -> TokenLoss:
+        """Returns the sums of one batch in the mode that the model is in, on this rank alone."""
+        with self.accelerator.autocast():
             return self.measure(self.model, inputs)  # type: ignore[arg-type]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._run_log.paused():
-            named = self.model.named_parameters()  # type: ignore[union-attr]
-            require_finite(named, f"checkpoint-{self.state.global_step}")
+            require_finite(self.model, f"checkpoint-{self.state.global_step}")
             self._count_tokens()  # a resumed run then continues num_tokens from the right number
             self._checkpoint.gather_stream()
             super()._save_checkpoint(model, trial)

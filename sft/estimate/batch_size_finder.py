@@ -101,8 +101,6 @@ def choose_batch_size(
         budget: bytes that the process may hold at its peak: a share of `memory_limit`. All ranks take the smallest.
         reserve: bytes that training will hold and a probe does not: optimizer states not yet made, DDP's buckets.
         seconds: no further size is tried once the probes have taken that long.
-        clock: returns seconds.
-        peak: returns the bytes that a probe held at the most.
 
     Raises:
         UserError: the smallest size does not fit.
@@ -174,7 +172,9 @@ def _probe(
 ) -> Probe:
     """Runs the micro-batch twice, the second time with the gradients of the first, as in accumulation, and timed."""
     model.zero_grad(set_to_none=True)
-    _free_unused(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     reset_peak(device)
     fits, seconds = True, 0.0
     try:
@@ -195,13 +195,6 @@ def _probe(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _free_unused(device: torch.device) -> None:
-    """Frees what nothing refers to any more, for the next probe."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @contextmanager

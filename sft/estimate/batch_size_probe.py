@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,6 @@ def probe_batch_size(
     Args:
         model: as it is trained, with its adapter.
         rows: the training samples.
-        loss: how it is computed in training.
         world_size, local_world_size: processes that train together, and those of them on this machine.
 
     Raises:
@@ -81,7 +79,7 @@ def probe_batch_size(
     buckets = sum(p.numel() * p.element_size() for p in trainable) if world_size > 1 else 0
     choice = choose_batch_size(
         model,
-        _make_run_pass(model, rows, longest, collator, forward, precision, device),
+        lambda count: _run_pass(model, collator([rows[i] for i in longest[:count]]), forward, precision, device),
         candidates,
         budget=round(keys.auto_batch_memory_fraction * memory_limit(device, local_world_size)),
         reserve=optimizer.states + buckets,
@@ -92,28 +90,17 @@ def probe_batch_size(
     return choice.rows
 
 
-def _make_run_pass(
-    model: Any,
-    rows: Any,
-    longest: list[int],
-    collator: Collator,
-    forward: TokenForward,
-    precision: Precision,
-    device: torch.device,
-) -> Callable[[int], None]:
-    """Returns a function that runs forward and backward pass over that many of the longest samples."""
+def _run_pass(
+    model: Any, batch: dict[str, Any], forward: TokenForward, precision: Precision, device: torch.device
+) -> None:
+    """Runs forward and backward pass over a micro-batch from the collator."""
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    model.train()
+    scale = 1 / torch.tensor(float(len(inputs["trained_positions"])), device=device).clamp(min=1)
     half = torch.float16 if precision.fp16 else torch.bfloat16
-    autocasts = precision.fp16 or precision.bf16
-
-    def run_pass(count: int) -> None:
-        batch = {name: value.to(device) for name, value in collator([rows[i] for i in longest[:count]]).items()}
-        model.train()
-        scale = 1 / torch.tensor(float(len(batch["trained_positions"])), device=device).clamp(min=1)
-        with torch.autocast(device.type, half, enabled=autocasts):
-            loss = forward(model, batch, scale).objective * scale
-        loss.backward()
-
-    return run_pass
+    with torch.autocast(device.type, half, enabled=precision.fp16 or precision.bf16):
+        loss = forward(model, inputs, scale).objective * scale
+    loss.backward()
 
 
 def _table(choice: BatchChoice) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -42,8 +42,7 @@ class MemoryEstimate:
         activations: held for the backward pass when the decoder's forward ends.
         head: what the head and the loss hold on top at the most.
         process: libraries and data, before the model is loaded; 0 on a CUDA device, where they take none.
-        peak: the most that is held at any moment: not the sum, for not all of it is held at once. On a CPU a lower
-            bound, because malloc keeps freed blocks.
+        peak: the most that is held at any moment: not the sum, for not all of it is held at once.
     """
 
     weights: int
@@ -53,10 +52,6 @@ class MemoryEstimate:
     head: int
     process: int
     peak: int
-
-    def as_json(self) -> dict[str, int]:
-        """All numbers by name, in bytes."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +139,7 @@ def estimate_memory(
         model: from `sft.estimate.memory_trace.as_fake`, in training mode, adapters attached.
         run_forward: the trainer's forward on the longest real micro-batch, made of fake tensors; returns the loss.
         mode: of the fake tensors.
-        optimizer: from `optimizer_memory`.
-        process: bytes held before the model is loaded; 0 on a CUDA device.
+        process: as in `MemoryEstimate`.
         accumulation_steps: micro-batches of one step; the gradients of the first are held during the others.
         world_size: ranks; several have DDP's buckets, as large as all trainable weights, beside the gradients.
         master_weights: the gradients of 16-bit weights are float32, as those of their master values.
@@ -166,17 +160,13 @@ def estimate_memory(
     step_peak = optimizer.states + max(first.peak, first.kept + beside_gradients)
     return MemoryEstimate(
         weights=weights,
-        gradients=sum(_gradient_bytes(p) for p in trainable) + buckets,
+        gradients=sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in trainable) + buckets,
         optimizer=optimizer.states + optimizer.buffers,
         activations=first.activations,
         head=first.head,
         process=process,
         peak=process + weights + buckets + step_peak,
     )
-
-
-def _gradient_bytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * (4 if parameter.grad_dtype == torch.float32 else parameter.element_size())
 
 
 def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -126,7 +126,6 @@ def trace_pass(
     Args:
         model: from `as_fake`, in training mode.
         run_forward: the trainer's forward pass on a `fake_batch`, with head and loss; returns the loss, a scalar.
-        mode: of the model and the batch.
         hold_gradients: each trainable weight has a gradient already, as from the second micro-batch of a step on.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]

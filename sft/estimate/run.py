@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class RunEstimate:
     def as_json(self) -> dict[str, Any]:
         """Returns all numbers by name; memory in bytes."""
         return {
-            "memory": self.memory.as_json(),
+            "memory": asdict(self.memory),
             "device": self.device,
             "device_limit": self.limit,
             "fits": self.memory.peak <= self.limit,
@@ -101,11 +101,9 @@ def estimate_run(
     Args:
         model: on the meta device, with its adapter.
         rows: the training samples, or a stream of them.
-        arguments: of the Trainer.
-        loss: how it is computed.
         master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
         max_seq_length: the assumed length of the samples of a stream.
-        assumes_batch_size: `plan` has a number in the place of `per_device_train_batch_size: auto`.
+        assumes_batch_size: as in `RunEstimate`.
     """
     device = arguments.device
     process = 0 if device.type == "cuda" else held_bytes(device)  # a GPU's memory holds no libraries
@@ -126,7 +124,9 @@ def estimate_run(
         master_weights=master_weights,
         summed=find_summed_weights(model) if is_single and splits_masters(name) else None,
     )
-    total_tokens = _total_tokens(plan)
+    total_tokens = None
+    if plan.tokens_per_epoch is not None and plan.steps_per_epoch is not None:
+        total_tokens = round(plan.tokens_per_epoch * plan.total_steps / plan.steps_per_epoch)
     estimate = RunEstimate(
         memory=memory,
         plan=plan,
@@ -144,11 +144,7 @@ def estimate_run(
 
 
 def _fake_forward(
-    model: Any,
-    batch: dict[str, Any],
-    mode: FakeTensorMode,
-    arguments: TrainingArguments,
-    loss: LossSettings,
+    model: Any, batch: dict[str, Any], mode: FakeTensorMode, arguments: TrainingArguments, loss: LossSettings
 ) -> Callable[[], torch.Tensor]:
     """Makes model and batch fake; returns a function that runs the trainer's forward pass and returns the loss."""
     device, half = arguments.device, _autocast(arguments)
@@ -206,12 +202,6 @@ def _least_seconds(model: Any, total_tokens: int | None, plan: BatchPlan, argume
     if speed is None:
         return None
     return flops_per_token(model) * total_tokens / (speed * plan.world_size)
-
-
-def _total_tokens(plan: BatchPlan) -> int | None:
-    if plan.tokens_per_epoch is None or plan.steps_per_epoch is None:
-        return None
-    return round(plan.tokens_per_epoch * plan.total_steps / plan.steps_per_epoch)
 
 
 def _longest_micro_batch(

@@ -37,7 +37,6 @@ class TokenForward:
 
     def __init__(self, model: Any, settings: LossSettings, head: OutputHead | None = None) -> None:
         self.causal_lm: Any = without_adapter(model)
-        self._config = self.causal_lm.config
         self._objective = settings.objective
         self._eval_objective = Objective(entropy=settings.objective.entropy)
         self.unfused_reason = fused_linear.install(self.causal_lm, settings.chunk_size, head, outermost=model)
@@ -59,7 +58,7 @@ class TokenForward:
         """
         kept: dict[str, Any] = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
         if "documents" in inputs:
-            kept |= attention_inputs(self._config, inputs["documents"])
+            kept |= attention_inputs(self.causal_lm.config, inputs["documents"])
         # With a cache, attention would no longer be restricted by position_ids to one document of a packed sequence.
         objective = self._objective if model.training else self._eval_objective
         if self.unfused_reason is None:

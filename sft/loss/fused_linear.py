@@ -31,16 +31,11 @@ _STATE = "_fused_head"  # attribute of the model
 
 @dataclass(frozen=True, slots=True)
 class _Installed:
-    """What a model with a fused head remembers.
-
-    Attributes:
-        chunk_size: as in `LossSettings`.
-        original: a forward that was set on the instance before; None is the class's.
-    """
+    """What a model with a fused head remembers."""
 
     head: OutputHead
     chunk_size: int | None
-    original: Any
+    original: Any  # a forward that was set on the instance before; None is the class's
 
 
 def install(
@@ -53,8 +48,8 @@ def install(
     Args:
         model: the causal LM itself, inside an adapter's wrapper, with its adapter attached.
         chunk_size: as in `LossSettings`.
-        head: where it is known; else it is found by running the model on a few tokens.
-        outermost: the module that training calls, around `model`, where that is another.
+        head: where it is known; else `find_output_head` finds it.
+        outermost: as for `find_output_head`.
 
     Returns:
         None, or why nothing was installed: the model's logits could not be computed apart from its decoder.
@@ -112,8 +107,7 @@ def head_loss(
 
     Args:
         hidden: (B, T, D).
-        labels: (B, T), aligned with the input: -100 where a token is masked. Column 0 is never supervised.
-        positions: (N,) `trained_positions(labels)` where they are known, so that a GPU need not wait for them.
+        labels, positions: as for `token_loss`; where positions are known a GPU need not wait for them.
         gradient_scale: the scalar, on the device, by which the objective will be multiplied before its backward.
             Gradients in half precision made with it are rounded once, as autograd's are, and not a second time:
             without it those of the hidden states are 16 % further from float64's. The objective is the same.
@@ -129,10 +123,8 @@ def head_loss(
         if shard and not settings.chunk_size:
             settings = replace(settings, chunk_size=choose_chunk_size(shard, hidden.device))
         weights = _linear_weights(model, head, hidden)
-        if weights is None and wants_gradient:
-            tensors = [hidden, *head.parameters(model, hidden)]
-        else:
-            tensors = [hidden, *(weights or [])]
+        leaves = head.parameters(model, hidden) if weights is None and wants_gradient else weights or []
+        tensors = [hidden, *leaves]
         dtypes = [gradient_dtype(t) if wants_gradient and t.requires_grad else None for t in tensors]
         if weights is None:
             scores, gradients = module_chunks(model, head, tensors, targets, settings, dtypes, gradient_scale, score)

@@ -12,7 +12,8 @@ from sft.loss.token_loss import TokenLoss
 
 _SUMMED = ("objective", "nll", "entropy", "router_aux")
 _COUNTED = ("tokens", "correct", "answers", "answers_correct")
-_MEASURED = ("entropy_tokens", "router_tokens")  # tokens of the sums that not every batch has
+# The two in the middle count the tokens of the sums that not every batch has.
+_NAMES = (*_SUMMED, *_COUNTED, "entropy_tokens", "router_tokens", "input_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,7 @@ class TokenSums:
     """Adds up `TokenLoss`es on the device, in float64 to keep long sums exact; reading them is one transfer."""
 
     def __init__(self, device: torch.device) -> None:
-        names = (*_SUMMED, *_COUNTED, *_MEASURED, "input_tokens")
-        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        self._names = names
+        self._sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
 
     def add(self, loss: TokenLoss, input_tokens: torch.Tensor) -> None:
         """Adds one batch. `input_tokens` is its number of tokens without padding."""
@@ -86,7 +85,7 @@ class TokenSums:
     @property
     def objective_and_tokens(self) -> torch.Tensor:
         """(2,) this rank's summed objective and number of supervised tokens, on the device."""
-        return torch.stack([self._sums[self._names.index(name)] for name in ("objective", "tokens")])
+        return torch.stack([self._sums[_NAMES.index(name)] for name in ("objective", "tokens")])
 
     def absorb(self, other: TokenSums) -> None:
         """Adds the sums of `other` and clears it; nothing is read from the device."""
@@ -117,4 +116,4 @@ class TokenSums:
         """Returns the sums over all ranks; every rank must call it."""
         values = sum_over_ranks(self._sums).tolist()
         summed, counted = values[: len(_SUMMED)], map(round, values[len(_SUMMED) :])
-        return TokenCounts(**dict(zip(self._names, [*summed, *counted], strict=True)))
+        return TokenCounts(**dict(zip(_NAMES, [*summed, *counted], strict=True)))

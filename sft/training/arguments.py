@@ -1,12 +1,13 @@
-"""Makes the Trainer's `TrainingArguments` from the user's keys and this pipeline's defaults."""
+"""Makes the Trainer's `TrainingArguments` from the user's keys and our defaults; holds the settings that it lacks."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,34 @@ from transformers import TrainingArguments
 
 from sft.config.best_metric import METRIC_SCHEDULES, greater_is_better
 from sft.data.loading.batch_plan import BatchPlan
+from sft.loss.token_loss import LossSettings
 from sft.model.compile import KEYS as COMPILING
+from sft.model.compile import CompileSettings
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """Settings of the optimizer steps that `TrainingArguments` does not have.
+
+    Attributes:
+        loss: how it is computed.
+        dtype: of the weights at rest, noted in checkpoints.
+        master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
+        on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
+        from_scratch: whether the model's weights are randomly initialized on purpose.
+        compiling: how the decoder layers are compiled; None for not at all.
+        retries_oom: whether a rank that runs out of memory repeats the step in smaller micro-batches; the ranks then
+            reduce their gradients after the last backward pass of a step, not during it.
+    """
+
+    loss: LossSettings = field(default_factory=LossSettings)
+    dtype: str | None = None
+    master_weights: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: int = 10
+    from_scratch: bool = False
+    compiling: CompileSettings | None = None
+    retries_oom: bool = False
 
 
 def training_arguments(

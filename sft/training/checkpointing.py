@@ -14,20 +14,15 @@ from sft.checkpoint.compatibility import ResumeFingerprint, adapter_facts, descr
 from sft.loss.metrics import TokenCounts
 from sft.model.saving import save_companions
 from sft.report.run_files import write_ledger
+from sft.training.arguments import StepSettings
 from sft.training.dataloader import TrainingRows
-from sft.training.step import StepSettings
 
 
 class CheckpointFiles:
     """The fingerprint by which a resume knows its run, the counts since the last log, the state of a stream.
 
     Args:
-        model: the trained model, with its adapter.
-        tokenizer: saved with each checkpoint.
-        args: of the Trainer.
-        rows: the training rows.
-        settings: how a step is made.
-        end_token_ids: the tokens that end an answer, for the generation config.
+        end_token_ids: the tokens that end an answer, for the generation config; a stream finds more of them.
     """
 
     def __init__(

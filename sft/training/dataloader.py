@@ -71,5 +71,5 @@ class TrainingRows:
 
 
 def is_packed(rows: Any) -> bool:
-    """Whether samples share rows, of a data set or a stream."""
-    return rows.is_packed if isinstance(rows, TrainingStream) else PACKED in rows.column_names
+    """Whether samples share rows, of a data set or a stream; None has no rows."""
+    return rows.is_packed if isinstance(rows, TrainingStream) else PACKED in getattr(rows, "column_names", ())

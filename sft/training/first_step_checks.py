@@ -132,6 +132,9 @@ class FirstStepChecks:
         model: wrapped with an adapter or not.
         vocab_size, from_scratch: see `FirstStep`.
         noise_alpha: of NEFTune; 0 means none.
+
+    Attributes:
+        is_open: whether the check is still due; the same on all ranks.
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class FirstStepChecks:
         self._evaluated: tuple[torch.Tensor, torch.Tensor] | None = None  # summed loss, tokens
         self._trained: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps = 0
-        self._is_open = True
+        self.is_open = True
         self._rate_is_open = True
 
     def before_pass(self, evaluate: Callable[[], TokenLoss]) -> None:
@@ -159,11 +162,6 @@ class FirstStepChecks:
         """Keeps the sums of the first micro-batch in training mode; nothing is read from the device yet."""
         if self._trained is None:
             self._trained = (trained.nll, trained.tokens)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the check is still due; the same on all ranks."""
-        return self._is_open
 
     def look(self, step: int, counts: TokenCounts) -> None:
         """Checks the first step with a supervised token, before the optimizer makes it; every rank must call it.
@@ -186,7 +184,7 @@ class FirstStepChecks:
                 raise TrainingStopped(problem)
             logger.warning("%s", problem)
             return
-        self._is_open = False
+        self.is_open = False
         first = FirstStep(
             step=step,
             loss=counts.nll / counts.tokens,

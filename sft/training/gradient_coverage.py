@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from sft.distributed.dtensor import to_full
 
 _MATRICES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))  # peft's names
 _PARTNERS = (*_MATRICES, *((b, a) for a, b in _MATRICES))
@@ -54,7 +55,7 @@ def count_gradients(model: torch.nn.Module) -> GradientCoverage:
         values = torch.stack([size.to(device) for size in sizes.values()]).tolist()
         reached = {name: value != 0 for name, value in zip(sizes, values, strict=True)}  # NaN counts as a gradient
     unreached = [name for name in trained if not reached.get(name)]
-    idle = [name for name in unreached if _is_expert(name)]
+    idle = [name for name in unreached if "experts" in name.split(".") and "shared" not in name]
     waiting = [name for name in unreached if name in reached and name not in idle and _is_zero_by_design(name, trained)]
     rest = [name for name in unreached if name not in idle and name not in waiting]
     return GradientCoverage(
@@ -81,11 +82,6 @@ def _is_zero_by_design(name: str, trained: dict[str, torch.nn.Parameter]) -> boo
     return False
 
 
-def _is_expert(name: str) -> bool:
-    return "experts" in name.split(".") and "shared" not in name
-
-
-def _size(tensor: Any) -> torch.Tensor:
+def _size(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the sum of absolute values, a float32 scalar, over all shards, without a copy of the tensor."""
-    size = torch.linalg.vector_norm(tensor.detach(), 1, dtype=torch.float32)
-    return size.full_tensor() if hasattr(size, "full_tensor") else size  # type: ignore[no-any-return]
+    return to_full(torch.linalg.vector_norm(tensor.detach(), 1, dtype=torch.float32))

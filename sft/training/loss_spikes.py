@@ -11,12 +11,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sft.distributed.collectives import gather_objects, sum_over_ranks
 
+_WINDOW = 64  # steps that a loss is compared with
+_QUIET = 20  # first steps, which are never spikes: the loss falls fast and its deviation is not known
+# A spike is more than this many deviations above the median, and more than this share of the median above it.
+_DEVIATIONS, _SHARE = 10.0, 0.3
 _NORMAL = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
 
 
@@ -47,18 +51,10 @@ class Spike:
 
 
 class LossSpikes:
-    """Watches the loss of each optimizer step. Its history is not saved: a resumed run starts with an empty window.
+    """Watches the loss of each optimizer step. Its history is not saved: a resumed run starts with an empty window."""
 
-    Args:
-        window: steps that a loss is compared with.
-        quiet: first steps, which are never spikes: the loss falls fast and its deviation is not known.
-        deviations: a spike is more than this many deviations above the median,
-        share: and more than this share of the median above it.
-    """
-
-    def __init__(self, window: int = 64, quiet: int = 20, deviations: float = 10.0, share: float = 0.3) -> None:
-        self._before: deque[float] = deque(maxlen=window)
-        self._quiet, self._deviations, self._share = quiet, deviations, share
+    def __init__(self) -> None:
+        self._before: deque[float] = deque(maxlen=_WINDOW)
         self._is_high = False
         self._unread: list[tuple[int, torch.Tensor, list[torch.Tensor]]] = []
 
@@ -84,8 +80,7 @@ class LossSpikes:
             if spike:
                 numbers = sorted({int(row) for each in rows for row in each.tolist() if row >= 0})
                 everywhere = gather_objects(numbers)  # all ranks see the same spikes
-                found = tuple(sorted(row for numbers in everywhere for row in numbers))
-                spikes.append(Spike(spike.step, spike.loss, spike.median, spike.deviation, found))
+                spikes.append(replace(spike, rows=tuple(sorted(row for found in everywhere for row in found))))
         return spikes
 
     def observe(self, step: int, loss: float) -> Spike | None:
@@ -97,10 +92,10 @@ class LossSpikes:
             return None
         before = list(self._before)
         self._before.append(loss)
-        if len(before) < self._quiet:
+        if len(before) < _QUIET:
             return None
         median = statistics.median(before)
         deviation = _NORMAL * statistics.median(abs(value - median) for value in before)
         was_high = self._is_high
-        self._is_high = loss - median > max(self._deviations * deviation, self._share * median)
+        self._is_high = loss - median > max(_DEVIATIONS * deviation, _SHARE * median)
         return Spike(step, loss, median, deviation) if self._is_high and not was_high else None

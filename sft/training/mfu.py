@@ -9,12 +9,10 @@ from sft.model.embeddings import is_tied
 
 # Dense bfloat16 operations per second, by a pattern in the device's name, from NVIDIA's and AMD's data sheets.
 _PEAKS = {
-    r"H200|GH200": 989.4e12,
     r"H100.*PCIe": 756e12,
-    r"H100": 989.4e12,
+    r"H100|H200": 989.4e12,
     r"H20\b": 148e12,
-    r"B200|GB200": 2250e12,
-    r"B300|GB300": 2250e12,
+    r"B200|B300": 2250e12,
     r"A100|A800": 312e12,
     r"L40S": 362e12,
     r"\bL4\b": 121e12,

@@ -75,7 +75,7 @@ class Neftune:
         self._weight: torch.Tensor = embeddings.weight
         self._noise: torch.Tensor | None = None
         self._generator = torch.Generator(self._weight.device)
-        self._hook = embeddings.register_forward_hook(self._add)
+        embeddings.register_forward_hook(self._add)
 
     @contextmanager
     def training_pass(self, inputs: Mapping[str, Any], step: int, number: int) -> Iterator[None]:
@@ -100,10 +100,6 @@ class Neftune:
             yield
         finally:
             self._noise = None
-
-    def remove(self) -> None:
-        """Removes the hook from the model."""
-        self._hook.remove()
 
     def _add(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output if self._noise is None else output + self._noise.to(output.dtype)

@@ -8,7 +8,7 @@ there, and the host reads it one step later, while the device is busy with the n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +20,6 @@ from sft.errors import Problem, TrainingStopped
 from sft.training.nonfinite_report import MicroBatch, describe, diagnose, join_names
 
 logger = logging.getLogger("sft")
-
-Named = Iterable[tuple[str, torch.nn.Parameter]]
 
 _OVERFLOWS = 32  # halvings of the loss scale in a row: 65,536 becomes 2e-5, below which the scale is not the cause
 
@@ -43,7 +41,7 @@ class NonfiniteGuard:
         action: `stop` ends the run; `skip` skips the step.
         limit: steps that may be skipped; the run ends at the next one.
         decode: token ids to text.
-        measure: the loss of a batch in evaluation mode; None where one rank cannot run the model alone.
+        measure: the loss of a batch in evaluation mode, on this rank alone.
 
     Attributes:
         skipped: steps skipped so far.
@@ -54,7 +52,7 @@ class NonfiniteGuard:
         action: Literal["stop", "skip"],
         limit: int,
         decode: Callable[[list[int]], str | list[str]],
-        measure: Callable[[dict[str, Any]], torch.Tensor] | None,
+        measure: Callable[[dict[str, Any]], torch.Tensor],
     ) -> None:
         self._action, self._limit = action, limit
         self._decode, self._measure = decode, measure
@@ -150,27 +148,26 @@ def copy_to_host(flag: torch.Tensor) -> Callable[[], bool]:
     return read
 
 
-def nonfinite_parameters(parameters: Named) -> list[str]:
+def nonfinite_parameters(model: torch.nn.Module) -> list[str]:
     """Returns the names of the trained parameters that hold a number that is not finite, on this rank.
 
     If there is none, one number is read from the device.
     """
-    trained = [
-        (name, to_local(p.detach())) for name, p in parameters if p.requires_grad and to_local(p.detach()).numel()
-    ]
+    trained = {name: to_local(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: part for name, part in trained.items() if part.numel()}
     if not trained:
         return []
     with torch.no_grad():
-        largest = torch._foreach_norm([p for _, p in trained], float("inf"))
+        largest = torch._foreach_norm(list(trained.values()), float("inf"))
         device = largest[0].device
         finite = torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite()
     if bool(finite.all()):
         return []
-    return [name for (name, _), is_finite in zip(trained, finite.tolist(), strict=True) if not is_finite]
+    return [name for name, is_finite in zip(trained, finite.tolist(), strict=True) if not is_finite]
 
 
-def require_finite(parameters: Named, what: str) -> None:
-    """Refuses to save parameters that are not finite; a collective, so every rank must call it.
+def require_finite(model: Any, what: str) -> None:
+    """Refuses to save a model whose parameters are not finite; a collective, so every rank must call it.
 
     Args:
         what: the thing to save, e.g. `checkpoint-100`.
@@ -178,17 +175,14 @@ def require_finite(parameters: Named, what: str) -> None:
     Raises:
         TrainingStopped: on all ranks, if a parameter is not finite on any.
     """
-    names = tuple(dict.fromkeys(name for names in _gather_if_any(nonfinite_parameters(parameters)) for name in names))
-    if names:
-        hint = (
-            "if training made them so, resume from an earlier checkpoint with a lower learning_rate; at the first step "
-            "the model already had them"
-        )
-        raise TrainingStopped(
-            Problem(f"{what} is not saved: {join_names(names)} would hold numbers that are not finite", hint)
-        )
-
-
-def _gather_if_any(names: list[str]) -> list[list[str]]:
-    """Gathers the names of all ranks; if none has any, they exchange a single number."""
-    return gather_objects(names) if int(sum_over_ranks(torch.tensor(len(names)))) else [names]
+    own = nonfinite_parameters(model)
+    if not int(sum_over_ranks(torch.tensor(len(own)))):  # a sound model costs the ranks a single number
+        return
+    names = tuple(dict.fromkeys(name for names in gather_objects(own) for name in names))
+    hint = (
+        "if training made them so, resume from an earlier checkpoint with a lower learning_rate; at the first step "
+        "the model already had them"
+    )
+    raise TrainingStopped(
+        Problem(f"{what} is not saved: {join_names(names)} would hold numbers that are not finite", hint)
+    )

@@ -49,21 +49,18 @@ def diagnose(
     micro_batches: Sequence[MicroBatch],
     norms: Mapping[str, torch.Tensor],
     decode: Callable[[list[int]], str | list[str]],
-    measure: Callable[[dict[str, Any]], torch.Tensor] | None,
+    measure: Callable[[dict[str, Any]], torch.Tensor],
 ) -> Finding:
     """Finds the micro-batches, rows and gradients that are not finite; reads from the device as often as it needs to.
 
     Args:
-        micro_batches: of the step.
-        norms: of each gradient, by parameter name.
+        micro_batches, norms: of the step.
         decode, measure: see `sft.training.nonfinite.NonfiniteGuard`.
     """
     bad = [number for number, (is_finite, _) in enumerate(micro_batches, 1) if not bool(is_finite)]
     suspects = [micro_batches[number - 1][1] for number in bad] or [inputs for _, inputs in micro_batches]
     documents = [found for inputs in suspects for found in split_into_documents(inputs)]
-    guilty = []
-    if bad and measure is not None:
-        guilty = [found for found in documents if not bool(measure(found[1]).isfinite())]
+    guilty = [found for found in documents if bad and not bool(measure(found[1]).isfinite())]
     listed = guilty or documents
     texts = [decode(inputs["input_ids"].flatten().tolist()[:_TEXT]) for _, inputs in listed[:_SHOWN]]
     return Finding(

@@ -22,8 +22,6 @@ from sft.distributed.oom import allocator_message, is_out_of_memory, out_of_memo
 
 logger = logging.getLogger("sft")
 
-RunPiece = Callable[[Any], torch.Tensor]
-
 
 class OomRetry:
     """Runs micro-batches, each in 2ᵏ pieces, where k grows by one whenever memory runs out.
@@ -35,8 +33,7 @@ class OomRetry:
     Args:
         split: splits a piece in two; returns None if it cannot be split further.
         clear: clears the gradients of the step so far.
-        counts: reads what else a micro-batch changes (metrics), for `restore`.
-        restore: restores what `counts` has read.
+        counts, restore: read and restore what else a micro-batch changes (metrics).
 
     Attributes:
         cuts: k.
@@ -58,7 +55,7 @@ class OomRetry:
         """Begins a new optimizer step."""
         self._done = []
 
-    def run(self, batch: Any, run_piece: RunPiece) -> torch.Tensor:
+    def run(self, batch: Any, run_piece: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         """Adds the gradients of a micro-batch to those of the step and returns its loss, a scalar without graph.
 
         Args:
@@ -85,7 +82,7 @@ class OomRetry:
         self._done.append(batch)
         return loss
 
-    def _try(self, batches: Sequence[Any], run_piece: RunPiece) -> torch.Tensor | None:
+    def _try(self, batches: Sequence[Any], run_piece: Callable[[Any], torch.Tensor]) -> torch.Tensor | None:
         """Returns the sum of the batches' losses, 0 for no batch; None if memory ran out."""
         total: torch.Tensor | None = None
         try:
@@ -107,11 +104,7 @@ class OomRetry:
         return pieces
 
     def _cut(self, batch: Any) -> None:
-        """Increases k by one.
-
-        Raises:
-            RankStopped: no piece can be split further.
-        """
+        """Increases k by one; raises `RankStopped` if no piece can be split further."""
         batches = [*self._done, batch]
         before = [len(self._pieces(b)) for b in batches]
         self.cuts += 1

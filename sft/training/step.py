@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -14,8 +13,8 @@ from transformers import TrainerState, TrainingArguments
 from sft.distributed.gradient_reducer import GradientReducer
 from sft.errors import TrainingStopped
 from sft.loss.metrics import TokenSums
-from sft.loss.token_loss import LossSettings, TokenLoss
-from sft.model.compile import CompileSettings
+from sft.loss.token_loss import TokenLoss
+from sft.training.arguments import StepSettings
 from sft.training.oom_retry import OomRetry
 from sft.training.optim.factory import find_fused_adam, with_master_weights
 from sft.training.optim.grad_norm import clip_factor, clip_gradients, gradient_norms, total_norm
@@ -24,34 +23,6 @@ from sft.training.optim.resume import PEAK
 from sft.training.optim.split_master_weights import find_summed_weights
 from sft.training.split_batch import split_batch
 from sft.training.step_monitor import StepMonitor
-
-RunMicroBatch = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
-"""Runs forward and backward of a micro-batch and returns its loss, a scalar without graph."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepSettings:
-    """Settings of the optimizer steps.
-
-    Attributes:
-        loss: how it is computed.
-        dtype: of the weights at rest, noted in checkpoints.
-        master_weights: whether the optimizer keeps float32 values of bfloat16 weights.
-        on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
-        from_scratch: whether the model's weights are randomly initialized on purpose.
-        compiling: how the decoder layers are compiled; None for not at all.
-        retries_oom: whether a rank that runs out of memory repeats the step in smaller micro-batches; the ranks then
-            reduce their gradients after the last backward pass of a step, not during it.
-    """
-
-    loss: LossSettings = field(default_factory=LossSettings)
-    dtype: str | None = None
-    master_weights: bool = False
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    nonfinite_limit: int = 10
-    from_scratch: bool = False
-    compiling: CompileSettings | None = None
-    retries_oom: bool = False
 
 
 class OptimizerStep:
@@ -62,9 +33,7 @@ class OptimizerStep:
         args: of the Trainer.
         settings: how a step is made.
         total_steps: optimizer steps of the whole run.
-        noise_alpha: of NEFTune; 0 for none.
-        decode: token ids to text, for messages.
-        evaluate: the sums of one batch in evaluation mode, on this rank alone.
+        decode, measure: as for `StepMonitor`.
 
     Attributes:
         monitor: checks each step.
@@ -77,23 +46,11 @@ class OptimizerStep:
         args: TrainingArguments,
         settings: StepSettings,
         total_steps: int,
-        noise_alpha: float,
         decode: Callable[[Any], Any],
-        evaluate: Callable[[dict[str, Any]], TokenLoss],
+        measure: Callable[[dict[str, Any]], TokenLoss],
     ) -> None:
         self._model, self._args, self._settings, self._total_steps = model, args, settings, total_steps
-        self.monitor = StepMonitor(
-            model,
-            args.device,
-            decode,
-            evaluate,
-            on_nonfinite=settings.on_nonfinite,
-            nonfinite_limit=settings.nonfinite_limit,
-            from_scratch=settings.from_scratch,
-            noise_alpha=noise_alpha,
-            seed=args.seed,
-            rank=args.process_index,
-        )
+        self.monitor = StepMonitor(model, args, settings, decode, measure)
         self.sums = TokenSums(args.device)
         self._masters: MasterWeights | None = None
         self._retry: OomRetry | None = None
@@ -105,14 +62,18 @@ class OptimizerStep:
                 self._reducer = GradientReducer([p for p in model.parameters() if p.requires_grad])
 
     def run_micro_batch(
-        self, model: torch.nn.Module, inputs: dict[str, Any], is_last: bool, run: RunMicroBatch
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        is_last: bool,
+        run: Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor],
     ) -> torch.Tensor:
         """Runs one micro-batch of the step.
 
         Args:
             model: as the Trainer has wrapped it.
             is_last: whether it is the last micro-batch of the step, after which the gradients are complete.
-            run: forward and backward.
+            run: forward and backward; returns the loss, a scalar without graph.
         """
         if self._retry is None:
             with self._masters.reducing(model, is_last) if self._masters else nullcontext():
@@ -128,16 +89,13 @@ class OptimizerStep:
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Returns the optimizer, over float32 values of bfloat16 weights where the run keeps them."""
         if self._settings.master_weights:
-            optimizer = self._masters = with_master_weights(optimizer, self._summed())
+            # A step of one micro-batch sums the gradients of few weights, any other step those of all.
+            adds = self._args.gradient_accumulation_steps > 1 or self._args.world_size > 1 or self._retry
+            summed = None if adds else find_summed_weights(self._model)
+            optimizer = self._masters = with_master_weights(optimizer, summed)
         for group in optimizer.param_groups:
             group.setdefault(PEAK, group["lr"])  # as most schedules do; each checkpoint then holds it
         return optimizer
-
-    def _summed(self) -> list[torch.nn.Parameter] | None:
-        """Returns the weights whose gradients are sums although a step is one micro-batch; None for other steps."""
-        if self._args.gradient_accumulation_steps > 1 or self._args.world_size > 1 or self._retry:
-            return None
-        return find_summed_weights(self._model)
 
     def check_and_clip(self, optimizer: torch.optim.Optimizer, state: TrainerState, *, scaled: bool) -> torch.Tensor:
         """Decides whether the step is made, then clips its gradients; returns their norm before clipping, a scalar.

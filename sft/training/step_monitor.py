@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from sft.loss.metrics import TokenSums
 from sft.loss.token_loss import TokenLoss
+from sft.training.arguments import StepSettings
+from sft.training.evaluation import evaluation_mode
 from sft.training.first_step_checks import FirstStepChecks
 from sft.training.loss_spikes import LossSpikes
 from sft.training.neftune import Neftune
 from sft.training.nonfinite import NonfiniteGuard
 
+logger = logging.getLogger("sft")
 Inputs = dict[str, Any]
 
 
@@ -23,39 +28,35 @@ class StepMonitor:
 
     Args:
         model: the trained model, with its adapter.
-        device: holds the sums.
+        args: of the Trainer.
+        settings: how a step is made.
         decode: token ids to text, for messages.
-        evaluate: the sums of one batch in evaluation mode, on this rank alone.
-        on_nonfinite, nonfinite_limit: see `sft.training.nonfinite.NonfiniteGuard`.
-        from_scratch: whether the weights are randomly initialized on purpose.
-        noise_alpha: of NEFTune; 0 for none.
-        seed, rank: of NEFTune's noise.
+        measure: the sums of one batch, on this rank alone.
     """
 
     def __init__(
         self,
         model: Any,
-        device: torch.device,
+        args: TrainingArguments,
+        settings: StepSettings,
         decode: Callable[[Any], Any],
-        evaluate: Callable[[Inputs], TokenLoss],
-        *,
-        on_nonfinite: Literal["stop", "skip"],
-        nonfinite_limit: int,
-        from_scratch: bool,
-        noise_alpha: float,
-        seed: int,
-        rank: int,
+        measure: Callable[[Inputs], TokenLoss],
     ) -> None:
-        self.sums = TokenSums(device)
+        self.sums = TokenSums(args.device)
         self._rows: list[torch.Tensor] = []
-        self._evaluate = evaluate
-        self._neftune = Neftune(model, noise_alpha, seed, rank) if noise_alpha else None
+        self._model, self._measure = model, measure
+        alpha = args.neftune_noise_alpha or 0.0
+        self._neftune = Neftune(model, alpha, args.seed, args.process_index) if alpha else None
         self._guard = NonfiniteGuard(
-            on_nonfinite, nonfinite_limit, decode, lambda inputs: evaluate(dict(inputs)).objective
+            settings.on_nonfinite, settings.nonfinite_limit, decode, lambda inputs: self._evaluate(inputs).objective
         )
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._checks = FirstStepChecks(model, vocab_size, from_scratch=from_scratch, noise_alpha=noise_alpha)
+        self._checks = FirstStepChecks(model, vocab_size, from_scratch=settings.from_scratch, noise_alpha=alpha)
         self._spikes = LossSpikes()
+
+    def _evaluate(self, inputs: Inputs) -> TokenLoss:
+        with evaluation_mode(self._model):
+            return self._measure(inputs)
 
     @property
     def skipped(self) -> int:
@@ -147,6 +148,7 @@ class StepMonitor:
         self._spikes.note(made + 1, self.sums.objective_and_tokens, rows)
         return True
 
-    def spikes(self) -> list[str]:
-        """Returns the loss spikes since the last call, as text; reads the device."""
-        return [str(spike) for spike in self._spikes.read()]
+    def log_spikes(self) -> None:
+        """Logs the loss spikes since the last call; reads the device."""
+        for spike in self._spikes.read():
+            logger.warning("%s", spike)

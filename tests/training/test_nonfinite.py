@@ -275,12 +275,12 @@ def test_no_gradient_has_the_norm_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_that_are_not_finite_are_not_saved(value: float, dtype: torch.dtype) -> None:
     model = Weights().to(dtype)
-    require_finite(model.named_parameters(), "checkpoint-3")
+    require_finite(model, "checkpoint-3")
     with torch.no_grad():
         model.other[1] = value
-    assert nonfinite_parameters(model.named_parameters()) == ["other"]
+    assert nonfinite_parameters(model) == ["other"]
     with pytest.raises(TrainingStopped, match="checkpoint-3 is not saved: other would hold"):
-        require_finite(model.named_parameters(), "checkpoint-3")
+        require_finite(model, "checkpoint-3")
 
 
 def test_frozen_parameters_are_the_users_own() -> None:
@@ -288,7 +288,7 @@ def test_frozen_parameters_are_the_users_own() -> None:
     with torch.no_grad():
         model.other[1] = math.nan
     model.other.requires_grad_(False)
-    assert nonfinite_parameters(model.named_parameters()) == []
+    assert nonfinite_parameters(model) == []
 
 
 # Real runs: the embedding of a character that only one row has is NaN

@@ -32,8 +32,6 @@ def require_optimizer(args: TrainingArguments) -> None:
         if not isinstance(optimizer_class, type) or any(key in kwargs for key in _MODEL_KEYS):
             return
         state = _states_after_a_step(optimizer_class, kwargs, args.device)
-    except UserError:
-        raise
     except (ImportError, ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise _refusal(name, error, args.device) from error
     if "8bit" in name and not any(value.dtype == torch.uint8 for value in state):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,11 @@ _KEYS: dict[str, tuple[str, ...]] = {
 _WITH_STATE = ("momentum", "centered")  # settings that need a buffer in the state if they are on
 
 
-@dataclass(frozen=True)
 class ConfiguredOptimizer:
-    """The configured settings of an optimizer, read before a checkpoint is loaded into it.
+    """The configured settings of a new optimizer, with or without a schedule, before a checkpoint is loaded into it."""
 
-    Attributes:
-        groups: the settings of each parameter group.
-    """
-
-    groups: list[dict[str, Any]]
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> ConfiguredOptimizer:
-        """Reads the settings of a new optimizer, with or without a schedule."""
-        return cls([{name: group[name] for name in _KEYS if name in group} for group in optimizer.param_groups])
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._groups = [{name: group[name] for name in _KEYS if name in group} for group in optimizer.param_groups]
 
     def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any, checkpoint: str) -> None:
         """Restores the configured settings and the schedule's rate at the current step, and logs what changes.
@@ -60,7 +50,7 @@ class ConfiguredOptimizer:
         groups = optimizer.param_groups
         rates = [group["lr"] for group in groups]
         changes: dict[str, tuple[Any, Any]] = {}
-        for group, settings in zip(groups, self.groups, strict=True):
+        for group, settings in zip(groups, self._groups, strict=True):
             for name, now in settings.items():
                 was = group.get(name, now)
                 if name in _WITH_STATE and bool(was) != bool(now):

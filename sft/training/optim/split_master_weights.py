@@ -28,9 +28,7 @@ from sft.errors import Problem, UserError
 from sft.training.optim.master_weights import MASTERS, MasterWeights, require_masters
 
 SUMS = "master_weight_sums"  # key in a checkpoint's optimizer state: the sum of the bits of each piece of a weight
-LARGEST_PIECE = (
-    2**26
-)  # elements of a weight stepped at a time, in whole rows; no matrix of an 8B model's layers has more
+LARGEST_PIECE = 2**26  # elements of a weight stepped at a time, in whole rows; an 8B model's layers have no more
 CPU_BUCKET = 2**20  # elements of small weights stepped together: in float32 they fit a CPU's cache;
 GPU_BUCKET = 2**26  # on a GPU they fill it, in 256 MiB
 # Optimizers that update each element by itself, or each parameter; for others all weights are rebuilt at once.
@@ -42,7 +40,6 @@ _BY_ELEMENT = (
     "bitsandbytes.optim",
 )
 _BY_PARAMETER = ("transformers.optimization",)
-
 
 Scratch = dict[tuple[torch.device, str], torch.Tensor]
 
@@ -157,14 +154,6 @@ class SplitMasters(MasterWeights):
         self.pairs += [(parameter, piece.stand_in) for piece in made]
         return [piece.stand_in for piece in made]
 
-    def master_of(self, weight: torch.nn.Parameter) -> torch.Tensor:
-        """Returns a copy of the float32 values of a weight's rows on this rank."""
-        pieces = [piece for piece in self._pieces if piece.weight is weight]
-        values = torch.empty_like(to_local(weight.detach()), dtype=torch.float32)
-        for piece in pieces:
-            join(piece.rows_of(weight), piece.remainder, piece.rows_of(values))
-        return values
-
     def scale_gradients(self, factor: torch.Tensor) -> None:
         """Scales the gradients of the next step, in float32 while they are stepped; `zero_grad` forgets the factor."""
         self._factor = factor
@@ -277,17 +266,16 @@ def _make_buckets(pieces: list[Piece], bucket_size: int | None) -> list[list[Pie
 def _views(pieces: list[Piece], scratch: Scratch, use: str) -> list[torch.Tensor]:
     """Returns a float32 tensor for each piece, in memory that all buckets share."""
     views = []
-    taken: dict[torch.device, int] = {}
+    ends: Counter[torch.device] = Counter()
     for piece in pieces:
-        device = piece.remainder.device
-        taken[device] = taken.get(device, 0) + piece.remainder.numel()
-    for device, size in taken.items():
+        ends[piece.remainder.device] += piece.remainder.numel()
+    for device, size in ends.items():
         if (device, use) not in scratch or scratch[device, use].numel() < size:
             scratch.pop((device, use), None)
             scratch[device, use] = torch.empty(size, device=device)
     for piece in pieces:
         shape, device = piece.remainder.shape, piece.remainder.device
-        end = taken[device]
-        taken[device] = end - shape.numel()
-        views.append(scratch[device, use][end - shape.numel() : end].view(shape))
+        end = ends[device]
+        ends[device] -= shape.numel()
+        views.append(scratch[device, use][ends[device] : end].view(shape))
     return views

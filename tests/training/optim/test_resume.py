@@ -92,7 +92,7 @@ def resumed(
     scheduler = get_scheduler(schedule_now[0], optimizer, *schedule_now[1:])
     for weight, value in zip(weights(optimizer), weights(old), strict=True):
         weight.data.copy_(value.data)
-    configured = ConfiguredOptimizer.of(optimizer)
+    configured = ConfiguredOptimizer(optimizer)
     optimizer.load_state_dict(states[0])
     scheduler.load_state_dict(states[1])
     configured.restore(optimizer, scheduler, "checkpoint-4")
@@ -172,7 +172,7 @@ def plateau_after_a_cut(now: float) -> tuple[torch.optim.Optimizer, Any]:
     (old, old_schedule), (optimizer, scheduler) = optimizers
     old_schedule.step(1.0)
     old_schedule.step(2.0)
-    configured = ConfiguredOptimizer.of(optimizer)
+    configured = ConfiguredOptimizer(optimizer)
     optimizer.load_state_dict(old.state_dict())
     scheduler.load_state_dict(old_schedule.state_dict())
     configured.restore(optimizer, scheduler, "checkpoint-4")

@@ -129,9 +129,15 @@ class Counting(torch.optim.SGD):
 
 
 def values_in(masters: MasterWeights) -> dict[int, torch.Tensor]:
-    if isinstance(masters, SplitMasters):
-        return {id(weight): masters.master_of(weight) for weight, _ in masters.pairs}
-    return {id(weight): master.detach() for weight, master in masters.pairs}
+    if not isinstance(masters, SplitMasters):
+        return {id(weight): master.detach() for weight, master in masters.pairs}
+    remainders: dict[torch.nn.Parameter, list[torch.Tensor]] = {}
+    for (weight, _), remainder in zip(masters.pairs, masters.state_dict()[MASTERS], strict=True):
+        remainders.setdefault(weight, []).append(remainder.flatten())
+    values = {id(weight): torch.empty_like(weight, dtype=torch.float32) for weight in remainders}
+    for weight, parts in remainders.items():
+        join(weight.detach(), torch.cat(parts).view_as(weight), values[id(weight)])
+    return values
 
 
 @pytest.mark.parametrize("is_one_pass", [False, True])
