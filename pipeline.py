@@ -93,11 +93,7 @@ def process_count(config: Config) -> int:
 
 
 def require_served(config: Config, tokenizer: Any) -> None:
-    """Compares the prompts that are trained with the prompts that a server would send.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Compares the prompts that are trained with those that a server would send; raises `UserError` if they differ."""
     contract = data_handler.serving_contract(config.section(DataKeys), tokenizer)
     if not contract.ok:
         raise UserError(*contract.problems)
@@ -105,11 +101,7 @@ def require_served(config: Config, tokenizer: Any) -> None:
 
 
 def forbid_overlap(config: Config) -> None:
-    """Refuses an `output_dir` that holds what the run starts from: the run would overwrite it.
-
-    Raises:
-        UserError: it does.
-    """
+    """Raises `UserError` for an `output_dir` that holds what the run starts from: the run would overwrite it."""
     keys = ("model_name_or_path", "tokenizer_name_or_path", "from_scratch", "chat_template")
     output_dir.forbid_overlap(Path(config.output_dir), {key: getattr(config, key) for key in keys})
 
@@ -138,9 +130,8 @@ def exact_match_questions(config: Config, tokenizer: Any, data: PreparedData) ->
     """Returns the validation conversations for `exact_match_samples`; each ends with its right answer."""
     if not config.exact_match_samples or not data.evals:
         return []
-    rows = data_handler.validation_conversations(
-        config.section(DataKeys), tokenizer, seed=config.seed, limit=config.exact_match_samples
-    )
+    keys = config.section(DataKeys)
+    rows = data_handler.validation_conversations(keys, tokenizer, seed=config.seed, limit=config.exact_match_samples)
     if not rows:
         logger.warning("exact_match_samples: no validation row is a conversation that ends with an answer")
     return rows
@@ -152,14 +143,8 @@ def measure_exact_match(
     """Logs and returns the share of `questions` that the model answers exactly; empty without questions."""
     from sft.inference import exact_match
 
-    return exact_match.measure_exact_match(
-        model,
-        tokenizer,
-        questions,
-        batch_size=config.per_device_eval_batch_size,
-        end_token_ids=data.end_token_ids,
-        when=when,
-    )
+    size, ends = config.per_device_eval_batch_size, data.end_token_ids
+    return exact_match.measure_exact_match(model, tokenizer, questions, batch_size=size, end_token_ids=ends, when=when)
 
 
 def run_training(config: Config, trainer: SFTTrainer, checkpoint: Path | None) -> None:

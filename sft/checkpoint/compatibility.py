@@ -23,8 +23,6 @@ from sft.model.quantization import quantization_settings
 
 logger = logging.getLogger("sft")
 
-FILE = RUN_SHAPE
-
 _ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")
 # Settings of an adapter that change neither its weights nor the function of the model. Dropout is a setting of training
 # as the learning rate is. The base model is compared by itself.
@@ -112,23 +110,16 @@ def adapter_facts(model: Any) -> dict[str, Any] | None:
 
 
 def save(
-    folder: Path,
-    shape: ResumeFingerprint,
-    counts: TokenCounts,
-    skipped: int,
-    ranks: Sequence[int] | None = None,
-    dtype: str | None = None,
+    folder: Path, shape: ResumeFingerprint, counts: TokenCounts, skipped: int, ranks: Sequence[int], dtype: str | None
 ) -> None:
     """Writes the fingerprint, the counts since the last log, and the number of skipped steps into a checkpoint.
 
     Args:
-        ranks: those that write their random state into `folder`, so that a missing file is noticed; None for all.
+        ranks: those that write their random state into `folder`, so that a missing file is noticed.
         dtype: of the stored weights, which a resumed run with `dtype: auto` keeps.
     """
-    content = {"shape": asdict(shape), "counts": asdict(counts), "skipped": skipped}
-    content["ranks"] = list(range(shape.world_size) if ranks is None else ranks)
-    content["dtype"] = dtype
-    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+    facts = {"shape": asdict(shape), "counts": asdict(counts), "skipped": skipped, "ranks": list(ranks), "dtype": dtype}
+    (folder / RUN_SHAPE).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def dtype_of_checkpoint(checkpoint: Path) -> str | None:
@@ -136,7 +127,7 @@ def dtype_of_checkpoint(checkpoint: Path) -> str | None:
 
     Older versions did not write it. Of a run that trained all weights the optimizer shows whether they were bfloat16.
     """
-    file = checkpoint / FILE
+    file = checkpoint / RUN_SHAPE
     if not file.is_file():
         return None
     content = json.loads(file.read_text())
@@ -153,9 +144,9 @@ def load(folder: Path, shape: ResumeFingerprint) -> tuple[TokenCounts, int]:
     Raises:
         UserError: the resumed run would train other samples than the stopped one, or another model.
     """
-    file = folder / FILE
+    file = folder / RUN_SHAPE
     if not file.is_file():
-        logger.warning("%s has no %s: it is not known whether its steps mean the same rows", folder, FILE)
+        logger.warning("%s has no %s: it is not known whether its steps mean the same rows", folder, RUN_SHAPE)
         return TokenCounts.zero(), 0
     saved = json.loads(file.read_text())
     differing = [
@@ -185,9 +176,8 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[t
 def _master_weights_differ(folder: Path, was: bool) -> Problem:
     """Explains the difference by `dtype`, which decides it: there is no config key of this name."""
     dtype, held = ("bfloat16", "kept") if was else ("float32", "kept no")
-    return Problem(
-        f"the optimizer in {folder} {held} float32 values of bfloat16 weights", f"set `dtype: {dtype}`", "dtype"
-    )
+    message = f"the optimizer in {folder} {held} float32 values of bfloat16 weights"
+    return Problem(message, f"set `dtype: {dtype}`", "dtype")
 
 
 def _has_moved(base: Any) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from sft.errors import Problem, UserError
 
@@ -42,8 +43,7 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
         return path
     damaged = []
     for path in reversed(checkpoints(output_dir)):
-        damage = find_damage(path)
-        if damage is None:
+        if not (damage := find_damage(path)):
             return path
         logger.warning("%s is incomplete (%s) and is skipped", path, damage)
         damaged.append(path.name)
@@ -108,7 +108,7 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{index.name} has no list of shards"
         if missing := sorted({n for n in content["weight_map"].values() if not (checkpoint / n).is_file()}):
             return f"{missing[0]} is missing"
-    if damage := _find_damage_of_records(checkpoint) or _find_missing_random_state(checkpoint):
+    if damage := _find_damage_of_records(checkpoint):
         return damage
     for file in weights:
         if not _is_complete_safetensors(file):
@@ -120,24 +120,22 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def _find_damage_of_records(checkpoint: Path) -> str | None:
-    """Describes what is wrong with this pipeline's own files; a checkpoint of another trainer has none of them."""
-    if not (checkpoint / RUN_SHAPE).is_file():
-        return None
-    content = _read_json(checkpoint / RUN_SHAPE)
+    """Describes what is wrong with this pipeline's own files, or which rank's random state is missing.
+
+    A checkpoint of another trainer has no such files, and the number of its ranks is not known. The Trainer resumes
+    without a random state and draws other numbers.
+    """
+    shape_file, stream_file = checkpoint / RUN_SHAPE, checkpoint / STREAM_STATE
+    content = _read_json(shape_file) if shape_file.is_file() else {"shape": {}, "counts": {}}
     if not (isinstance(content, dict) and isinstance(content.get("shape"), dict) and "counts" in content):
         return f"{RUN_SHAPE} is damaged"
-    if content["shape"].get("streamed_data") is None:
-        return None
-    if not (checkpoint / STREAM_STATE).is_file():
-        return f"{STREAM_STATE} is missing"
-    return None if isinstance(_read_json(checkpoint / STREAM_STATE), dict) else f"{STREAM_STATE} is damaged"
-
-
-def _find_missing_random_state(checkpoint: Path) -> str | None:
-    """Describes which rank's random state is missing. The Trainer resumes without it and draws other numbers."""
-    content = _read_json(checkpoint / RUN_SHAPE) if (checkpoint / RUN_SHAPE).is_file() else {"shape": {}}
+    if content["shape"].get("streamed_data") is not None:
+        if not stream_file.is_file():
+            return f"{STREAM_STATE} is missing"
+        if not isinstance(_read_json(stream_file), dict):
+            return f"{STREAM_STATE} is damaged"
     world_size = content["shape"].get("world_size")
-    if world_size is None:  # another trainer's: the number of its ranks is not known
+    if world_size is None:
         return None if any(checkpoint.glob("rng_state*.pth")) else "rng_state.pth is missing"
     ranks = content.get("ranks", range(world_size))
     names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
@@ -162,18 +160,9 @@ def _is_complete_zip(file: Path) -> bool:
 
 
 def _is_complete_safetensors(file: Path) -> bool:
-    """Returns whether the file is as long as its header says (8 bytes of header length, the header, the tensors)."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if len(start) < 8:
-            return False
-        (header_length,) = struct.unpack("<Q", start)
-        if 8 + header_length > size:
-            return False
-        try:
-            header = json.loads(stream.read(header_length))
-        except ValueError:
-            return False
-    end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-    return 8 + header_length + end == size
+    """Returns whether the file is as long as its header says; the tensors are not read."""
+    try:
+        with safe_open(file, framework="numpy"):
+            return True
+    except SafetensorError:
+        return False

@@ -112,18 +112,15 @@ def archive_previous_run(output_dir: Path, checkpoint: Path | None) -> None:
     if logs:
         (folder / "logs").mkdir()
     for path in logs:
-        _move_or_copy(path, folder / "logs" / path.name, is_copy=bool(own))
+        to = folder / "logs" / path.name
+        if not own:
+            path.rename(to)
+        elif path.is_dir():
+            shutil.copytree(path, to)
+        else:
+            shutil.copy2(path, to)
     what = [*(["the model"] if model else []), *(path.name for path in old), *(["its logs"] if logs else [])]
     logger.warning("Moved from an earlier run to %s: %s", folder, ", ".join(what))
-
-
-def _move_or_copy(path: Path, to: Path, *, is_copy: bool) -> None:
-    if not is_copy:
-        path.rename(to)
-    elif path.is_dir():
-        shutil.copytree(path, to)
-    else:
-        shutil.copy2(path, to)
 
 
 def _is_any(name: str, patterns: tuple[str, ...]) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from sft.data.streaming.stream import Account, Place, Step, TrainingStream
 from sft.distributed.collectives import gather_objects
 from sft.errors import Problem, UserError
 
-FILE = STREAM_STATE
 _ENOUGH_TO_JUDGE = 1000  # rows; with fewer, a few bad ones at the start would be a large share
 
 
@@ -28,22 +28,16 @@ class StreamProgress(TrainerCallback):
     Args:
         stream: the training rows.
         end_token_ids: those that are known before the first row is read.
-        eval_ledgers: of the evaluation sets, for the LEDGER.
+        evals: ledgers of the evaluation sets.
 
     Attributes:
-        stream: the training rows.
         places: the position of each shard after the rows that were trained.
         batches: the number that this rank has trained.
         account: of the rows that were read for them.
     """
 
-    def __init__(
-        self,
-        stream: TrainingStream,
-        end_token_ids: Sequence[int],
-        eval_ledgers: Mapping[str, Ledger],
-    ) -> None:
-        self.stream, self._eval_ledgers = stream, eval_ledgers
+    def __init__(self, stream: TrainingStream, end_token_ids: Sequence[int], evals: Mapping[str, Ledger]) -> None:
+        self.stream, self._evals = stream, evals
         self._end_token_ids = list(end_token_ids)
         self._loaded: dict[str, Any] | None = None
         self.rewind()
@@ -53,7 +47,13 @@ class StreamProgress(TrainerCallback):
         self.places: dict[int, Place] = {}
         self.batches, self.account = 0, Account(end_token_ids=list(self._end_token_ids))
         if self._loaded is not None:
-            self._restore(self._loaded)
+            for entry in self._loaded["places"]:
+                place = Place(**{**entry, "cursors": tuple(Cursor(**cursor) for cursor in entry["cursors"])})
+                if self.stream.owns(place.shard):
+                    self.places[place.shard] = place
+            self.batches = self._loaded["batches"]
+            account = account_in(self._loaded)
+            self.account = account if self.stream.owns(0) else Account(end_token_ids=account.end_token_ids)
         self.stream.start_from(self.places, self.batches)
 
     def consume(self, step: Step) -> None:
@@ -67,8 +67,7 @@ class StreamProgress(TrainerCallback):
         if step.account is None:
             return
         self.account.add(step.account)
-        for ledger in self.account.ledgers.values():
-            _keep_few_examples(ledger)
+        _keep_few_examples(self.account)
         self.require_enough_rows(self.account, is_whole=step.account.ends_epoch and self.stream.plan.world_size == 1)
 
     def require_enough_rows(self, account: Account, is_whole: bool = False) -> None:
@@ -82,25 +81,19 @@ class StreamProgress(TrainerCallback):
 
     def gather(self) -> dict[str, Any]:
         """Collects the state of all ranks, in the form that is saved. All ranks must call it."""
-        places = [asdict(self.places[shard]) for shard in sorted(self.places)]
-        mine = {"batches": self.batches, "places": places, **_account_as_json(self.account)}
-        states = gather_objects(mine)
-        if len(states) == 1:
-            return mine
+        states = gather_objects((list(self.places.values()), self.account))
         account = Account()
-        for state in states:
-            account.add(account_in(state))
-        for ledger in account.ledgers.values():
-            _keep_few_examples(ledger)
-        return {
-            "batches": self.batches,
-            "places": sorted((place for state in states for place in state["places"]), key=lambda p: p["shard"]),
-            **_account_as_json(account),
-        }
+        for _, part in states:
+            account.add(part)
+        _keep_few_examples(account)
+        places = sorted((place for part, _ in states for place in part), key=lambda place: place.shard)
+        ledgers = {name: as_state(ledger) for name, ledger in account.ledgers.items()}
+        counts = {"end_token_ids": account.end_token_ids, "again": account.again, "ledgers": ledgers}
+        return {"batches": self.batches, "places": [asdict(place) for place in places], **counts}
 
     def load(self, checkpoint: Path) -> None:
         """Restores a checkpoint's state. Raises `UserError` where it is not of a streaming run, or is damaged."""
-        file = checkpoint / FILE
+        file = checkpoint / STREAM_STATE
         try:
             self._loaded = json.loads(file.read_text())
             self.rewind()
@@ -109,15 +102,6 @@ class StreamProgress(TrainerCallback):
             hint = "take another checkpoint; or start from its weights: model_name_or_path, and another output_dir"
             raise UserError(Problem(message, hint, "resume_from_checkpoint", str(file))) from None
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        for entry in saved["places"]:
-            place = Place(**{**entry, "cursors": tuple(Cursor(**cursor) for cursor in entry["cursors"])})
-            if self.stream.owns(place.shard):
-                self.places[place.shard] = place
-        self.batches = saved["batches"]
-        account = account_in(saved)
-        self.account = account if self.stream.owns(0) else Account(end_token_ids=account.end_token_ids)
-
     def document(self, gathered: dict[str, Any]) -> dict[str, Any]:
         """Makes the LEDGER of what `gather` returned, with those of the evaluation sets."""
         account = account_in(gathered)
@@ -125,7 +109,7 @@ class StreamProgress(TrainerCallback):
         for name, rows in account.again.items():
             read[name].passes = 1 + rows / read[name].rows_read
         trained = {s.name: read[s.name] for s in self.stream.plan.sources if s.name in read}
-        return as_document(trained, self._eval_ledgers)
+        return as_document(trained, self._evals)
 
     def final_account(self) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Returns the LEDGER of all rows streamed to all ranks, and their end tokens. All ranks must call it."""
@@ -135,22 +119,13 @@ class StreamProgress(TrainerCallback):
 
 def save(folder: Path, gathered: dict[str, Any]) -> None:
     """Writes what `StreamProgress.gather` returned into a checkpoint."""
-    (folder / FILE).write_text(json.dumps(gathered) + "\n")
+    (folder / STREAM_STATE).write_text(json.dumps(gathered) + "\n")
 
 
-def _keep_few_examples(ledger: Ledger) -> None:
-    kept: Counter[str] = Counter()
-    examples = []
-    for example in ledger.lost_examples:
-        kept[example["reason"]] += 1
-        if kept[example["reason"]] <= MAX_EXAMPLES:
-            examples.append(example)
-    ledger.lost_examples = examples
-
-
-def _account_as_json(account: Account) -> dict[str, Any]:
-    ledgers = {name: as_state(ledger) for name, ledger in account.ledgers.items()}
-    return {"end_token_ids": account.end_token_ids, "again": account.again, "ledgers": ledgers}
+def _keep_few_examples(account: Account) -> None:
+    for ledger in account.ledgers.values():
+        earlier: defaultdict[str, count[int]] = defaultdict(count)  # examples of each reason
+        ledger.lost_examples = [e for e in ledger.lost_examples if next(earlier[e["reason"]]) < MAX_EXAMPLES]
 
 
 def account_in(saved: dict[str, Any]) -> Account:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sft.checkpoint import compatibility
+from sft.checkpoint.discovery import RUN_SHAPE
 from sft.config.schema import TrainingKeys
 from sft.data.loading.collator import Collator, row_lengths
 from sft.distributed.device import training_device
@@ -33,7 +33,7 @@ def with_rows(keys: TrainingKeys, rows: int) -> TrainingKeys:
 
 def rows_of_checkpoint(checkpoint: Path) -> int | None:
     """Returns the batch size that the run of this checkpoint had chosen: a resumed run keeps it."""
-    file = checkpoint / compatibility.FILE
+    file = checkpoint / RUN_SHAPE
     return int(json.loads(file.read_text())["shape"][_KEY]) if file.is_file() else None
 
 

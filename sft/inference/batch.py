@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +46,17 @@ def run_batch(
     Raises:
         UserError: a prompt, the model, or the output path is wrong.
     """
-    conversations = read_prompts(prompts_file)
+    prompts = read_prompts(prompts_file)
     path = None if out is None else Path(out).expanduser()
     if path is not None and path.is_dir():
         raise UserError(Problem(f"{str(path)!r} is a folder", "Name a file.", key="--output"))
     model, tokenizer = load_trained(model_dir, merge_for_speed=True, trust_remote_code=trust_remote_code)
     system = choose_system_prompt(tokenizer, system)
-    conversations = [with_system(conversation, system) for conversation in conversations]
+    prompts = [with_system(prompt, system) for prompt in prompts]
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Answering", total=len(conversations))
-        replies = generate_replies(
-            model,
-            tokenizer,
-            conversations,
-            sampling,
-            batch_size=batch_size,
-            on_progress=lambda done: progress.advance(task, done),
-        )
-    rows = [_make_row(conversation, reply) for conversation, reply in zip(conversations, replies, strict=True)]
+        advance = partial(progress.advance, progress.add_task("Answering", total=len(prompts)))
+        replies = generate_replies(model, tokenizer, prompts, sampling, batch_size=batch_size, on_progress=advance)
+    rows = [_make_row(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
     _write(rows, path)
     return rows
 

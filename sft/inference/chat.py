@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -53,11 +54,11 @@ def stream_reply(model: Any, tokenizer: Any, conversation: list[Message], sampli
 
     def generate() -> None:
         try:
-            with generation_mode(model) as bare:
+            with generation_mode(model):
                 torch.manual_seed(sampling.seed)
-                bare.generate(
-                    input_ids=ids.to(bare.device),
-                    attention_mask=torch.ones_like(ids).to(bare.device),
+                model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=torch.ones_like(ids).to(model.device),
                     generation_config=settings,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([Abandoned()]),
@@ -83,12 +84,11 @@ class _Chat:
     def __init__(self, model: Any, tokenizer: Any, console: Console, sampling: Sampling, system: str | None) -> None:
         self._model, self._tokenizer, self._console, self._sampling = model, tokenizer, console, sampling
         self._system = system
-        self.messages: list[Message] = []
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
-        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self.messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
 
     def run_command(self, line: str) -> bool:
         """Runs a line that starts with a slash; returns false when the chat is over."""
@@ -124,20 +124,8 @@ class _Chat:
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def _make_reader(console: Console) -> Callable[[], str]:
-    """Returns a function that reads a line, with a prompt on a terminal and without one from a pipe."""
-    if sys.stdin.isatty():
-        return lambda: console.input("[bold]> [/bold]")
-    return input
-
-
 def run_chat(
-    model: Any,
-    tokenizer: Any,
-    sampling: Sampling = GREEDY,
-    console: Console | None = None,
-    *,
-    system: str | None = None,
+    model: Any, tokenizer: Any, sampling: Sampling = GREEDY, console: Console | None = None, system: str | None = None
 ) -> list[Message]:
     """Chats until /quit or the end of the input; returns the messages of the conversation.
 
@@ -146,8 +134,9 @@ def run_chat(
     """
     console = console or Console()
     conversation = _Chat(model, tokenizer, console, sampling, system)
-    read = _make_reader(console)
+    read: Callable[[], str] = input  # from a pipe no prompt is shown
     if sys.stdin.isatty():
+        read = partial(console.input, "[bold]> [/bold]")
         console.print(HELP, style="dim")
     while True:
         try:

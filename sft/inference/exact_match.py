@@ -27,17 +27,14 @@ class Example:
     answer: str
     reply: str
 
+    @property
+    def is_right(self) -> bool:
+        """Whether they are equal."""
+        return self.reply == self.answer
+
     def __str__(self) -> str:
-        mark = "right" if self.reply == self.answer else f"wrong, expected {self.answer!r}"
+        mark = "right" if self.is_right else f"wrong, expected {self.answer!r}"
         return f"{self.question[-1].get('content')!r} -> {self.reply!r} ({mark})"
-
-
-@dataclass(frozen=True)
-class ExactMatch:
-    """The number of right replies, and all examples in the given order."""
-
-    right: int
-    examples: tuple[Example, ...]
 
 
 def exact_match(
@@ -48,16 +45,15 @@ def exact_match(
     batch_size: int = 8,
     stop_token_ids: Sequence[int] | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> ExactMatch:
-    """Generates a greedy reply to each conversation without its last message, and compares it with that message.
+) -> list[Example]:
+    """Generates a greedy reply to each conversation without its last message, to be compared with that message.
 
     A reply may be 16 tokens longer than the longest right answer.
 
     Args:
-        model: not wrapped by DDP.
         conversations: each ends with the right answer as the assistant's message.
         batch_size: conversations generated at the same time.
-        stop_token_ids, on_progress: as for `generate_replies`.
+        model, stop_token_ids, on_progress: as for `generate_replies`.
 
     Raises:
         ValueError: a conversation does not end with an answer.
@@ -79,8 +75,7 @@ def exact_match(
             stop_token_ids=stop_token_ids,
             on_progress=on_progress,
         )
-    examples = tuple(Example(q.messages, a, r.strip()) for q, a, r in zip(questions, answers, replies, strict=True))
-    return ExactMatch(sum(e.answer == e.reply for e in examples), examples)
+    return [Example(q.messages, a, r.strip()) for q, a, r in zip(questions, answers, replies, strict=True)]
 
 
 def measure_exact_match(
@@ -103,7 +98,7 @@ def measure_exact_match(
     if not conversations:
         return {}
     with counting("questions answered:") as on_progress:
-        result = exact_match(
+        examples = exact_match(
             model,
             tokenizer,
             conversations[current_rank() :: group_size()],
@@ -111,8 +106,8 @@ def measure_exact_match(
             stop_token_ids=stop_tokens(tokenizer, end_token_ids),
             on_progress=on_progress,
         )
-    for example in result.examples[:3]:
+    for example in examples[:3]:
         logger.info("  %s", example)
-    right, total = int(sum_over_ranks(torch.tensor(result.right))), len(conversations)
+    right, total = int(sum_over_ranks(torch.tensor(sum(e.is_right for e in examples)))), len(conversations)
     logger.info("Exact match%s: %d of %d (%.1f %%)", when.replace("_", " "), right, total, 100 * right / total)
     return {f"exact_match{when}": right / total}

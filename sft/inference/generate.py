@@ -6,13 +6,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
 from sft.data.formats.conversation import Conversation, Message, RowLost
 from sft.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger("sft")
 Prompt = str | list[Message] | Conversation
@@ -54,12 +52,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         messages, tools = _fit_to_template(tokenizer, prompt) if isinstance(prompt, Conversation) else (prompt, None)
         return list(
             tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
+                messages, tools=tools, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
             )
         )
     except RowLost as lost:
@@ -77,8 +70,8 @@ def _fit_to_template(tokenizer: Any, prompt: Conversation) -> tuple[list[Message
 
 
 @contextmanager
-def generation_mode(model: Any) -> Iterator[Any]:
-    """Yields the bare model in evaluation mode, then restores its mode, generation config and torch's random state.
+def generation_mode(model: Any) -> Iterator[None]:
+    """Sets the model to evaluation mode, then restores its mode, generation config and torch's random state.
 
     The generation config is emptied for the time: transformers takes every setting from it that a call does not give,
     and a repetition penalty or temperature of the base model would change a greedy reply.
@@ -86,27 +79,25 @@ def generation_mode(model: Any) -> Iterator[Any]:
     import torch
     from transformers import GenerationConfig
 
-    bare = model.module if hasattr(model, "module") else model  # DDP has no `generate`
-    holders = [bare, *([bare.get_base_model()] if hasattr(bare, "peft_config") else [])]
+    holders = [model, *([model.get_base_model()] if hasattr(model, "peft_config") else [])]
     kept = [holder.generation_config for holder in holders]
-    was_training = bare.training
-    devices = [bare.device] if bare.device.type == "cuda" else []
-    bare.eval()
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
     for holder in holders:
         holder.generation_config = GenerationConfig()
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield bare
+            yield
     finally:
         for holder, config in zip(holders, kept, strict=True):
             holder.generation_config = config
-        bare.train(was_training)
+        model.train(was_training)
 
 
 def find_stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Returns the token ids that end a reply: those of the generation config, else the tokenizer's EOS."""
-    bare = model.module if hasattr(model, "module") else model
-    ids = getattr(bare.generation_config, "eos_token_id", None)
+    ids = getattr(model.generation_config, "eos_token_id", None)
     if ids is None:
         ids = tokenizer.eos_token_id
     if ids is None:
@@ -136,24 +127,6 @@ def make_generation_config(tokenizer: Any, sampling: Sampling, max_new_tokens: i
     )
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `input_ids` and `attention_mask`, both (B, T) int64, padded on the left."""
-    import torch
-
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[i, width - len(prompt) :] = 1
-    return ids, mask
-
-
-def _cut_at_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return ids[:end]
-
-
 def _batch_by_length(prompts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
     """Yields the indices of prompts of similar length, longest first: little padding, and an early out-of-memory."""
     order = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: -len(prompts[i]))
@@ -174,7 +147,8 @@ def generate_replies(
     """Generates one reply per conversation, in the given order.
 
     Args:
-        model: a causal language model, which may be in training: its mode and torch's random state are restored.
+        model: a causal language model, not wrapped by DDP, which has no `generate`. It may be in training: its mode and
+            torch's random state are restored.
         conversations: conversations for the chat template, or texts to continue.
         sampling: a prompt close to the model's maximum length gets fewer tokens than this allows.
         stop_token_ids: the tokens that end a reply; None takes those of the model's generation config, which during
@@ -188,12 +162,13 @@ def generate_replies(
         UserError: the chat template refuses a conversation.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
     replies = [""] * len(prompts)
     stops = find_stop_ids(model, tokenizer) if stop_token_ids is None else list(stop_token_ids)
-    with generation_mode(model) as bare:
-        limit = position_limit(bare)
+    with generation_mode(model):
+        limit = position_limit(model)
         fitting = [ids if len(ids) < limit else [] for ids in prompts]
         if fitting != prompts:
             lost = sum(not ids for ids in fitting)
@@ -202,12 +177,13 @@ def generate_replies(
         for batch in _batch_by_length(fitting, batch_size):
             width = len(fitting[batch[0]])
             settings = make_generation_config(tokenizer, sampling, min(sampling.max_new_tokens, limit - width), stops)
-            ids, mask = _pad_left([fitting[i] for i in batch], settings.pad_token_id)
-            output = bare.generate(
-                input_ids=ids.to(bare.device), attention_mask=mask.to(bare.device), generation_config=settings
-            )
-            for i, row in zip(batch, output[:, width:].tolist(), strict=True):
-                replies[i] = tokenizer.decode(_cut_at_stop(row, stops), skip_special_tokens=True)
+            rows = [torch.tensor(fitting[i], device=model.device) for i in batch]
+            ids = pad_sequence(rows, batch_first=True, padding_value=settings.pad_token_id, padding_side="left")
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            for i, reply in zip(batch, output[:, width:].tolist(), strict=True):
+                tokens = list(takewhile(lambda token: token not in stops, reply))
+                replies[i] = tokenizer.decode(tokens, skip_special_tokens=True)
             if on_progress is not None:
                 on_progress(len(batch))
     return replies

@@ -11,8 +11,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-METRICS_FILE = "metrics.jsonl"
-
 logger = logging.getLogger("sft")
 
 
@@ -23,7 +21,7 @@ class MetricsFile(TrainerCallback):
     """
 
     def __init__(self, logs_dir: Path) -> None:
-        self._file = logs_dir / METRICS_FILE
+        self._file = logs_dir / "metrics.jsonl"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -40,18 +38,13 @@ class MetricsFile(TrainerCallback):
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Appends one line; NaN and infinity, which JSON does not have, are written as text."""
+        logs: dict[str, Any] = kwargs["logs"]
         if state.is_world_process_zero and logs:
+            values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
             with self._file.open("a") as stream:
-                stream.write(json.dumps({"step": state.global_step, "time": time.time(), **_json_values(logs)}) + "\n")
+                stream.write(json.dumps({"step": state.global_step, "time": time.time(), **values}) + "\n")
 
 
 def _step_of(line: str) -> int | None:
@@ -60,7 +53,3 @@ def _step_of(line: str) -> int | None:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _json_values(logs: dict[str, Any]) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}

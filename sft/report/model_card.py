@@ -10,18 +10,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-TEMPLATE = "model_card.md.jinja"
-
-
-@dataclass(frozen=True)
-class CardDataset:
-    """Rows and tokens of one training data set."""
-
-    name: str
-    rows_read: int
-    rows_trained: int
-    trained_tokens: int
-
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -32,7 +20,7 @@ class CardFacts:
         base_model: hub name or path; None for a model trained from random weights.
         is_adapter: whether the folder holds an adapter.
         path: the folder, as written in the examples.
-        datasets: the training data.
+        datasets: the ledger's entry of each data set, by name.
         hyperparameters: settings by config key; no secrets.
         metrics: final values by name, e.g. `eval_loss`.
         stop_tokens: texts of the tokens that end a reply.
@@ -44,7 +32,7 @@ class CardFacts:
     base_model: str | None
     is_adapter: bool
     path: str
-    datasets: Sequence[CardDataset]
+    datasets: Mapping[str, Mapping[str, Any]]
     hyperparameters: Mapping[str, Any]
     metrics: Mapping[str, float] = field(default_factory=dict)
     stop_tokens: Sequence[str] = ()
@@ -76,8 +64,8 @@ def _front_matter(facts: CardFacts) -> str:
     return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
 
 
-def render_model_card(facts: CardFacts) -> str:
-    """Renders the card as Markdown with YAML front matter."""
+def write_model_card(output_dir: str | Path, facts: CardFacts) -> Path:
+    """Writes README.md to `output_dir`, over the one that peft writes there; returns its path."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # Markdown, not HTML
@@ -86,13 +74,8 @@ def render_model_card(facts: CardFacts) -> str:
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters["number"] = _number
-    environment.filters["cell"] = _cell
-    return environment.get_template(TEMPLATE).render(facts=facts, front_matter=_front_matter(facts))
-
-
-def write_model_card(output_dir: str | Path, facts: CardFacts) -> Path:
-    """Writes README.md to `output_dir`, over the one that peft writes there; returns its path."""
+    environment.filters |= {"number": _number, "cell": _cell}
+    card = environment.get_template("model_card.md.jinja").render(facts=facts, front_matter=_front_matter(facts))
     path = Path(output_dir) / "README.md"
-    path.write_text(render_model_card(facts), encoding="utf-8")
+    path.write_text(card, encoding="utf-8")
     return path

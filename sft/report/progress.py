@@ -14,7 +14,7 @@ logger = logging.getLogger("sft")
 
 
 class ConsoleProgress(TrainerCallback):
-    """Logs one line of metrics per log, and shows the progress bars with the time that is left."""
+    """Logs one line of metrics per log, and shows progress bars with the time that is left, until `close`."""
 
     def __init__(self, console: Console, bars: bool = True) -> None:
         self._progress = Progress(
@@ -48,19 +48,13 @@ class ConsoleProgress(TrainerCallback):
             self._progress.update(self._training, completed=state.global_step)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Advances the evaluation bar, which the first batch adds."""
         if not state.is_world_process_zero:
             return
         if self._evaluation is None:
-            total = len(eval_dataloader) if eval_dataloader is not None else None
-            self._evaluation = self._progress.add_task("evaluate", total=total)
+            self._evaluation = self._progress.add_task("evaluate", total=len(kwargs["eval_dataloader"]))
             self._progress.start()
         self._progress.advance(self._evaluation)
 
@@ -72,12 +66,6 @@ class ConsoleProgress(TrainerCallback):
             if self._training is None:
                 self._progress.stop()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Removes the training bar."""
-        self.close()
-
     def close(self) -> None:
         """Removes all bars, also after an error."""
         if self._training is not None:
@@ -85,15 +73,9 @@ class ConsoleProgress(TrainerCallback):
             self._training = None
         self._progress.stop()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Logs the step, its metrics and the time that is left."""
+        logs: dict[str, Any] = kwargs["logs"]
         if state.is_world_process_zero and logs and (metrics := describe(logs)):
             total = state.max_steps
             step = f"step {state.global_step:>{len(str(total))}}/{total}  " if total else ""

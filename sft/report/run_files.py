@@ -12,11 +12,7 @@ from filelock import FileLock, Timeout
 from sft.config.schema import Config
 from sft.errors import Problem, UserError
 from sft.report.console import write_log_file
-from sft.report.model_card import CardDataset, CardFacts, write_model_card
-
-LEDGER_FILE = Path("logs") / "data_report.json"
-RESULTS_FILE = Path("logs") / "eval_results.json"
-LOG_FILE = Path("logs") / "training_log.txt"
+from sft.report.model_card import CardFacts, write_model_card
 
 _ON_THE_CARD = (
     "num_train_epochs",
@@ -41,7 +37,6 @@ _ON_THE_CARD = (
     "seed",
 )
 _LORA_ON_THE_CARD = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora")
-
 
 _locks: list[FileLock] = []  # held until the process ends
 
@@ -78,17 +73,17 @@ def lock_output_dir(output_dir: Path) -> None:
         message = f"cannot write to {str(output_dir)!r}: {error.strerror}"
         raise UserError(Problem(message, "name another folder", "output_dir")) from None
     _locks.append(lock)
-    write_log_file(output_dir / LOG_FILE)
+    write_log_file(output_dir / "logs" / "training_log.txt")
 
 
 def write_ledger(output_dir: Path, document: dict[str, Any]) -> None:
     """Writes the ledger of all data sets."""
-    _write(output_dir / LEDGER_FILE, document)
+    _write(output_dir / "logs" / "data_report.json", document)
 
 
 def write_results(output_dir: Path, results: dict[str, Any]) -> None:
     """Writes the metrics of the last evaluation."""
-    _write(output_dir / RESULTS_FILE, results)
+    _write(output_dir / "logs" / "eval_results.json", results)
 
 
 def write_card(
@@ -104,16 +99,12 @@ def write_card(
         settings |= {f"lora_config.{name}": getattr(config.lora_config, name) for name in _LORA_ON_THE_CARD}
     if config.quantization_config is not None:
         settings["quantization_config"] = config.quantization_config.kwargs()
-    datasets = [
-        CardDataset(name, entry["rows_read"], entry["rows_trained"], entry["tokens"]["trained"])
-        for name, entry in ledger["datasets"].items()
-    ]
     facts = CardFacts(
         title=config.run_name or output_dir.name,
         base_model=config.model_name_or_path,
         is_adapter=config.lora_config is not None,
         path=str(output_dir),
-        datasets=datasets,
+        datasets=ledger["datasets"],
         hyperparameters=settings,
         metrics={k: v for k, v in results.items() if isinstance(v, int | float)},
         stop_tokens=stop_tokens,

@@ -39,17 +39,17 @@ def test_a_whole_model_has_no_adapter() -> None:
 def test_counts_are_restored(tmp_path: Path) -> None:
     shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, None, "random")
     counts = TokenCounts(1.5, 1.25, 7, 3, 2, 1, 30)
-    compatibility.save(tmp_path, shape, counts, skipped=4)
+    compatibility.save(tmp_path, shape, counts, 4, [0], None)
     assert compatibility.load(tmp_path, shape) == (counts, 4)
     with pytest.raises(UserError, match="seed: was 0"):
         compatibility.load(tmp_path, replace(shape, seed=1))
-    (tmp_path / compatibility.FILE).unlink()
+    (tmp_path / "run_shape.json").unlink()
     assert compatibility.load(tmp_path, shape) == (TokenCounts.zero(), 0)
 
 
 def test_the_dtype_of_the_weights_is_restored(tmp_path: Path) -> None:
     shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, "r=4", "random")
-    compatibility.save(tmp_path, shape, TokenCounts.zero(), 0, dtype="bfloat16")
+    compatibility.save(tmp_path, shape, TokenCounts.zero(), 0, [0], "bfloat16")
     assert compatibility.dtype_of_checkpoint(tmp_path) == "bfloat16"
 
 
@@ -64,14 +64,14 @@ def test_the_dtype_of_the_weights_is_restored(tmp_path: Path) -> None:
 )
 def test_the_optimizer_of_an_older_checkpoint_shows_the_dtype(tmp_path: Path, shape: Any, dtype: str | None) -> None:
     assert compatibility.dtype_of_checkpoint(tmp_path) is None, "another trainer's"
-    (tmp_path / compatibility.FILE).write_text(json.dumps({"shape": shape, "counts": {}}))
+    (tmp_path / "run_shape.json").write_text(json.dumps({"shape": shape, "counts": {}}))
     assert compatibility.dtype_of_checkpoint(tmp_path) == dtype
 
 
 @pytest.mark.parametrize(("was", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_an_optimizer_that_does_not_fit_names_the_key_to_set(tmp_path: Path, was: bool, dtype: str) -> None:
     shape = ResumeFingerprint(1, 2, 3, 40, "3f", 0, None, "random", master_weights=was)
-    compatibility.save(tmp_path, shape, TokenCounts.zero(), 0)
+    compatibility.save(tmp_path, shape, TokenCounts.zero(), 0, [0], None)
     with pytest.raises(UserError) as caught:
         compatibility.load(tmp_path, replace(shape, master_weights=not was))
     assert [(problem.key, problem.hint) for problem in caught.value.problems[1:]] == [
@@ -99,7 +99,7 @@ def adapted(base: str = "/models/base", quantization: Any = None, commit: str | 
 
 def refused(folder: Path, before: Any, now: Any) -> list[tuple[str | None, str]]:
     """The keys and messages with which a run with the model `now` is refused a checkpoint of one with `before`."""
-    compatibility.save(folder, replace(SHAPE, adapter_facts=adapter_facts(before)), TokenCounts.zero(), 0)
+    compatibility.save(folder, replace(SHAPE, adapter_facts=adapter_facts(before)), TokenCounts.zero(), 0, [0], None)
     try:
         compatibility.load(folder, replace(SHAPE, adapter_facts=adapter_facts(now)))
     except UserError as error:
@@ -163,7 +163,7 @@ def test_what_an_older_checkpoint_lacks_is_not_compared(tmp_path: Path) -> None:
     content = {"world_size": 1, "seed": 0, "adapter": "r=4", "adapter_facts": {"lora_config.use_rslora": False}}
     now = replace(SHAPE, adapter_facts=adapter_facts(adapted(use_dora=True)))
     for facts in (content, {k: v for k, v in content.items() if k != "adapter_facts"}):
-        (tmp_path / compatibility.FILE).write_text(json.dumps({"shape": facts, "counts": asdict(TokenCounts.zero())}))
+        (tmp_path / "run_shape.json").write_text(json.dumps({"shape": facts, "counts": asdict(TokenCounts.zero())}))
         assert compatibility.load(tmp_path, now) == (TokenCounts.zero(), 0)
         with pytest.raises(UserError, match="adapter: was r=4"):
             compatibility.load(tmp_path, replace(now, adapter="r=8"))

@@ -129,12 +129,12 @@ def test_nodes_without_a_shared_disk_hold_the_random_states_of_their_own_ranks(t
     """As with `save_on_each_node`: the second of two nodes with two ranks each."""
     checkpoint = make_checkpoint(tmp_path, 10)
     shape = ResumeFingerprint(4, 2, 3, 40, "3f", 0, None, "random")
-    compatibility.save(checkpoint, shape, TokenCounts.zero(), 0, ranks=range(2, 4))
+    compatibility.save(checkpoint, shape, TokenCounts.zero(), 0, range(2, 4), None)
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_2.pth")
     assert find_damage(checkpoint) == "rng_state_3.pth is missing"
     shutil.copy(checkpoint / "rng_state_2.pth", checkpoint / "rng_state_3.pth")
     assert find_damage(checkpoint) is None
-    compatibility.save(checkpoint, shape, TokenCounts.zero(), 0)
+    compatibility.save(checkpoint, shape, TokenCounts.zero(), 0, range(4), None)
     assert find_damage(checkpoint) == "rng_state_0.pth is missing"
 
 

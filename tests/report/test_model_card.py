@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from sft.report.model_card import CardDataset, CardFacts, write_model_card
+from sft.report.model_card import CardFacts, write_model_card
 
 
 def facts(**changes: object) -> CardFacts:
@@ -16,7 +16,7 @@ def facts(**changes: object) -> CardFacts:
             "base_model": "owner/base",
             "is_adapter": True,
             "path": "outputs/run 7",
-            "datasets": [CardDataset("a|b.jsonl", 1200, 1180, 345678)],
+            "datasets": {"a|b.jsonl": {"rows_read": 1200, "rows_trained": 1180, "tokens": {"trained": 345678}}},
             "hyperparameters": {"learning_rate": 2e-5},
             "metrics": {"eval_loss": 0.53361},
             "stop_tokens": ["<|im_end|>", "</s>"],
