@@ -22,7 +22,6 @@ from typing import Any
 
 from benchmarks._inputs import (
     build_tokenizer,
-    find_corpus_files,
     log_normal_lengths,
     name_source,
     read_questions,
@@ -73,7 +72,7 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
     tokenizer = arguments["tokenizer"]
     if tokenizer is None:
         tokenizer = str(work / "tokenizer")
-        build_tokenizer(Path(tokenizer), find_corpus_files(source), questions)
+        build_tokenizer(Path(tokenizer), source, questions)
     for rows in arguments["files"]:
         write_chats(work / f"{rows}.jsonl", questions, rows)
     if rows := arguments["compared"]:

@@ -20,8 +20,11 @@ SPLIT = (
 _WORDS = 20_000  # of the generated text, with frequencies by Zipf's law
 
 
-def build_tokenizer(folder: Path, texts: list[Path], rows: list[dict[str, str]]) -> None:
-    """Trains a byte-level BPE of 32,000 entries with ChatML's control tokens, and saves it with its template."""
+def build_tokenizer(folder: Path, source: Path, rows: list[dict[str, str]]) -> None:
+    """Trains a byte-level BPE of 32,000 entries with ChatML's control tokens, and saves it with its template.
+
+    It is trained on `rows`, and on the text files next to the folder of `source` where there are any.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from examples.tokenizer import CONTROL_TOKENS, with_chat_template
@@ -37,15 +40,11 @@ def build_tokenizer(folder: Path, texts: list[Path], rows: list[dict[str, str]])
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
+    texts = [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
     corpus = [text for row in rows for text in row.values()] + [file.read_text(encoding="utf-8") for file in texts]
     backend.train_from_iterator(corpus, trainer)
     with_chat_template(backend).save_pretrained(folder)
-
-
-def find_corpus_files(source: Path) -> list[Path]:
-    """Returns the text files next to the folder of `source`, on which the tokenizer is trained too."""
-    names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
-    return [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
 
 
 def name_source(source: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._inputs import build_tokenizer, find_corpus_files, name_source, read_questions
+from benchmarks._inputs import build_tokenizer, name_source, read_questions
 from benchmarks._models import Shape, save_model
 
 
@@ -68,7 +68,7 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
     work, source = Path(arguments["work"]), Path(arguments["source"])
     questions = read_questions(source)
     folder = work / "tokenizer"
-    build_tokenizer(folder, find_corpus_files(source), questions)
+    build_tokenizer(folder, source, questions)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     means = {}
     for name, of_it in arguments["files"].items():
