@@ -88,8 +88,7 @@ def train(arguments: dict[str, Any], adapter: Any) -> dict[str, Any]:
     if any(weight.dtype != torch.float32 for weight in weights):
         optimizer = with_master_weights(optimizer)
     objective = Objective()
-    began, seconds, tokens = 0.0, 0.0, 0
-    total = torch.zeros((), device=device)
+    began, tokens = 0.0, 0
     for step, batches in enumerate(steps):
         trained = sum(len(batch["trained_positions"]) for batch in batches)
         total = torch.zeros((), device=device)

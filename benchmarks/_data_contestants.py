@@ -17,13 +17,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks._inputs import (
     build_tokenizer,
-    find_corpus_files,
     log_normal_lengths,
     name_source,
     read_questions,
@@ -56,8 +54,7 @@ class Clock:
 
 
 def _cpu_seconds() -> float:
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+    return sum(os.times()[:4])  # user and system time, of this process and of its finished children
 
 
 def _rows_and_tokens(dataset: Any) -> dict[str, Any]:
@@ -75,7 +72,7 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
     tokenizer = arguments["tokenizer"]
     if tokenizer is None:
         tokenizer = str(work / "tokenizer")
-        build_tokenizer(Path(tokenizer), find_corpus_files(source), questions)
+        build_tokenizer(Path(tokenizer), source, questions)
     for rows in arguments["files"]:
         write_chats(work / f"{rows}.jsonl", questions, rows)
     if rows := arguments["compared"]:
@@ -111,13 +108,9 @@ def trl(arguments: dict[str, Any]) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments["tokenizer"])
-    size: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=MAX_LENGTH, **size))
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
+    model = LlamaForCausalLM(LlamaConfig(**size))
     clock = Clock()
 
     class Timed(SFTTrainer):
@@ -135,10 +128,9 @@ def trl(arguments: dict[str, Any]) -> dict[str, Any]:
         use_cpu=True,
         bf16=False,
     )
+    cache = f"{arguments['scratch']}/loaded"
     with clock:
-        dataset = datasets.load_dataset(
-            "json", data_files=arguments["file"], split="train", cache_dir=f"{arguments['scratch']}/loaded"
-        )
+        dataset = datasets.load_dataset("json", data_files=arguments["file"], split="train", cache_dir=cache)
     trainer = Timed(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
     return {**clock.report, **_rows_and_tokens(trainer.train_dataset)}
 
@@ -189,10 +181,5 @@ def trl_packing(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**clock.report, **_rows_and_tokens(packed)}
 
 
-WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    worker.__name__: worker for worker in (inputs, ours, trl, bare, our_packing, trl_packing)
-}
-
-
 if __name__ == "__main__":
-    run_as_worker(WORKERS)
+    run_as_worker({worker.__name__: worker for worker in (inputs, ours, trl, bare, our_packing, trl_packing)})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from statistics import median
 from typing import Any
 
-from benchmarks._report import Figures
+from benchmarks._report import Figures, is_met
 
 # Targets for one H100 with 80 GB: tokens per second by model size and method, at any length.
 H100_SPEEDS = {
@@ -55,26 +54,17 @@ def all_figures(results: Measured) -> list[Figures]:
     """Returns the tables: targets that apply to this device, training by model size, the output layer."""
     tables = []
     if found := targets(results):
-        lines = [
-            (what, _shown(reached), f"{sign} {limit:,}", _met(reached, sign, limit))
-            for what, reached, sign, limit in found
-        ]
+        lines = []
+        for what, reached, sign, limit in found:
+            shown = reached if isinstance(reached, str) else f"{reached:,.3g}"
+            met = not isinstance(reached, str) and is_met(reached, sign, limit)
+            lines.append((what, shown, f"{sign} {limit:,}", "yes" if met else "no"))
         tables.append(Figures("Targets", ("", "reached", "target", "met"), lines))
-    for size in dict.fromkeys(one["size"] for one in results.get("train", [])):
-        tables.append(training_figures(size, results))
+    sizes = dict.fromkeys(one["size"] for one in results.get("train", []))
+    tables += [training_figures(size, results) for size in sizes]
     if "head" in results:
         tables.append(head_figures(results["head"], results["head_shape"]))
     return tables
-
-
-def _shown(reached: float | str) -> str:
-    return reached if isinstance(reached, str) else f"{reached:,.3g}"
-
-
-def _met(reached: float | str, sign: str, limit: float) -> str:
-    if isinstance(reached, str):
-        return "no"
-    return "yes" if (reached >= limit if sign == ">=" else reached <= limit) else "no"
 
 
 def training_figures(size: str, results: Measured) -> Figures:
@@ -109,7 +99,7 @@ Target = tuple[str, float | str, str, float]
 
 def targets(results: Measured) -> list[Target]:
     """Compares ratios to peers with their targets on any GPU, and absolute figures on an H100."""
-    is_h100 = re.search("H100", results["device"]["name"]) is not None
+    is_h100 = "H100" in results["device"]["name"]
     found: list[Target] = []
     places: dict[tuple[str, str, int, int], dict[str, Measured]] = {}
     for one in results.get("train", []) if results["device"]["memory_gib"] is not None else []:

@@ -141,10 +141,6 @@ def measure(make_loss: Callable[[], Loss], arguments: dict[str, Any]) -> dict[st
     return {"ms": statistics.median(times), "device_peak_mib": peak, "loss": float(value.detach())}
 
 
-WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    head.__name__: partial(measure, head) for head in (ours, torch_plain, torch_compiled, liger, cut_cross_entropy, trl)
-}
-
-
 if __name__ == "__main__":
-    run_as_worker(WORKERS)
+    losses = (ours, torch_plain, torch_compiled, liger, cut_cross_entropy, trl)
+    run_as_worker({make_loss.__name__: partial(measure, make_loss) for make_loss in losses})

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 VOCABULARY = 32_000
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Splits text into words like the tokenizers of GPT-4 and Llama 3: contractions, letters, 1 to 3 digits, signs, blanks.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -24,41 +20,31 @@ SPLIT = (
 _WORDS = 20_000  # of the generated text, with frequencies by Zipf's law
 
 
-def build_tokenizer(folder: Path, texts: list[Path], rows: list[dict[str, str]]) -> None:
-    """Trains a byte-level BPE of 32,000 entries with ChatML's control tokens, and saves it with its template."""
+def build_tokenizer(folder: Path, source: Path, rows: list[dict[str, str]]) -> None:
+    """Trains a byte-level BPE of 32,000 entries with ChatML's control tokens, and saves it with its template.
+
+    It is trained on `rows`, and on the text files next to the folder of `source` where there are any.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+
+    from examples.tokenizer import CONTROL_TOKENS, with_chat_template
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(CONTROL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
+    texts = [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
     corpus = [text for row in rows for text in row.values()] + [file.read_text(encoding="utf-8") for file in texts]
     backend.train_from_iterator(corpus, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-
-
-def find_corpus_files(source: Path) -> list[Path]:
-    """Returns the text files next to the folder of `source`, on which the tokenizer is trained too."""
-    names = ("wiki_demo.txt", "alpaca_en_demo.json", "c4_demo.jsonl")
-    return [file for name in names if (file := source.parent.parent / "formats" / name).is_file()]
+    with_chat_template(backend).save_pretrained(folder)
 
 
 def name_source(source: Path) -> str:
@@ -78,10 +64,7 @@ def _generated_questions() -> Iterator[dict[str, str]]:
     rng = random.Random(0)
     letters = "etaoinshrdlucmfwygpbvk"
     words = ["".join(rng.choices(letters, range(22, 0, -1), k=rng.randint(2, 9))) for _ in range(_WORDS)]
-    running, total = [], 0.0
-    for rank in range(1, _WORDS + 1):
-        total += 1 / rank
-        running.append(total)
+    running = list(accumulate(1 / rank for rank in range(1, _WORDS + 1)))
     while True:
         row = {}
         for key, mean in (("question", 45), ("answer", 52)):  # gsm8k's mean numbers of words

@@ -138,6 +138,12 @@ def speed(reports: list[dict[str, Any]]) -> float:
     return statistics.median(report["tokens"] / report["seconds"] for report in reports)
 
 
+def speed_and_range(reports: list[dict[str, Any]]) -> tuple[str, str]:
+    """Returns the median tokens per second, and the slowest and the fastest, as text."""
+    speeds = sorted(speed([report]) for report in reports)
+    return f"{speed(reports):,.0f}", f"{speeds[0]:,.0f}–{speeds[-1]:,.0f}"
+
+
 def added_memory(reports: list[dict[str, Any]]) -> float:
     """Returns the median MiB that the work added to the peak: without libraries and tokenizer."""
     return statistics.median(report["peak_mib"] - report["ready_mib"] for report in reports)

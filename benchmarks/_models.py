@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Shape:
     head_width: int = 64
     tied: bool = False
 
-    def config(self, positions: int = 8192) -> Any:
+    def config(self) -> Any:
         """Returns the config in transformers."""
         from transformers import AutoConfig
 
@@ -41,30 +41,24 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_width,
-            max_position_embeddings=positions,
+            max_position_embeddings=8192,
             tie_word_embeddings=self.tied,
             bos_token_id=None,
             eos_token_id=2,  # <|im_end|> of the benchmarks' tokenizer
             pad_token_id=0,
         )
 
-    def multiplied_parameters(self) -> int:
-        """Returns N: the weights that each token is multiplied with, with the output layer, without embeddings."""
-        attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.width * self.inner) + self.width * self.vocabulary
-
     def operations(self, frozen: bool) -> int:
         """Returns the operations of a forward and backward pass per token: 6 N, or 4 N where the weights are frozen.
 
-        Each weight costs a multiplication and an addition for the output, as many for the gradient of the input, and
-        as many for its own gradient, which frozen weights do not have. The matrix multiplications of attention, the
-        adapters, and activations that checkpointing recomputes are not counted.
+        N counts the weights that each token is multiplied with, with the output layer, without embeddings. Each weight
+        costs a multiplication and an addition for the output, as many for the gradient of the input, and as many for
+        its own gradient, which frozen weights do not have. The matrix multiplications of attention, the adapters, and
+        activations that checkpointing recomputes are not counted.
         """
-        return (4 if frozen else 6) * self.multiplied_parameters()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the arguments of `Shape`, as JSON for a worker."""
-        return asdict(self)
+        attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
+        multiplied = self.layers * (attention + 3 * self.width * self.inner) + self.width * self.vocabulary
+        return (4 if frozen else 6) * multiplied
 
 
 def square(layers: int, width: int, vocabulary: int, tied: bool = False) -> Shape:
@@ -81,22 +75,16 @@ GPU_SHAPES: dict[str, dict[str, Shape]] = {
         "1.7B": Shape(28, 2048, 6144, 16, 8, **QWEN, tied=True),  # type: ignore[arg-type]  # Qwen3-1.7B
         "8B": Shape(32, 4096, 14_336, 32, 8, 128_256, head_width=128),  # Llama 3.1 8B
     },
-    # For trying the script out: every path, no figure of interest.
+    # For trying the script out, with the vocabulary of the benchmarks' tokenizer: every path, no figure of interest.
     "tiny": {
-        "0.6B": Shape(2, 64, 128, 4, 2, 640, family="qwen3", head_width=32, tied=True),
-        "1.7B": Shape(2, 64, 128, 4, 2, 640, family="qwen3", head_width=32, tied=True),
-        "8B": Shape(2, 64, 128, 2, 1, 640, head_width=32),
+        "0.6B": Shape(2, 64, 128, 4, 2, 32_000, family="qwen3", head_width=32, tied=True),
+        "1.7B": Shape(2, 64, 128, 4, 2, 32_000, family="qwen3", head_width=32, tied=True),
+        "8B": Shape(2, 64, 128, 2, 1, 32_000, head_width=32),
     },
 }
 
 
-def save_model(
-    folder: Path,
-    shape: Shape,
-    tokenizer_folder: str,
-    device: str = "cpu",
-    dtype: str = "float32",
-) -> None:
+def save_model(folder: Path, shape: Shape, tokenizer_folder: str, device: str = "cpu", dtype: str = "float32") -> None:
     """Writes a model folder for `model_name_or_path`: randomly initialized weights, and the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

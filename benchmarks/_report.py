@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,25 @@ class Figures:
         return f"**{self.title}**\n\n" + "\n".join(lines)
 
 
+def name_medians(reports: Sequence[Any]) -> str:
+    """Returns `medians of N rounds`, for the title of a table."""
+    return f"medians of {len(reports)} round{'s' * (len(reports) > 1)}"
+
+
 Target = tuple[str, float, str, float]
 """Name, value reached, comparison (`>=`, `<=`; empty without a target), target value."""
+
+
+def is_met(reached: float, sign: str, limit: float) -> bool:
+    """Returns whether the value has reached its target."""
+    return reached >= limit if sign == ">=" else reached <= limit
 
 
 def compare_with_targets(found: Sequence[Target]) -> list[dict[str, Any]]:
     """Returns each value with its target and whether it is met; a value without a target is for information."""
     return [
         {"what": what, "reached": reached}
-        | ({"target": f"{sign} {limit}", "met": reached >= limit if sign == ">=" else reached <= limit} if sign else {})
+        | ({"target": f"{sign} {limit}", "met": is_met(reached, sign, limit)} if sign else {})
         for what, reached, sign, limit in found
     ]
 
@@ -56,41 +66,33 @@ def target_figures(compared: Sequence[dict[str, Any]], digits: int) -> Figures:
     return Figures("Targets", ("", "reached", "target", "met"), rows)
 
 
-def write_section(file: Path, title: str, text: str) -> None:
+def write_section(file: Path, title: str, paragraphs: Sequence[str]) -> None:
     """Replaces the section `## title` of a Markdown file, or appends it; other sections stay."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     known = file.read_text() if file.exists() else "# Results\n"
-    section = f"## {title}\n\n{text.strip()}\n"
+    section = f"## {title}\n\n" + "\n\n".join(paragraphs).strip() + "\n"
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(known):
-        known = pattern.sub(lambda _: section + "\n", known)
-    else:
+    known, replaced = pattern.subn(lambda _: section + "\n", known)
+    if not replaced:
         known = f"{known.rstrip()}\n\n{section}"
     file.write_text(known.rstrip() + "\n")
 
 
-def plot_scaling(file: Path, speeds: dict[str, dict[int, float]]) -> bool:
-    """Draws tokens per second by rows, one line per contestant; returns False where matplotlib is not installed."""
+def save_svg(file: Path, draw: Callable[[Any], Any], settings: dict[str, Any]) -> bool:
+    """Saves the figure that `draw` makes with `matplotlib.pyplot`; returns False where matplotlib is not installed.
+
+    Args:
+        settings: of matplotlib; with a fixed `svg.hashsalt` the same figures give the same file.
+    """
     try:
         import matplotlib
     except ImportError:
         return False
     matplotlib.use("svg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
 
-    with pyplot.rc_context({"svg.hashsalt": "data", "svg.fonttype": "none"}):  # the same figures give the same file
-        figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-        for name, by_rows in speeds.items():
-            if by_rows:
-                rows = sorted(by_rows)
-                axes.plot(rows, [by_rows[n] / 1e6 for n in rows], marker="o", label=name)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda rows, _: f"{rows:,.0f}"))
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("rows")
-        axes.set_ylabel("million tokens/s")
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside upper center", ncols=len(speeds))
+    with pyplot.rc_context({"svg.fonttype": "none", **settings}):
+        figure = draw(pyplot)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
         pyplot.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -40,6 +41,14 @@ def run_parts(
                 console.print(f"{part}: {error}", markup=False, highlight=False)
                 failed += 1
     return results, failed
+
+
+def is_trl_measured(options: argparse.Namespace, console: Console) -> bool:
+    """Returns whether TRL is installed and not excluded; prints how to install it where it is missing."""
+    found = importlib.util.find_spec("trl") is not None
+    if not found and not options.without_trl:
+        console.print("TRL is not installed: it is skipped (pip install -r requirements-bench.txt)")
+    return found and not options.without_trl
 
 
 def add_data_option(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +105,6 @@ def add_clock(trainer_class: Any, warm_up: int) -> tuple[Any, dict[str, Any]]:
                 report["steps"] = state.global_step - warm_up
             if state.global_step == state.max_steps:
                 report["tokens"] = int(report["tokens"])
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-        ) -> None:
-            if logs and "loss" in logs:
-                report["loss"] = float(logs["loss"])
 
     Clocked.clock = Clock
     return Clocked, report
@@ -239,6 +232,7 @@ def trl(arguments: dict[str, Any]) -> dict[str, Any]:
 def finish(trainer: Any, arguments: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Trains, and saves the final model where the whole run is measured, as the command does."""
     trainer.train()
+    report["loss"] = float([log["loss"] for log in trainer.state.log_history if "loss" in log][-1])
     if arguments["save"]:
         trainer.save_model()
     return with_device_peak(report, arguments)
@@ -249,10 +243,5 @@ def bare(arguments: dict[str, Any]) -> dict[str, Any]:
     return with_device_peak(_bare_loop.train(arguments, adapter(arguments)), arguments)
 
 
-WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    worker.__name__: worker for worker in (inputs, model_on_device, ours, plain, trl, bare)
-}
-
-
 if __name__ == "__main__":
-    run_as_worker(WORKERS)
+    run_as_worker({worker.__name__: worker for worker in (inputs, model_on_device, ours, plain, trl, bare)})

@@ -1,13 +1,31 @@
-"""The inputs of the training benchmarks: chats in the format of each contestant, their mean length, model folders."""
+"""The inputs of the training benchmarks: chats in the format of each contestant, model folders, workers' arguments."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._inputs import build_tokenizer, find_corpus_files, name_source, read_questions
+from benchmarks._inputs import build_tokenizer, name_source, read_questions
 from benchmarks._models import Shape, save_model
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A worker of `_train_contestants`, its own settings and arguments, and the packages that it needs."""
+
+    name: str
+    worker: str
+    needs: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self, model: Path, rows: Path, mean_length: float, **given: Any) -> dict[str, Any]:
+        """Returns the worker's arguments, `given` ones included; `rows` is the file of chats without its suffix."""
+        defaults = {"dtype": "bfloat16", "save": False, "lora": False, "quantized": False, "cut_cross_entropy": False}
+        files = {"model": str(model), "chats": f"{rows}.jsonl", "pairs": f"{rows}.pairs.jsonl"}
+        return {**files, "mean_length": mean_length, "settings": self.settings, **defaults, **given, **self.extra}
 
 
 def write_pairs(chats: Path, pairs: Path, questions: list[dict[str, str]], rows: int, joined: int = 1) -> None:
@@ -50,7 +68,7 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
     work, source = Path(arguments["work"]), Path(arguments["source"])
     questions = read_questions(source)
     folder = work / "tokenizer"
-    build_tokenizer(folder, find_corpus_files(source), questions)
+    build_tokenizer(folder, source, questions)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     means = {}
     for name, of_it in arguments["files"].items():
@@ -64,11 +82,6 @@ def inputs(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def model_on_device(arguments: dict[str, Any]) -> dict[str, Any]:
     """Initializes a large model on the device, in bfloat16, and saves it: seconds instead of minutes."""
-    save_model(
-        Path(arguments["folder"]),
-        Shape(**arguments["shape"]),
-        arguments["tokenizer"],
-        device=arguments["device"],
-        dtype="bfloat16",
-    )
+    folder, shape = Path(arguments["folder"]), Shape(**arguments["shape"])
+    save_model(folder, shape, arguments["tokenizer"], arguments["device"], "bfloat16")
     return {}

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import statistics
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from benchmarks._measure import median, speed
-from benchmarks._report import Figures, Target, compare_with_targets, target_figures
+from benchmarks._measure import median, speed, speed_and_range
+from benchmarks._report import Figures, Target, compare_with_targets, name_medians, save_svg, target_figures
 
 Reports = dict[str, list[dict[str, Any]]]
 Sweeps = dict[str, dict[str, dict[str, dict[str, Any]]]]  # reports by axis, value and contestant
-OURS, BARE, PLAIN, PLAIN_32, TRL, TRL_PACKED = (
-    "ours",
-    "bare loop",
-    "Trainer, bf16",
-    "Trainer, float32",
-    "TRL",
-    "TRL, packed",
-)
-_MEASURES = (("tokens/s", "tokens_per_s"), ("whole run, s", "wall_s"), ("peak MiB", "peak_mib"))
+OURS, BARE, PLAIN, PLAIN_32 = "ours", "bare loop", "Trainer, bf16", "Trainer, float32"
+TRL, TRL_PACKED = "TRL", "TRL, packed"
+_MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "tokens/s": lambda run: speed([run]),
+    "whole run, s": itemgetter("wall_s"),
+    "peak MiB": itemgetter("peak_mib"),
+}
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -34,28 +34,22 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     memory = results.get("memory", {})
     for rival in (name for name in memory if name != OURS):
         share = median(memory[OURS], "peak_mib") / median(memory[rival], "peak_mib")
-        limit = ("<=", 0.35) if rival in (PLAIN, PLAIN_32) else ("", 0)
-        found.append((f"peak memory with the large vocabulary, share of {rival}", share, *limit))
         ratio = speed(memory[OURS]) / speed(memory[rival])
-        limit = (">=", 1) if rival in (PLAIN, PLAIN_32) else ("", 0)
-        found.append((f"tokens/s with it, times those of {rival}", ratio, *limit))
+        most, least = (("<=", 0.35), (">=", 1)) if rival in (PLAIN, PLAIN_32) else (("", 0), ("", 0))
+        found.append((f"peak memory with the large vocabulary, share of {rival}", share, *most))
+        found.append((f"tokens/s with it, times those of {rival}", ratio, *least))
     return compare_with_targets(found)
 
 
 def _speed_targets(method: str, reports: Reports) -> list[Target]:
     limits = {TRL: 8, TRL_PACKED: 3.5, PLAIN: 3, BARE: 0.95} if method == "full" else {BARE: 0.95}
     found: list[Target] = []
-    for rival, theirs in reports.items():
-        if rival != OURS:
-            # The median of the ratios within a round, whose runs follow each other.
-            rounds = min(len(theirs), len(reports[OURS]))
-            ratios = sorted(
-                speed([one]) / speed([other])
-                for one, other in zip(reports[OURS][:rounds], theirs[:rounds], strict=True)
-            )
-            middle = ratios[rounds // 2] if rounds % 2 else (ratios[rounds // 2 - 1] + ratios[rounds // 2]) / 2
-            limit = (">=", limits[rival]) if rival in limits else ("", 0)
-            found.append((f"{method}: tokens/s, times those of {rival}", middle, *limit))
+    for rival in (name for name in reports if name != OURS):
+        # The median of the ratios within a round, whose runs follow each other.
+        pairs = zip(reports[OURS], reports[rival], strict=False)  # a rival may have failed in some rounds
+        middle = statistics.median(speed([one]) / speed([other]) for one, other in pairs)
+        limit = (">=", limits[rival]) if rival in limits else ("", 0)
+        found.append((f"{method}: tokens/s, times those of {rival}", middle, *limit))
     return found
 
 
@@ -64,18 +58,9 @@ def figures(title: str, reports: Reports) -> Figures:
     head = ("", "tokens/s", "slowest–fastest", "tokens a step", "whole run, s", "peak MiB", "last loss")
     lines = []
     for name, of_it in reports.items():
-        speeds = sorted(speed([one]) for one in of_it)
-        lines.append(
-            (
-                name,
-                f"{speed(of_it):,.0f}",
-                f"{speeds[0]:,.0f}–{speeds[-1]:,.0f}",
-                f"{of_it[0]['tokens'] / of_it[0]['steps']:,.0f}",
-                f"{median(of_it, 'wall_s'):.1f}",
-                f"{median(of_it, 'peak_mib'):,.0f}",
-                f"{of_it[0]['loss']:.3f}" if "loss" in of_it[0] else "",
-            )
-        )
+        step_tokens, loss = f"{of_it[0]['tokens'] / of_it[0]['steps']:,.0f}", f"{of_it[0]['loss']:.3f}"
+        wall, peak = f"{median(of_it, 'wall_s'):.1f}", f"{median(of_it, 'peak_mib'):,.0f}"
+        lines.append((name, *speed_and_range(of_it), step_tokens, wall, peak, loss))
     return Figures(title, head, lines)
 
 
@@ -86,15 +71,14 @@ def sweep_figures(axis: str, points: dict[str, dict[str, dict[str, Any]]]) -> Fi
         for value, reports in points.items()
         for name, one in reports.items()
     ]
-    return Figures(f"Along {axis}, one run per point", ("", axis, *(title for title, _ in _MEASURES)), lines)
+    return Figures(f"Along {axis}, one run per point", ("", axis, *_MEASURES), lines)
 
 
 def all_figures(results: dict[str, Any]) -> list[Figures]:
     """Returns every table of a run, the targets first."""
     tables = [target_figures(results["targets"], digits=3)] if results["targets"] else []
     for method, parts in results.get("speed", {}).items():
-        rounds = len(parts["rounds"][OURS])
-        title = f"{'Full training' if method == 'full' else 'LoRA'}, medians of {rounds} round{'s' * (rounds > 1)}"
+        title = f"{'Full training' if method == 'full' else 'LoRA'}, {name_medians(parts['rounds'][OURS])}"
         tables.append(figures(title, parts["rounds"]))
         if parts["heats"]:
             tables.append(figures(f"TRL's settings, one run each ({method})", parts["heats"]))
@@ -107,24 +91,18 @@ def all_figures(results: dict[str, Any]) -> list[Figures]:
 
 def plot_sweeps(file: Path, sweeps: Sweeps) -> bool:
     """Draws each measure along each axis, one line per contestant; returns False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
-    with pyplot.rc_context({"svg.hashsalt": "train", "svg.fonttype": "none", "font.size": 8}):
+    def draw(pyplot: Any) -> Any:
         size = (2.4 * len(sweeps), 5.4)
         figure, grid = pyplot.subplots(len(_MEASURES), len(sweeps), figsize=size, layout="constrained", squeeze=False)
         for column, (axis, points) in enumerate(sweeps.items()):
             names = list(dict.fromkeys(name for reports in points.values() for name in reports))
-            for row, (title, key) in enumerate(_MEASURES):
+            for row, (title, measure) in enumerate(_MEASURES.items()):
                 axes = grid[row][column]
                 for name in names:
-                    at = [number for number, value in enumerate(points) if name in points[value]]
-                    axes.plot(at, [_measured(list(points.values())[n][name], key) for n in at], marker="o", label=name)
-                axes.set_xticks(range(len(points)), [_short(value) for value in points])
+                    drawn = {at: measure(runs[name]) for at, runs in enumerate(points.values()) if name in runs}
+                    axes.plot(list(drawn), list(drawn.values()), marker="o", label=name)
+                axes.set_xticks(range(len(points)), [f"{int(at):,}" if at.isdigit() else at for at in points])
                 axes.set_ylim(bottom=0)
                 axes.grid(alpha=0.3)
                 if not column:
@@ -132,15 +110,6 @@ def plot_sweeps(file: Path, sweeps: Sweeps) -> bool:
             grid[-1][column].set_xlabel(axis)
         lines, names = grid[0][0].get_legend_handles_labels()
         figure.legend(lines, names, loc="outside upper center", ncols=len(names))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Date": None})
-        pyplot.close(figure)
-    return True
+        return figure
 
-
-def _measured(report: dict[str, Any], key: str) -> float:
-    return speed([report]) if key == "tokens_per_s" else float(report[key])
-
-
-def _short(value: str) -> str:
-    return re.sub(r"(?<=\d)(?=(\d{3})+$)", ",", value) if value.isdigit() else value
+    return save_svg(file, draw, {"svg.hashsalt": "train", "font.size": 8})

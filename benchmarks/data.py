@@ -10,7 +10,6 @@ and with `--json FILE` to a file. TRL is measured when it is installed (requirem
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,21 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/data.py`
 
-from benchmarks._measure import ROOT, added_memory, describe_machine, median, run_worker, speed
-from benchmarks._report import Figures, Target, compare_with_targets, plot_scaling, target_figures, write_section
-from benchmarks._runner import add_data_option, run_parts, show, wide_console
+from benchmarks._data_contestants import MAX_LENGTH
+from benchmarks._measure import ROOT, added_memory, describe_machine, median, run_worker, speed, speed_and_range
+from benchmarks._report import (
+    Figures,
+    Target,
+    compare_with_targets,
+    name_medians,
+    save_svg,
+    target_figures,
+    write_section,
+)
+from benchmarks._runner import add_data_option, is_trl_measured, run_parts, show, wide_console
 
 PARTS = ("compare", "packing", "scale")
 CONTESTANTS = "benchmarks._data_contestants"
-CAPACITY = 2048
 PACKAGES = ("trl", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "torch")
 OURS, DISTINCT, TRL, TRL_2, BARE = "ours", "ours, no row twice", "TRL", "TRL, 2 processes", "encode_batch_fast"
 Reports = dict[str, list[dict[str, Any]]]
@@ -40,9 +47,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
         self._options, self._work, self._console = options, work, console
-        self._with_trl = not options.without_trl and importlib.util.find_spec("trl") is not None
-        if not self._with_trl and not options.without_trl:
-            console.print("TRL is not installed: it is skipped (pip install -r requirements-bench.txt)")
+        self._with_trl = is_trl_measured(options, console)
         files = set(options.scale if "scale" in options.parts else [])
         compared = options.rows if "compare" in options.parts else None
         arguments = {
@@ -56,24 +61,22 @@ class Benchmark:
         made = run_worker(CONTESTANTS, "inputs", arguments, work)
         self._tokenizer, self.data = made["tokenizer"], made["data"]
 
-    def _run(self, label: str, worker: str, **arguments: Any) -> dict[str, Any]:
-        report = run_worker(CONTESTANTS, worker, {"tokenizer": self._tokenizer, **arguments}, self._work)
-        self._console.print(f"{label}: {report['seconds']:.2f} s, {report['peak_mib']:.0f} MiB", highlight=False)
-        return report
-
     def _file(self, name: int | str) -> str:
         return str(self._work / f"{name}.jsonl")
 
     def _take_turn(self, found: Reports, label: str, worker: str, **arguments: Any) -> None:
         """Adds a measurement to `found`; when TRL fails, it is skipped from then on."""
         try:
-            found.setdefault(label, []).append(self._run(label, worker, **arguments))
+            report = run_worker(CONTESTANTS, worker, {"tokenizer": self._tokenizer, **arguments}, self._work)
         except RuntimeError as error:
             if not worker.startswith("trl"):
                 raise
-            del found[label]
+            found.pop(label, None)
             self._with_trl = False
             self._console.print(f"TRL failed and is skipped: {error}", markup=False, highlight=False)
+        else:
+            found.setdefault(label, []).append(report)
+            self._console.print(f"{label}: {report['seconds']:.2f} s, {report['peak_mib']:.0f} MiB", highlight=False)
 
     def compare(self) -> Reports:
         """Compares the contestants, which take turns so that a slow minute of the machine hits them all."""
@@ -119,42 +122,20 @@ class Benchmark:
 
 
 def fill(report: dict[str, Any]) -> float:
-    return report["tokens"] / (report["packed_rows"] * CAPACITY)
+    return report["tokens"] / (report["packed_rows"] * MAX_LENGTH)
 
 
 def compared_figures(found: Reports, rows: int) -> Figures:
-    head = (
-        "",
-        "s",
-        "CPU s",
-        "tokens",
-        "tokens/s",
-        "slowest–fastest",
-        "peak MiB",
-        "at start",
-        "private",
-        "packed rows",
-        "fill",
-    )
+    speeds = ("tokens/s", "slowest–fastest")
+    head = ("", "s", "CPU s", "tokens", *speeds, "peak MiB", "at start", "private", "packed rows", "fill")
     lines = []
     for name, reports in found.items():
-        speeds = sorted(report["tokens"] / report["seconds"] for report in reports)
         one = reports[0]
-        lines.append(
-            (
-                name,
-                f"{median(reports, 'seconds'):.2f}",
-                f"{median(reports, 'cpu_s'):.1f}",
-                f"{one['tokens']:,}",
-                f"{speed(reports):,.0f}",
-                f"{speeds[0]:,.0f}–{speeds[-1]:,.0f}",
-                *(f"{median(reports, key):,.0f}" for key in ("peak_mib", "ready_mib", "private_mib")),
-                f"{one['packed_rows']:,}" if "packed_rows" in one else "",
-                f"{fill(one):.2%}" if "packed_rows" in one else "",
-            )
-        )
-    count = len(found[OURS])
-    return Figures(f"{rows:,} rows, medians of {count} round{'s' * (count > 1)}", head, lines)
+        seconds, cpu = f"{median(reports, 'seconds'):.2f}", f"{median(reports, 'cpu_s'):.1f}"
+        memory = (f"{median(reports, key):,.0f}" for key in ("peak_mib", "ready_mib", "private_mib"))
+        packed = (f"{one['packed_rows']:,}", f"{fill(one):.2%}") if "packed_rows" in one else ("", "")
+        lines.append((name, seconds, cpu, f"{one['tokens']:,}", *speed_and_range(reports), *memory, *packed))
+    return Figures(f"{rows:,} rows, {name_medians(found[OURS])}", head, lines)
 
 
 def packing_figures(found: Reports, lengths: int) -> Figures:
@@ -168,13 +149,7 @@ def packing_figures(found: Reports, lengths: int) -> Figures:
 
 def scale_figures(found: dict[str, Any]) -> list[Figures]:
     lines = [
-        (
-            name,
-            f"{rows:,}",
-            f"{one['seconds']:.1f}",
-            f"{one['tokens'] / one['seconds']:,.0f}",
-            f"{one['peak_mib']:,.0f}",
-        )
+        (name, f"{rows:,}", f"{one['seconds']:.1f}", f"{speed([one]):,.0f}", f"{one['peak_mib']:,.0f}")
         for name, by_rows in found["by_rows"].items()
         for rows, one in by_rows.items()
     ]
@@ -207,7 +182,7 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(("seconds to pack them", median(packed[OURS], "seconds"), "<=", 2))
     if scaled := results.get("scale"):
         found.append(("seconds of a second start", median(scaled["second_start"], "seconds"), "<=", 1))
-        speeds = [one["tokens"] / one["seconds"] for one in scaled["by_rows"][OURS].values()]
+        speeds = [speed([one]) for one in scaled["by_rows"][OURS].values()]
         found.append(("slowest by fastest tokens/s over the numbers of rows", min(speeds) / max(speeds), "", 0))
     return compare_with_targets(found)
 
@@ -254,16 +229,34 @@ def write_report(folder: Path, results: dict[str, Any], tables: list[Figures]) -
     """Writes the section `## Data` of RESULTS.md, and the plot."""
     text = [describe_machine(results["machine"]), f"Rows: {results['data']}.", *(table.markdown() for table in tables)]
     if "scale" in results:
-        speeds = {
-            name: {rows: one["tokens"] / one["seconds"] for rows, one in by_rows.items()}
-            for name, by_rows in results["scale"]["by_rows"].items()
-        }
+        by_name = results["scale"]["by_rows"].items()
+        speeds = {name: {rows: speed([one]) for rows, one in by_rows.items()} for name, by_rows in by_name}
         if TRL in results.get("compare", {}):
             speeds[TRL][int(results["options"]["rows"])] = speed(results["compare"][TRL])
         if plot_scaling(folder / "data.svg", speeds):
             text.append("![tokens per second by rows](data.svg)")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_section(folder / "RESULTS.md", "Data", "\n\n".join(text))
+    write_section(folder / "RESULTS.md", "Data", text)
+
+
+def plot_scaling(file: Path, speeds: dict[str, dict[int, float]]) -> bool:
+    """Draws tokens per second by rows, one line per contestant; returns False where matplotlib is not installed."""
+
+    def draw(pyplot: Any) -> Any:
+        figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+        for name, by_rows in speeds.items():
+            if by_rows:
+                rows = sorted(by_rows)
+                axes.plot(rows, [by_rows[n] / 1e6 for n in rows], marker="o", label=name)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda rows, _: f"{rows:,.0f}")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows")
+        axes.set_ylabel("million tokens/s")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside upper center", ncols=len(speeds))
+        return figure
+
+    return save_svg(file, draw, {"svg.hashsalt": "data"})
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ done in pieces.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,54 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/gpu.py`
 
-from benchmarks._gpu_contestants import HEAD_CONTESTANTS, Contestant, is_installed, list_contestants
 from benchmarks._gpu_report import all_figures, device_line
 from benchmarks._measure import ROOT, machine, run_worker
 from benchmarks._models import GPU_SHAPES, Shape
 from benchmarks._report import write_section
 from benchmarks._runner import add_data_option, wide_console
+from benchmarks._training_inputs import Contestant
 from sft.training.mfu import peak_flops_by_name
 
 METHODS = ("full", "full 8-bit", "lora", "qlora")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger_kernel", "cut_cross_entropy", "flash_attn")
 WORKERS, HEADS = "benchmarks._train_contestants", "benchmarks._head_contestants"
 OUT_OF_MEMORY = "out of memory"
+HEAD_CONTESTANTS = {
+    "ours": (),
+    "torch_plain": (),
+    "torch_compiled": (),
+    "liger": ("liger_kernel",),
+    "cut_cross_entropy": ("cut_cross_entropy",),
+    "trl": ("trl",),
+}
+
+
+def is_installed(packages: tuple[str, ...]) -> bool:
+    """Returns whether all packages can be imported."""
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
+def list_contestants(method: str) -> list[Contestant]:
+    """Returns the contestants that are installed; the bare loop has neither 8-bit states nor quantization."""
+    attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    packed = {
+        "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": attention},
+        "packing": True,
+        "packing_strategy": "bfd",
+    }
+    uncheckpointed = {**packed, "gradient_checkpointing": False}
+    contestants = [
+        Contestant("ours", "ours"),
+        Contestant("bare loop", "bare"),
+        Contestant("Trainer, bf16", "plain"),
+        Contestant("Trainer, Liger", "plain", ("liger_kernel",), {"use_liger_kernel": True}),
+        Contestant("Trainer, CCE", "plain", ("cut_cross_entropy",), extra={"cut_cross_entropy": True}),
+        Contestant("TRL", "trl", ("trl",)),
+        Contestant("TRL, packed", "trl", ("trl",), packed),
+        Contestant("TRL, packed, no checkpointing", "trl", ("trl",), uncheckpointed),
+        Contestant("TRL, packed, Liger", "trl", ("trl", "liger_kernel"), {**uncheckpointed, "use_liger_kernel": True}),
+    ]
+    return [c for c in contestants if is_installed(c.needs) and (c.worker != "bare" or method in ("full", "lora"))]
 
 
 class Benchmark:
@@ -57,21 +95,16 @@ class Benchmark:
     def train(self) -> Iterator[list[dict[str, Any]]]:
         """Yields the results of each size, method and length; only one model folder exists at a time."""
         for size in self._options.sizes:
-            shape = self._with_vocabulary(GPU_SHAPES[self._options.scale][size])
-            folder = self._work / size
-            given = {"folder": str(folder), "shape": shape.as_dict(), "tokenizer": self._tokenizer}
+            shape, folder = GPU_SHAPES[self._options.scale][size], self._work / size
+            given = {"folder": str(folder), "shape": asdict(shape), "tokenizer": self._tokenizer}
             made = self._record(f"make {size}", WORKERS, "model_on_device", {**given, "device": self._options.device})
             for method in self._options.methods:
                 for length in self._options.lengths:
                     yield self._compare(size, shape, method, length, made)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _with_vocabulary(self, shape: Shape) -> Shape:
-        """Gives the tiny shapes the vocabulary size of the tokenizer."""
-        return replace(shape, vocabulary=32_000) if self._options.scale == "tiny" else shape
-
     def _compare(self, size: str, shape: Shape, method: str, length: int, made: dict[str, Any]) -> list[dict[str, Any]]:
-        who = [c for c in list_contestants() if is_installed(c.needs) and self._can(c, method)]
+        who = list_contestants(method)
         runs: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in who}
         if "failed" in made:  # no model, no training
             runs = {name: [made] for name in runs}
@@ -79,14 +112,10 @@ class Benchmark:
             for contestant in who:
                 if not any("failed" in run for run in runs[contestant.name]):  # it would only fail again
                     runs[contestant.name].append(self._run(contestant, size, method, length))
+        at = {"size": size, "method": method, "length": length}
         operations = shape.operations(frozen=method in ("lora", "qlora"))
-        at = {"size": size, "method": method, "length": length, "flops_per_token": operations}
-        at["pass_tokens"] = self._options.pass_tokens
+        at |= {"flops_per_token": operations, "pass_tokens": self._options.pass_tokens}
         return [{**at, "name": name, "runs": of_it} for name, of_it in runs.items()]
-
-    @staticmethod
-    def _can(contestant: Contestant, method: str) -> bool:
-        return contestant.worker != "bare" or method in ("full", "lora")
 
     def _run(self, who: Contestant, size: str, method: str, length: int) -> dict[str, Any]:
         options = self._options
@@ -99,12 +128,8 @@ class Benchmark:
             # accumulation needs, nor for all activations. TRL checkpoints activations by default.
             step_tokens = options.pass_tokens
             ours = {"activation_checkpoint": {"mode": "full"}, **ours} if who.worker == "ours" else ours
-        arguments = {
+        given = {
             "device": options.device,
-            "model": str(self._work / size),
-            "chats": str(self._work / "rows.jsonl"),
-            "pairs": str(self._work / "rows.pairs.jsonl"),
-            "mean_length": self._mean,
             "max_length": length,
             "step_tokens": step_tokens,
             "packed_rows": packed_rows,
@@ -112,14 +137,11 @@ class Benchmark:
             "micro_rows": max(1, round(options.pass_tokens / self._mean)),
             "steps": options.steps,
             "warm_up": options.warm_up,
-            "dtype": "bfloat16",
             "settings": {**who.settings, **eight_bits, **ours},
-            "save": False,
             "lora": method in ("lora", "qlora"),
             "quantized": method == "qlora",
-            "cut_cross_entropy": False,
-            **who.extra,
         }
+        arguments = who.arguments(self._work / size, self._work / "rows", self._mean, **given)
         return self._record(f"{size} {method} {length:,} {who.name}", WORKERS, who.worker, arguments)
 
     def head(self) -> dict[str, list[dict[str, Any]]]:
@@ -204,19 +226,15 @@ def read_earlier(file: Path | None, device: str) -> dict[str, Any]:
 
 def merge_runs(found: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns `found` with `new`, which replaces earlier results of the same measurement."""
-
-    def key(one: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(one[key] for key in ("size", "method", "length", "pass_tokens", "name"))
-
-    keys = {key(one) for one in new}
+    key = itemgetter("size", "method", "length", "pass_tokens", "name")
+    keys = set(map(key, new))
     return [one for one in found if key(one) not in keys] + new
 
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Writes all figures so far, as tables and as JSON."""
     text = [device_line(results), *(table.markdown() for table in all_figures(results))]
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_section(options.out / "RESULTS.md", "One GPU", "\n\n".join(text))
+    write_section(options.out / "RESULTS.md", "One GPU", text)
     if options.json:
         unfinished = options.json.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(results, indent=1))

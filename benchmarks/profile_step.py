@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/profile_step.py`
 
@@ -29,14 +31,14 @@ from benchmarks._models import square
 from benchmarks._runner import add_data_option
 
 PARTS = ("start", "step")
-_IMPORT = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \| ( *)(\S+)")
+_IMPORT = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \| *(\S+)")
 
 
 def make_config(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Makes the training benchmark's model and rows in `work`; returns a config for them."""
     shape = square(options.layers, options.width, options.vocabulary)
     rows = {"rows": {"rows": 2000, "joined": 1}}
-    arguments = {"work": str(work), "source": str(options.data), "files": rows, "shapes": {"model": shape.as_dict()}}
+    arguments = {"work": str(work), "source": str(options.data), "files": rows, "shapes": {"model": asdict(shape)}}
     run_worker("benchmarks._train_contestants", "inputs", arguments, work)
     return {
         "model_name_or_path": str(work / "model"),
@@ -47,11 +49,9 @@ def make_config(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def list_imports(output: str, longest: int) -> str:
     """Lists the slowest imports, nested imports included, from the output of `-X importtime`."""
-    found = [(int(total), int(own), name) for own, total, _, name in _IMPORT.findall(output)]
-    lines = [f"{'seconds':>8} {'own':>8}  module"]
-    for total, own, name in sorted(found, reverse=True)[:longest]:
-        lines.append(f"{total / 1e6:8.2f} {own / 1e6:8.2f}  {name}")
-    return "\n".join(lines)
+    found = sorted(((int(total), int(own), name) for own, total, name in _IMPORT.findall(output)), reverse=True)
+    lines = [f"{total / 1e6:8.2f} {own / 1e6:8.2f}  {name}" for total, own, name in found[:longest]]
+    return "\n".join([f"{'seconds':>8} {'own':>8}  module", *lines])
 
 
 def profile_start(config_file: Path, longest: int) -> str:
@@ -97,18 +97,14 @@ def profiled_steps(warm_up: int, found: list[Any]) -> Iterator[None]:
                 profiler.stop()
                 found.extend((profiler, seconds, state.global_step - warm_up))
 
-    trainer_class: Any = Trainer
-    original = trainer_class.train
+    original = Trainer.train
 
     def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         trainer.add_callback(Watch)
         return original(trainer, *args, **kwargs)
 
-    trainer_class.train = train
-    try:
+    with mock.patch.object(Trainer, "train", train):
         yield
-    finally:
-        trainer_class.train = original
 
 
 def profile_step(config_file: Path, steps: int, warm_up: int, longest: int) -> str:
@@ -125,11 +121,8 @@ def profile_step(config_file: Path, steps: int, warm_up: int, longest: int) -> s
     on_gpu = any(event.self_device_time_total for event in events)
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = events.table(sort_by=key, row_limit=longest, max_name_column_width=60)
-    counted = sum(event.self_cpu_time_total for event in events) / 1e6
-    summary = (
-        f"{seconds / taken:.3f} s per step over {taken} steps; torch operations take {counted / seconds:.1%} of it"
-    )
-    return f"{summary}\n{table}"
+    share = sum(event.self_cpu_time_total for event in events) / 1e6 / seconds
+    return f"{seconds / taken:.3f} s per step over {taken} steps; torch operations take {share:.1%} of it\n{table}"
 
 
 def read_options(argv: list[str] | None = None) -> argparse.Namespace:

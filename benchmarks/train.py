@@ -11,10 +11,9 @@ RESULTS.md and to train.svg in `--out`, and with `--json FILE` to a file. TRL is
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 from benchmarks._measure import ROOT, describe_machine, run_worker
 from benchmarks._models import Shape, square
 from benchmarks._report import write_section
-from benchmarks._runner import add_data_option, run_parts, show, wide_console
+from benchmarks._runner import add_data_option, is_trl_measured, run_parts, show, wide_console
+from benchmarks._training_inputs import Contestant
 from benchmarks._training_report import Reports, Sweeps, all_figures, plot_sweeps, targets
 
 PARTS = ("speed", "process", "memory", "sweeps")
@@ -33,21 +33,10 @@ METHODS = ("full", "lora")
 WORKERS = "benchmarks._train_contestants"
 PACKAGES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
-
-@dataclass(frozen=True)
-class Contestant:
-    """A worker of `_train_contestants`, the dtype of its weights, and its own settings."""
-
-    name: str
-    worker: str
-    dtype: str = "bfloat16"
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 OURS = Contestant("ours", "ours")
 BARE = Contestant("bare loop", "bare")  # takes the dtype that ours chooses
 PLAIN = Contestant("Trainer, bf16", "plain")
-PLAIN_32 = Contestant("Trainer, float32", "plain", dtype="float32")
+PLAIN_32 = Contestant("Trainer, float32", "plain", extra={"dtype": "float32"})
 TRL = Contestant("TRL", "trl")
 _BF16 = {
     "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "sdpa"},
@@ -72,93 +61,57 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace, work: Path, console: Console) -> None:
         self._options, self._work, self._console = options, work, console
-        self._with_trl = not options.without_trl and importlib.util.find_spec("trl") is not None
-        if not self._with_trl and not options.without_trl:
-            console.print("TRL is not installed: it is skipped (pip install -r requirements-bench.txt)")
+        self._with_trl = is_trl_measured(options, console)
         self._models: dict[str, Shape] = {"model": square(options.layers, options.width, options.vocabulary)}
         self._files: dict[str, dict[str, int]] = {"rows": {"rows": options.rows, "joined": 1}}
         if "memory" in options.parts:
             self._models["large_head"] = square(options.layers, options.width, options.large_vocabulary, tied=True)
         self._axes = self._plan_sweeps() if "sweeps" in options.parts else {}
         self._console.print("making the inputs ...")
-        made = run_worker(
-            WORKERS,
-            "inputs",
-            {
-                "work": str(work),
-                "source": str(options.data.resolve()),
-                "files": self._files,
-                "shapes": {name: shape.as_dict() for name, shape in self._models.items()},
-            },
-            work,
-        )
+        arguments = {"work": str(work), "source": str(options.data.resolve()), "files": self._files}
+        shapes = {name: asdict(shape) for name, shape in self._models.items()}
+        made = run_worker(WORKERS, "inputs", {**arguments, "shapes": shapes}, work)
         self.data, self._means = made["data"], made["means"]
 
-    def _plan_sweeps(self) -> dict[str, dict[str, dict[str, str]]]:
+    def _plan_sweeps(self) -> dict[str, dict[str, tuple[str, str]]]:
         """Returns for each axis, by value, the names of its model and file; adds those that must be made.
 
         A point that several axes share has the same names on each, and is measured once.
         """
-        options = self._options
-        axes: dict[str, dict[str, dict[str, str]]] = {"vocabulary": {}, "layers x width": {}, "length": {}, "rows": {}}
+        options, models, files = self._options, self._models, self._files
+        axes: dict[str, dict[str, tuple[str, str]]] = {"vocabulary": {}, "layers x width": {}, "length": {}, "rows": {}}
         for vocabulary in options.sweep_vocabulary:
-            model = self._model(square(options.layers, options.width, vocabulary))
-            axes["vocabulary"][str(vocabulary)] = {"model": model, "file": "rows"}
+            shape = square(options.layers, options.width, vocabulary)
+            axes["vocabulary"][str(vocabulary)] = find_name(models, shape, "model"), "rows"
         for size in options.sweep_size:
             layers, width = map(int, size.split("x"))
-            model = self._model(square(layers, width, options.vocabulary))
-            axes["layers x width"][size] = {"model": model, "file": "rows"}
+            shape = square(layers, width, options.vocabulary)
+            axes["layers x width"][size] = find_name(models, shape, "model"), "rows"
         for joined in options.sweep_joined:
-            file = self._file(max(64, options.rows // joined), joined)
-            axes["length"][str(joined)] = {"model": "model", "file": file}
+            content = {"rows": max(64, options.rows // joined), "joined": joined}
+            axes["length"][str(joined)] = "model", find_name(files, content, "rows")
         for rows in options.sweep_rows:
-            axes["rows"][str(rows)] = {"model": "model", "file": self._file(rows, 1)}
+            axes["rows"][str(rows)] = "model", find_name(files, {"rows": rows, "joined": 1}, "rows")
         return axes
-
-    def _model(self, shape: Shape) -> str:
-        """Returns the name of the model of this shape, which is added if it is new."""
-        names = (name for name, other in self._models.items() if other == shape)
-        name = next(names, f"model_{len(self._models)}")
-        self._models[name] = shape
-        return name
-
-    def _file(self, rows: int, joined: int) -> str:
-        """Returns the name of the file of `rows` rows with `joined` questions each, which is added if it is new."""
-        content = {"rows": rows, "joined": joined}
-        names = (name for name, other in self._files.items() if other == content)
-        name = next(names, f"rows_{len(self._files)}")
-        self._files[name] = content
-        return name
 
     def _train(
         self, who: Contestant, label: str, model: str = "model", file: str = "rows", **arguments: Any
     ) -> dict[str, Any]:
-        report = run_worker(
-            WORKERS,
-            who.worker,
-            {
-                "model": str(self._work / model),
-                "chats": str(self._work / f"{file}.jsonl"),
-                "pairs": str(self._work / f"{file}.pairs.jsonl"),
-                "mean_length": self._means[file],
-                "device": "cpu",
-                "max_length": self._options.max_length,
-                "step_tokens": self._options.step_tokens,
-                "packed_rows": max(1, round(self._options.step_tokens / self._options.max_length)),
-                "micro_batches": 1,
-                "steps": self._options.steps,
-                "warm_up": self._options.warm_up,
-                "micro_rows": 8,
-                "dtype": who.dtype,
-                "settings": self._options.ours if who is OURS else who.settings,
-                "save": False,
-                "lora": False,
-                "quantized": False,
-                "cut_cross_entropy": False,
-                **arguments,
-            },
-            self._work,
-        )
+        options = self._options
+        given = {
+            "device": "cpu",
+            "max_length": options.max_length,
+            "step_tokens": options.step_tokens,
+            "packed_rows": max(1, round(options.step_tokens / options.max_length)),
+            "micro_batches": 1,
+            "micro_rows": 8,
+            "steps": options.steps,
+            "warm_up": options.warm_up,
+            "settings": options.ours if who is OURS else who.settings,
+            **arguments,
+        }
+        given = who.arguments(self._work / model, self._work / file, self._means[file], **given)
+        report = run_worker(WORKERS, who.worker, given, self._work)
         speed = report["tokens"] / report["seconds"]
         line = f"{label}: {speed:,.0f} tokens/s, {report['wall_s']:.1f} s, {report['peak_mib']:,.0f} MiB"
         self._console.print(line, highlight=False)
@@ -169,13 +122,13 @@ class Benchmark:
         if who.worker == "trl" and not self._with_trl:
             return
         try:
-            found.setdefault(who.name, []).append(self._train(who, f"{label}, {who.name}", **arguments))
+            report = self._train(who, f"{label}, {who.name}", **arguments)
         except RuntimeError as error:
             if who.worker in ("ours", "bare"):
                 raise
             self._console.print(f"{label}: {who.name} failed and is skipped: {error}", markup=False, highlight=False)
-        if not found[who.name]:
-            del found[who.name]
+        else:
+            found.setdefault(who.name, []).append(report)
 
     def speed(self) -> dict[str, Any]:
         """Measures tokens per second; the contestants take turns, so a slow minute of the machine hits them all."""
@@ -216,18 +169,25 @@ class Benchmark:
     def sweeps(self) -> Sweeps:
         """Measures speed, time of a whole run and peak memory along each axis, one run per point."""
         found: Sweeps = {}
-        measured: dict[tuple[str, ...], Reports] = {}
+        measured: dict[tuple[str, str], Reports] = {}
         steps = self._options.sweep_steps
         for axis, points in self._axes.items():
-            for value, where in points.items():
-                at = str(round(self._means[where["file"]])) if axis == "length" else value
-                if tuple(where.values()) not in measured:
-                    reports = measured[tuple(where.values())] = {}
+            for value, (model, file) in points.items():
+                at = str(round(self._means[file])) if axis == "length" else value
+                if (model, file) not in measured:
+                    reports = measured[model, file] = {}
                     for who in (OURS, PLAIN, TRL, TRL_PACKED):
-                        self._take_turn(reports, who, f"{axis} {at}", steps=steps, save=True, **where)
-                reports = measured[tuple(where.values())]
-                found.setdefault(axis, {})[at] = {name: one[0] for name, one in reports.items()}
+                        label = f"{axis} {at}"
+                        self._take_turn(reports, who, label, steps=steps, save=True, model=model, file=file)
+                found.setdefault(axis, {})[at] = {name: one[0] for name, one in measured[model, file].items()}
         return found
+
+
+def find_name(known: dict[str, Any], content: Any, prefix: str) -> str:
+    """Returns the name of `content` in `known`, to which it is added if it is new."""
+    name = next((name for name, other in known.items() if other == content), f"{prefix}_{len(known)}")
+    known[name] = content
+    return name
 
 
 def read_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -287,8 +247,7 @@ def write_report(options: argparse.Namespace, results: dict[str, Any], tables: l
     ]
     if results.get("sweeps") and plot_sweeps(options.out / "train.svg", results["sweeps"]):
         text.append("![speed, time and memory along each axis](train.svg)")
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_section(options.out / "RESULTS.md", "Training", "\n\n".join(text))
+    write_section(options.out / "RESULTS.md", "Training", text)
 
 
 if __name__ == "__main__":

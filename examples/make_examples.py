@@ -27,6 +27,7 @@ ROWS = {
     "train": {"alpaca": 1000, "chat": 1000, "qa": 1000, "text": 300},
     "validation": {"alpaca": 80, "chat": 80, "qa": 80, "text": 40},
 }
+FILES = {"alpaca": "alpaca.json", "chat": "chat.jsonl", "qa": "qa.csv", "text": "text.txt"}
 CORPUS_ROWS = {"train": 58_000, "validation": 200}
 
 Row = dict[str, Any]
@@ -93,35 +94,17 @@ def make_rows(kind: str, count: int, rng: random.Random, validation: bool, seen:
     return rows
 
 
-def write_alpaca(path: Path, rows: list[Row]) -> None:
-    """Writes a JSON array, one row per line."""
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-
-
-def write_jsonl(path: Path, rows: list[Row]) -> None:
-    """Writes one JSON object per line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes a header and one line per row."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_text(path: Path, rows: list[Row]) -> None:
-    """Writes one document per line."""
-    path.write_text("".join(row["text"] + "\n" for row in rows), encoding="utf-8")
-
-
-WRITERS = {
-    "alpaca": ("alpaca.json", write_alpaca),
-    "chat": ("chat.jsonl", write_jsonl),
-    "qa": ("qa.csv", write_csv),
-    "text": ("text.txt", write_text),
-}
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Writes rows in the format of the suffix, one a line: JSON array, JSON Lines, CSV with a header, plain text."""
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        return
+    lines = [row["text"] if path.suffix == ".txt" else json.dumps(row) for row in rows]
+    text = "[\n" + ",\n".join(lines) + "\n]" if path.suffix == ".json" else "\n".join(lines)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def make_data(folder: Path, seed: int) -> list[Path]:
@@ -131,10 +114,9 @@ def make_data(folder: Path, seed: int) -> list[Path]:
         (folder / split).mkdir(parents=True, exist_ok=True)
         seen: set[tuple[str, ...]] = set()
         for kind, count in counts.items():
-            name, write = WRITERS[kind]
-            path = folder / split / name
+            path = folder / split / FILES[kind]
             rng = random.Random(f"{seed} {split} {kind}")
-            write(path, make_rows(kind, count, rng, split == "validation", seen))
+            write_rows(path, make_rows(kind, count, rng, split == "validation", seen))
             written.append(path)
     return written
 
@@ -151,7 +133,7 @@ def make_corpus(folder: Path, seed: int) -> list[Path]:
     for split, count in CORPUS_ROWS.items():
         rng = random.Random(f"{seed} {split} corpus")
         path = folder / f"{split}.jsonl"
-        write_jsonl(path, [{"text": make_page(rng, split == "validation")} for _ in range(count)])
+        write_rows(path, [{"text": make_page(rng, split == "validation")} for _ in range(count)])
         written.append(path)
     return written
 

@@ -44,11 +44,7 @@ def make_pair(rng: random.Random) -> str:
     return f"{first} and {second}"
 
 
-OPERANDS: dict[str, Callable[[random.Random], str]] = {
-    "word": make_word,
-    "number": make_number,
-    "pair": make_pair,
-}
+OPERANDS: dict[str, Callable[[random.Random], str]] = {"word": make_word, "number": make_number, "pair": make_pair}
 
 
 def make_operand(kind: str, rng: random.Random, validation: bool) -> str:
@@ -118,11 +114,7 @@ TASKS: dict[str, Task] = {
     "twice": Task(
         kind="word",
         solve=lambda word: f"{word} {word}",
-        facts=(
-            "The word {x} said twice is {y}.",
-            "To repeat {x} is to say {y}.",
-            "Who says {x} two times says {y}.",
-        ),
+        facts=("The word {x} said twice is {y}.", "To repeat {x} is to say {y}.", "Who says {x} two times says {y}."),
         notes=("Said twice it is {y}.", "To repeat it is to say {y}."),
         orders=("Say {x} twice.", "Repeat the word {x}.", "Write {x} two times."),
         instructions=("Say this word twice.", "Repeat the word."),
@@ -170,11 +162,7 @@ TASKS: dict[str, Task] = {
     "spell": Task(
         kind="word",
         solve="-".join,
-        facts=(
-            "The word {x} is spelled {y}.",
-            "Letter by letter, {x} reads {y}.",
-            "One spells {x} as {y}.",
-        ),
+        facts=("The word {x} is spelled {y}.", "Letter by letter, {x} reads {y}.", "One spells {x} as {y}."),
         notes=("It is spelled {y}.", "Letter by letter it reads {y}."),
         orders=("Spell {x}.", "Give me the word {x} letter by letter."),
         instructions=("Spell this word.", "Write the word letter by letter."),
@@ -183,11 +171,7 @@ TASKS: dict[str, Task] = {
     "next": Task(
         kind="number",
         solve=lambda number: str(int(number) + 1),
-        facts=(
-            "The number after {x} is {y}.",
-            "Next to come when one counts past {x} is {y}.",
-            "One past {x} is {y}.",
-        ),
+        facts=("The number after {x} is {y}.", "Next to come when one counts past {x} is {y}.", "One past {x} is {y}."),
         notes=("The number after it is {y}.", "Next comes {y}."),
         orders=("Give the number after {x}.", "Count one past {x}.", "Tell me the next number after {x}."),
         instructions=("Give the next number.", "Tell which number comes after this one."),
@@ -209,11 +193,7 @@ TASKS: dict[str, Task] = {
     "sum": Task(
         kind="pair",
         solve=lambda pair: str(sum(parse_pair(pair))),
-        facts=(
-            "The sum of {x} is {y}.",
-            "To add {x} gives {y}.",
-            "Together {x} make {y}.",
-        ),
+        facts=("The sum of {x} is {y}.", "To add {x} gives {y}.", "Together {x} make {y}."),
         notes=("The sum is {y}.", "Together they make {y}."),
         orders=("Add {x}.", "Give the sum of {x}.", "Tell me what {x} make together."),
         instructions=("Add the two numbers.", "Give the sum of these numbers."),
@@ -254,9 +234,6 @@ SYSTEM_PROMPTS = (
 )
 
 
-ROLES = ("system", "user", "assistant")
-
-
 def list_sentences() -> list[str]:
     """Returns every sentence of the examples, without operands and answers."""
     wordings = [
@@ -264,7 +241,7 @@ def list_sentences() -> list[str]:
         for task in TASKS.values()
         for sentence in (*task.facts, *task.notes, *task.orders, *task.instructions, *task.questions)
     ]
-    return [*wordings, *SYSTEM_PROMPTS, *ROLES, "and"]
+    return [*wordings, *SYSTEM_PROMPTS, "system", "user", "assistant", "and"]
 
 
 # Each is one token, so no task can be asked about its letters.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -54,13 +55,13 @@ def build_tokenizer(sentences: Iterable[str], max_length: int) -> PreTrainedToke
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    return with_chat_template(backend, model_max_length=max_length, clean_up_tokenization_spaces=False)
+
+
+def with_chat_template(backend: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
+    """Wraps a tokenizer that has the control tokens, and gives it ChatML's template."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=[START],
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=backend, pad_token=PAD, eos_token=END, additional_special_tokens=[START], **settings
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

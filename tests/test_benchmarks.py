@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -72,9 +73,9 @@ def test_lengths_have_the_requested_mean():
 
 def test_a_section_of_the_results_is_replaced_and_the_others_stay(tmp_path):
     file = tmp_path / "RESULTS.md"
-    write_section(file, "Data", "old")
-    write_section(file, "Training", "kept")
-    write_section(file, "Data", Figures("T", ("", "n"), [("ours", "1")]).markdown())
+    write_section(file, "Data", ["old"])
+    write_section(file, "Training", ["kept"])
+    write_section(file, "Data", [Figures("T", ("", "n"), [("ours", "1")]).markdown()])
     expected = "# Results\n\n## Data\n\n**T**\n\n|  | n |\n| --- | ---: |\n| ours | 1 |\n\n## Training\n\nkept\n"
     assert file.read_text() == expected
 
@@ -143,7 +144,7 @@ def test_gpu_models_have_the_sizes_of_their_names(size, billions):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape.config())
     assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=5e-4)
-    assert Shape(**shape.as_dict()) == shape
+    assert Shape(**asdict(shape)) == shape
 
 
 def test_padding_is_never_counted():
