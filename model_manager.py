@@ -35,7 +35,7 @@ from sft.model.quantization import (
 )
 from sft.model.saving import save_final_model
 from sft.model.tokenizer import configure_tokenizer, load_tokenizer, read_tokenizer
-from sft.model.trained import load_trained
+from sft.model.trained_models import load_trained
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sft.config.schema import Config
     from sft.data.formats.conversation import Conversation
     from sft.data.preparation.packing import AutoPacking
-    from sft.estimate.run import RunEstimate
+    from sft.estimate.run_estimate import RunEstimate
     from trainer_utils import SFTTrainer
 
 logger = logging.getLogger("sft")
@@ -154,7 +154,7 @@ def run_training(config: Config, trainer: SFTTrainer, checkpoint: Path | None) -
         TrainingStopped: training went wrong (exit code 3).
     """
     from sft.distributed.oom import allocator_message, is_out_of_memory, out_of_memory
-    from sft.report.progress import ConsoleProgress
+    from sft.report.step_progress import ConsoleProgress
 
     if checkpoint and trainer.load_finished(checkpoint):
         return

@@ -16,7 +16,7 @@ from sft.checkpoint.stream_state import StreamProgress
 from sft.config.schema import Config, ModelKeys, TrainingKeys
 from sft.data.loading.batch_plan import BatchPlan, plan_batches
 from sft.data.loading.collator import Collator
-from sft.estimate import run as estimate
+from sft.estimate import run_estimate
 from sft.estimate.batch_size_probe import probe_batch_size, rows_of_checkpoint, with_rows
 from sft.loss.token_loss import LossSettings, Objective
 from sft.model.attention.document_attention import takes_documents
@@ -24,7 +24,7 @@ from sft.model.compile import CompileSettings, compile_settings
 from sft.model.precision import Precision
 from sft.report.console import console
 from sft.report.metrics_file import MetricsFile
-from sft.report.progress import ConsoleProgress
+from sft.report.step_progress import ConsoleProgress
 from sft.training.arguments import StepSettings, training_arguments
 from sft.training.optim.factory import require_optimizer
 from trainer_utils import SFTTrainer
@@ -158,14 +158,14 @@ def _arguments(
     )
 
 
-def estimate_run(config: Config, tokenizer: Any, data: PreparedData, processes: int) -> estimate.RunEstimate:
+def estimate_run(config: Config, tokenizer: Any, data: PreparedData, processes: int) -> run_estimate.RunEstimate:
     """Estimates memory, tokens and time of the run, from a meta model and the longest micro-batch of the data."""
     keys = config.section(TrainingKeys)
     plan = plan_batches(keys, data.train_rows, data.train_tokens, processes)
     precision = _precision(config)
     model = _model(config, tokenizer, precision, meta=True)
     arguments = _arguments(config, keys, plan, precision, model, data)
-    return estimate.estimate_run(
+    return run_estimate.estimate_run(
         model,
         data.train,
         arguments,

@@ -35,14 +35,14 @@ from sft.model.attention.isolation_check import require_isolation
 from sft.model.compile import compile_layers
 from sft.training.arguments import StepSettings
 from sft.training.callbacks import FollowConfig, FollowEpoch
-from sft.training.checkpointing import CheckpointFiles
-from sft.training.dataloader import TrainingRows, is_packed
+from sft.training.checkpoint_files import CheckpointFiles
 from sft.training.evaluation import Evaluation, named_metrics
 from sft.training.mfu import flops_per_token
 from sft.training.nonfinite import require_finite
-from sft.training.optim.resume import ConfiguredOptimizer, require_schedule_of
+from sft.training.optim.resumed_settings import ConfiguredOptimizer, require_schedule_of
 from sft.training.run_log import RunLog, write_curve
 from sft.training.step import OptimizerStep
+from sft.training.training_rows import TrainingRows, is_packed
 
 logger = logging.getLogger("sft")
 Inputs = dict[str, Any]
@@ -160,7 +160,7 @@ class SFTTrainer(Trainer):
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads their states from the checkpoint; their settings are the config's (`sft.training.optim.resume`)."""
+        """Loads their states; their settings are the config's (`sft.training.optim.resumed_settings`)."""
         if checkpoint is not None:
             configured = ConfiguredOptimizer(self.optimizer)  # type: ignore[arg-type]
             super()._load_optimizer_and_scheduler(checkpoint)

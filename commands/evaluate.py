@@ -19,7 +19,7 @@ from sft.model.embeddings import resize_embeddings
 from sft.model.lora import without_adapter
 from sft.model.paths import is_adapter
 from sft.report.console import console
-from sft.report.progress import ConsoleProgress
+from sft.report.step_progress import ConsoleProgress
 from sft.training.arguments import training_arguments
 from trainer_utils import SFTTrainer
 

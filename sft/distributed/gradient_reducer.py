@@ -1,4 +1,4 @@
-"""Averages gradients over the ranks while the last backward pass of a step is still running.
+"""Averages gradients over the ranks, in place of DDP, while the last backward pass of a step is still running.
 
 For gradients that DDP's reducer does not accept (it wants the dtype of the weights), or that several micro-batches sum
 up before they are reduced once. They are reduced in their own dtype.
@@ -6,8 +6,12 @@ up before they are reduced once. They are reduced in their own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 _BUCKETED = 2**18  # gradients of fewer numbers (1 MiB in float32) are reduced together
 
@@ -28,6 +32,26 @@ class GradientReducer:
         self._next = 0
         for parameter in self._order:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    @contextmanager
+    def in_place_of_ddp(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
+        """Averages the step's gradients during the forward and backward pass inside, and tells DDP not to reduce.
+
+        Does nothing if `model` is not wrapped in DDP.
+
+        Args:
+            model: as the Trainer passes it to the training step.
+            is_last: whether an optimizer step follows this micro-batch; the same on all ranks.
+        """
+        if not isinstance(model, DistributedDataParallel):
+            yield
+            return
+        model.require_backward_grad_sync = False
+        if is_last:
+            self.begin(model.process_group)
+        yield
+        if is_last:
+            self.finish()
 
     def begin(self, group: dist.ProcessGroup | None) -> None:
         """Makes the next backward pass reduce each gradient that it completes."""

@@ -17,7 +17,7 @@ from sft.data.formats.normalize import with_system
 from sft.errors import Problem, UserError
 from sft.inference.generate import GREEDY, Sampling, generate_replies
 from sft.inference.prompts import choose_system_prompt, read_prompts
-from sft.model.trained import load_trained
+from sft.model.trained_models import load_trained
 
 
 def run_batch(

@@ -23,7 +23,7 @@ from sft.inference.generate import (
     position_limit,
 )
 from sft.inference.prompts import choose_system_prompt
-from sft.model.trained import load_trained
+from sft.model.trained_models import load_trained
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and resets), /quit ends"
 

@@ -27,7 +27,7 @@ from sft.model.embeddings import untie_adapted_embeddings
 from sft.model.lora import attach_saved_adapter
 from sft.model.paths import is_adapter, require_trained
 from sft.model.precision import DTYPES
-from sft.model.trained import find_base, load_base, load_saved_tokenizer, restore_generation_config
+from sft.model.trained_models import find_base, load_base, load_saved_tokenizer, restore_generation_config
 
 if TYPE_CHECKING:
     import torch

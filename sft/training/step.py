@@ -19,7 +19,7 @@ from sft.training.oom_retry import OomRetry
 from sft.training.optim.factory import find_fused_adam, with_master_weights
 from sft.training.optim.grad_norm import clip_factor, clip_gradients, gradient_norms, total_norm
 from sft.training.optim.master_weights import MasterWeights
-from sft.training.optim.resume import PEAK
+from sft.training.optim.resumed_settings import PEAK
 from sft.training.optim.split_master_weights import find_summed_weights
 from sft.training.split_batch import split_batch
 from sft.training.step_monitor import StepMonitor
@@ -76,7 +76,7 @@ class OptimizerStep:
             run: forward and backward; returns the loss, a scalar without graph.
         """
         if self._retry is None:
-            with self._masters.reducing(model, is_last) if self._masters else nullcontext():
+            with self._masters.reducer.in_place_of_ddp(model, is_last) if self._masters else nullcontext():
                 return run(model, inputs)
         # Not through DDP: a rank could not repeat a micro-batch that talks to other ranks.
         alone = model.module if isinstance(model, DistributedDataParallel) else model

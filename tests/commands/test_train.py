@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import sft_main
 from sft.data.loading.sampler import EpochSampler
-from sft.model.trained import load_trained
+from sft.model.trained_models import load_trained
 from tests.by_hand import rows_of
 from tests.runs import log_history, losses
 from trainer_utils import SFTTrainer

@@ -15,7 +15,7 @@ import model_manager
 from sft.config.schema import LoraKeys, ModelKeys, QuantizationKeys
 from sft.errors import UserError
 from sft.model.saving import generation_config, stop_tokens
-from sft.model.trained import find_base
+from sft.model.trained_models import find_base
 from tests.builders import byte_level_tokenizer, tiny_llama
 from tests.model.trained_models import IM_END, logits, trained
 

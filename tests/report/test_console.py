@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sft.report.console import console, show_lengths, show_packed
-from sft.report.progress import describe
+from sft.report.step_progress import describe
 
 
 def test_histogram_bars_are_proportional_and_a_count_of_one_is_visible():

@@ -51,8 +51,8 @@ class DocumentOffsets:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DocumentOffsets:
         """Moves the offsets to `device`; returns itself if they are there already.
 
-        Accelerate calls it like that of a tensor. The Trainer calls `to` only of tensors, so `sft.training.dataloader`
-        calls it for batches that do not come through accelerate.
+        Accelerate calls it like that of a tensor. The Trainer calls `to` only of tensors, so
+        `SFTTrainer._prepare_input` calls it for batches that do not come through accelerate.
         """
         moved = self.cu_seqlens.to(device, non_blocking=non_blocking)
         return self if moved is self.cu_seqlens else DocumentOffsets(self.lengths, moved)

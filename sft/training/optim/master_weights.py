@@ -16,12 +16,10 @@ gradients over the ranks while the last backward pass of the step is still runni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from sft.distributed.dtensor import to_local
 from sft.distributed.gradient_reducer import GradientReducer
@@ -46,7 +44,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
         for number, group in enumerate(inner.param_groups):
             group["params"] = [master for p in group["params"] for master in self._masters_of(p, number)]
-        self._reducer = GradientReducer([*dict.fromkeys(p for p, _ in self.pairs), *self._unpaired()])
+        self.reducer = GradientReducer([*dict.fromkeys(p for p, _ in self.pairs), *self._unpaired()])
 
     def _masters_of(self, parameter: torch.nn.Parameter, group: int) -> list[torch.nn.Parameter]:
         """Returns what replaces a parameter in group number `group` of the optimizer."""
@@ -133,26 +131,6 @@ class MasterWeights(torch.optim.Optimizer):
         for (_, master), tensor in zip(self.pairs, saved, strict=True):
             master.copy_(tensor)
         _round([master for _, master in self.pairs], [weight for weight, _ in self.pairs])
-
-    @contextmanager
-    def reducing(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
-        """Averages the step's gradients over the ranks during the last micro-batch's forward and backward pass inside.
-
-        Does nothing if `model` is not wrapped in DDP.
-
-        Args:
-            model: as the Trainer passes it to the training step.
-            is_last: whether an optimizer step follows this micro-batch; the same on all ranks.
-        """
-        if not isinstance(model, DistributedDataParallel):
-            yield
-            return
-        model.require_backward_grad_sync = False
-        if is_last:
-            self._reducer.begin(model.process_group)
-        yield
-        if is_last:
-            self._reducer.finish()
 
 
 def require_masters(saved: Any, expected: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> None:

@@ -28,8 +28,8 @@ from sft.data.ledger import Ledger, as_document, as_state, from_state
 from sft.data.loading.collator import Collator
 from sft.data.sources.dataset_source import DataSource, training_sources
 from sft.data.sources.row import Row
-from sft.data.streaming.dataloader import StreamLoader
 from sft.data.streaming.stream import STEP, Account, Place, TrainingStream
+from sft.data.streaming.stream_loader import StreamLoader
 from sft.data.streaming.window import StreamPlan, StreamWindow
 from sft.errors import UserError
 from tests.builders import byte_level_tokenizer

@@ -201,7 +201,7 @@ def trained_on(world_size: int, rank: int) -> dict[str, Any]:
         rows = torch.randn(ACCUMULATION, RANKS, 8, 512, generator=generator).bfloat16()
         for number, batch in enumerate(rows):
             for inputs in batch[rank : rank + 1] if world_size > 1 else batch:
-                with masters.reducing(wrapped, is_last=number == ACCUMULATION - 1):
+                with masters.reducer.in_place_of_ddp(wrapped, is_last=number == ACCUMULATION - 1):
                     (wrapped(inputs).float().pow(2).sum() / 64 * world_size).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         masters.step()

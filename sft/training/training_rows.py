@@ -11,8 +11,8 @@ from sft.checkpoint.compatibility import digest_lengths
 from sft.checkpoint.stream_state import StreamProgress
 from sft.data.loading.collator import PACKED, EvenRows, even_multiple, row_lengths
 from sft.data.loading.sampler import EpochSampler
-from sft.data.streaming.dataloader import StreamLoader
 from sft.data.streaming.stream import TrainingStream
+from sft.data.streaming.stream_loader import StreamLoader
 
 
 class TrainingRows:

@@ -15,7 +15,7 @@ from sft.loss.metrics import TokenCounts
 from sft.model.saving import save_companions
 from sft.report.run_files import write_ledger
 from sft.training.arguments import StepSettings
-from sft.training.dataloader import TrainingRows
+from sft.training.training_rows import TrainingRows
 
 
 class CheckpointFiles:

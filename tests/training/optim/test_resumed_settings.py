@@ -19,7 +19,7 @@ import sft_main
 from sft.errors import UserError
 from sft.training.optim.factory import with_master_weights
 from sft.training.optim.master_weights import MasterWeights
-from sft.training.optim.resume import PEAK, ConfiguredOptimizer, require_schedule_of
+from sft.training.optim.resumed_settings import PEAK, ConfiguredOptimizer, require_schedule_of
 from tests.runs import arithmetic, log_history, losses, write_config, write_rows
 
 DECAYING = ("linear", 2, 10)  # a warmup of 2 steps, and 0 at step 10

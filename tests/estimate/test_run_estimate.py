@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 import sft_main
-from sft.estimate import run as run_estimate
+from sft.estimate import run_estimate
 from tests.builders import save_model_dir
 from tests.runs import arithmetic, write_config, write_rows
 
