@@ -26,7 +26,8 @@ from sft.config.upstream_schema import upstream_defaults
 from tests.runs import ROOT
 
 CONFIG_STAGE = [ROOT / "config_manager.py", *(ROOT / "sft" / "config").glob("*.py")]
-SOURCES = [path for path in [*ROOT.glob("*.py"), *(ROOT / "sft").rglob("*.py")] if path not in CONFIG_STAGE]
+STAGES = [*ROOT.glob("*.py"), *(ROOT / "commands").glob("*.py"), *(ROOT / "sft").rglob("*.py")]
+SOURCES = [path for path in STAGES if path not in CONFIG_STAGE]
 # An expression of this kind is a group of keys: an annotation, `config.section(DataKeys)`, `load_config(...)`, an item
 # of `keys.datasets`.
 GIVES_KEYS = re.compile(r"\b(\w+Keys|Config|load_config|eval_datasets|datasets)\b")
