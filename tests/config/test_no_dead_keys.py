@@ -46,6 +46,17 @@ OURS = [
 ]
 
 
+def assigned_pairs(node: ast.Assign) -> list[tuple[str, str]]:
+    """Returns each target of an assignment with its value; `a, b = x, y` has two."""
+    pairs = []
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs += zip(target.elts, node.value.elts, strict=True)
+        else:
+            pairs.append((target, node.value))
+    return [(ast.unparse(target), ast.unparse(value)) for target, value in pairs]
+
+
 def holders_in(tree: ast.AST) -> set[str]:
     """Returns the names (`keys`, `self._keys`, `entry`) that hold a group of keys somewhere in a module."""
     holders = {
@@ -53,11 +64,18 @@ def holders_in(tree: ast.AST) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.arg) and node.annotation and GIVES_KEYS.search(ast.unparse(node.annotation))
     }
+    fields = {
+        node.target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if GIVES_KEYS.search(ast.unparse(node.annotation))
+    }
+    holders |= fields | {f"self.{name}" for name in fields}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
-            value = ast.unparse(node.value)
-            if value in holders or GIVES_KEYS.search(value):
-                holders |= {ast.unparse(target) for target in node.targets}
+            for target, value in assigned_pairs(node):
+                if value in holders or GIVES_KEYS.search(value):
+                    holders.add(target)
         elif isinstance(node, (ast.For, ast.comprehension)):
             owners = {id(part.value) for part in ast.walk(node.iter) if isinstance(part, ast.Attribute)}
             names = {part.id for part in ast.walk(node.iter) if isinstance(part, ast.Name) and id(part) not in owners}
