@@ -48,7 +48,7 @@ OURS = [
 
 def assigned_pairs(node: ast.Assign) -> list[tuple[str, str]]:
     """Returns each target of an assignment with its value; `a, b = x, y` has two."""
-    pairs = []
+    pairs: list[tuple[ast.expr, ast.expr]] = []
     for target in node.targets:
         if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
             pairs += zip(target.elts, node.value.elts, strict=True)
