@@ -199,7 +199,7 @@ def test_the_best_checkpoint_is_loaded_measured_and_kept(
 @pytest.mark.parametrize(
     ("overrides", "said", "logged"),
     [
-        (["eval_steps=2"], "the evaluation behind step 2 ran out of memory", [1, 2]),
+        (["eval_steps=2"], "the evaluation after step 2 ran out of memory", [1, 2]),
         (["eval_strategy=no"], "the evaluation ran out of memory", []),
     ],
 )
