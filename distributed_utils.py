@@ -143,10 +143,13 @@ def end_process(code: int) -> NoReturn:
 
 
 def destroy_process_group() -> None:
-    """Leaves the process group, if this process is in one."""
+    """Leaves the process group, if this process is in one, once every rank is here."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        from sft.distributed.collectives import barrier
+
+        barrier()
         dist.destroy_process_group()
 
 

@@ -17,7 +17,6 @@ from sft.checkpoint.discovery import describe_resume, find_checkpoint
 from sft.checkpoint.output_dir import archive_previous_run
 from sft.config.schema import Config, ModelKeys, TrainingKeys
 from sft.data.preparation.serving_check import check_end_tokens
-from sft.distributed.collectives import barrier
 from sft.model.tokenizer import remember_system_prompt
 from sft.report import run_files
 from sft.report.console import show_conclusion
@@ -61,7 +60,6 @@ def run(options: Options) -> int:
     except KeyboardInterrupt as stop:
         stop.add_note(describe_resume(output_dir))
         raise
-    barrier()
     distributed.destroy_process_group()
     return 0
 

@@ -56,3 +56,10 @@ def test_the_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     schema = json.loads(capsys.readouterr().out)
     assert schema["properties"]["learning_rate"]["default"] == 5e-5
     assert "lora_config" in schema["properties"]
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "preview", "estimate"])
+def test_torch_is_imported_only_after_the_data_was_read(verb: str) -> None:
+    code = f"import sys, commands.{verb}; print(sorted({{'torch', 'datasets', 'peft'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
