@@ -226,7 +226,7 @@ texts = st.one_of(
     st.sampled_from(
         ["Paris", " Paris", "\n\nYes", "Yes No ", "é🎉", "Yes.\n", "\u2028", "a  b", "  ", "12 34", "<<SYS>>"]
     ),
-    st.text(st.characters(codec="utf-8", exclude_categories=("Co",)), min_size=1, max_size=12),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Co",)), min_size=1, max_size=12),  # type: ignore[arg-type]
 ).filter(lambda text: not any(control in text for control in CONTROL))
 answers = texts.filter(str.strip)
 

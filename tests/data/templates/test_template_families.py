@@ -618,7 +618,7 @@ texts = st.one_of(
             "<<SYS>>",
         ]
     ),
-    st.text(st.characters(codec="utf-8", exclude_categories=("Co",)), min_size=1, max_size=12),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Co",)), min_size=1, max_size=12),  # type: ignore[arg-type]
 ).filter(lambda text: not any(control in text for control in CONTROL))
 answers = texts.filter(str.strip)
 # How each family writes a call of the tool `Hi` with these arguments as JSON, up to the end token.
